@@ -1,0 +1,36 @@
+# One door for people and for CI. `make demo` and `make test` do everything on a fresh clone; of the
+# system they expect Python 3.10–3.13 and Java 17.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# torch is pinned too: without a pin pip takes a CUDA build of several GB.
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check format docs clean
+
+demo: $(STAMP)
+	$(BIN)/pomona demo --out demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate_cli.py
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[all,dev]' --constraint constraints.txt
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) demo build dist

@@ -1,0 +1,31 @@
+"""Pomona: folders of fruit photos become features, and features become PCA features, on Spark.
+
+The names that notebook users know are importable from here; each is loaded when it is first used,
+so that ``import pomona`` costs nothing on an executor or in the command line.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pomona.backbone import BackboneSpec, MobileNetV2Extractor, extract
+    from pomona.frames import load_images
+
+__version__ = "0.1.0"
+__all__ = ["BackboneSpec", "MobileNetV2Extractor", "__version__", "extract", "load_images"]
+
+_HOME = {
+    "BackboneSpec": "pomona.backbone",
+    "MobileNetV2Extractor": "pomona.backbone",
+    "extract": "pomona.backbone",
+    "load_images": "pomona.frames",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pomona' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

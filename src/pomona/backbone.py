@@ -1,0 +1,417 @@
+"""The backbone: `BackboneSpec`, `load`, and `extract`, the one function that everything calls.
+
+The driver makes a spec with `make_spec`; it crosses to the workers with the weights' bytes in it,
+so that no shared file system and no network is needed there. A worker builds its session once per
+process and keeps it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pomona import mobilenet
+from pomona.errors import MissingError, RequestError, WeightsError
+from pomona.images import Photo, decode
+from pomona.schema import FEATURES, FEATURES_TABLE
+from pomona.weights import Weights
+from pomona.weights import load as load_weights
+
+Runner = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+"""From uint8 [n, h, w, 3] to float32 [n, 1280]."""
+
+CPU_BATCH = 8
+"""ONNX Runtime gains nothing from larger batches on a CPU."""
+GPU_BATCH = 128
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """All that decides what features come out, and how they are computed. Picklable, hashable.
+
+    Attributes
+    ----------
+    weights, digest
+        The weights' name and the sha256 of their values.
+    image_size
+        Side of the square that a photo is stretched to, in pixels.
+    backend
+        ``onnx`` or ``torch``.
+    device
+        ``cpu`` or ``cuda``.
+    precision
+        ``float32``, or ``mixed`` (float16 convolutions) on a GPU with torch.
+    batch_size
+        Photos per call of the network.
+    threads
+        CPU threads of one worker: one per task slot.
+    memory_share
+        Share of a GPU's memory that one worker may take.
+    payload
+        The weights' bytes: an ONNX file, or safetensors for torch.
+    """
+
+    weights: str
+    digest: str
+    image_size: int = 224
+    backend: str = "onnx"
+    device: str = "cpu"
+    precision: str = "float32"
+    batch_size: int = CPU_BATCH
+    threads: int = 1
+    memory_share: float = 1.0
+    payload: bytes = field(default=b"", repr=False, compare=False)
+
+    def fingerprint(self) -> dict[str, object]:
+        """Return what must agree for two tables' features to be comparable."""
+        return {
+            "weights_digest": self.digest,
+            "backend": self.backend,
+            "precision": self.precision,
+            "preprocessing": mobilenet.preprocessing(self.image_size),
+        }
+
+
+# --- making a spec, on the driver --------------------------------------------------------------
+
+
+def make_spec(
+    weights: Weights,
+    *,
+    image_size: int = 224,
+    backend: str = "onnx",
+    device: str = "auto",
+    batch_size: int | None = None,
+) -> BackboneSpec:
+    """Put weights, backend and device together. Runs on the driver.
+
+    Raises
+    ------
+    RequestError
+        If an option is out of range, or weights and backend don't fit.
+    MissingError
+        If the backend or the device isn't there.
+    """
+    if not 32 <= image_size <= 1024:
+        raise RequestError(f"--image-size is 32 to 1024 pixels, not {image_size}")
+    if backend not in ("onnx", "torch"):
+        raise RequestError(f"--backend is onnx or torch, not {backend}")
+    if batch_size is not None and batch_size < 1:
+        raise RequestError(f"a batch holds at least one photo, not {batch_size}")
+    found = _device(backend, device)
+    return BackboneSpec(
+        weights=weights.name,
+        digest=weights.digest,
+        image_size=image_size,
+        backend=backend,
+        device=found,
+        precision="mixed" if backend == "torch" and found == "cuda" else "float32",
+        batch_size=batch_size or (GPU_BATCH if found == "cuda" else CPU_BATCH),
+        payload=_payload(weights, backend, image_size),
+    )
+
+
+def _device(backend: str, device: str) -> str:
+    if device not in ("auto", "cpu", "cuda"):
+        raise RequestError(f"--device is auto, cpu or cuda, not {device}")
+    if device == "cpu":
+        return "cpu"
+    seen = _sees_cuda(backend)
+    if device == "cuda" and not seen:
+        raise MissingError(
+            f"--device cuda: {backend} sees no CUDA device here; install a CUDA build "
+            "(torch, or onnxruntime-gpu in place of onnxruntime), or use --device cpu"
+        )
+    return "cuda" if seen else "cpu"
+
+
+def _sees_cuda(backend: str) -> bool:
+    if backend == "torch":
+        try:
+            from pomona.mobilenet_torch import cuda_devices
+        except ImportError as error:
+            raise MissingError(
+                "--backend torch needs PyTorch: pip install 'pomona[torch]', or use --backend onnx"
+            ) from error
+        return cuda_devices() > 0
+    from onnxruntime import get_available_providers
+
+    return "CUDAExecutionProvider" in get_available_providers()
+
+
+def _payload(weights: Weights, backend: str, image_size: int) -> bytes:
+    if weights.onnx is not None:
+        if backend == "torch":
+            raise RequestError(f"{weights.name} is ONNX: use --backend onnx")
+        _check_onnx(weights, image_size)
+        return weights.onnx
+    assert weights.state is not None
+    if backend == "onnx":
+        return mobilenet.to_onnx(weights.state, image_size, weights.name, weights.digest)
+    from safetensors.numpy import save
+
+    return save(dict(weights.state))
+
+
+def _check_onnx(weights: Weights, image_size: int) -> None:
+    assert weights.onnx is not None
+    try:
+        session = _session(weights.onnx, 1, "cpu", 1.0)
+    except Exception as error:  # onnxruntime raises its own types, not exported
+        raise WeightsError(f"{weights.name} is damaged, or no ONNX file") from error
+    first = session.get_inputs()[0]
+    if first.type != "tensor(uint8)" or first.shape[1:] != [image_size, image_size, 3]:
+        raise WeightsError(
+            f"{weights.name} takes {first.type} {first.shape}; a backbone takes tensor(uint8) "
+            f"[n, {image_size}, {image_size}, 3] at --image-size {image_size}"
+        )
+    outputs = {output.name: output.shape for output in session.get_outputs()}
+    if outputs.get(mobilenet.OUTPUT, [None])[-1] != FEATURES:
+        raise WeightsError(f"{weights.name} has no output named features of width {FEATURES}")
+
+
+# --- running it, on workers --------------------------------------------------------------------
+
+
+def _session(content: bytes, threads: int, device: str, memory_share: float) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device == "cuda":
+        # The arena takes what is asked for, not the next power of two, up to this worker's share.
+        cuda: dict[str, Any] = {"arena_extend_strategy": "kSameAsRequested"}
+        if total := _gpu_memory():
+            cuda["gpu_mem_limit"] = int(total * memory_share)
+        providers.insert(0, ("CUDAExecutionProvider", cuda))
+    return ort.InferenceSession(content, options, providers=providers)
+
+
+def _gpu_memory() -> int:
+    """Return the first GPU's memory in bytes, or 0 where nothing tells."""
+    import subprocess
+
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return int(told.stdout.split()[0]) << 20
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return 0
+
+
+@functools.lru_cache(maxsize=2)
+def load(spec: BackboneSpec) -> Runner:
+    """Build the network of a spec, once per process. Runs on workers.
+
+    Returns
+    -------
+    Runner
+        From uint8 [n, image_size, image_size, 3] to float32 [n, 1280].
+    """
+    if spec.backend == "torch":
+        from safetensors.numpy import load as load_safetensors
+
+        from pomona.mobilenet_torch import build_runner
+
+        state = load_safetensors(spec.payload)
+        mixed = spec.precision == "mixed"
+        return build_runner(state, spec.device, mixed, spec.threads, spec.memory_share)
+    session = _session(spec.payload, spec.threads, spec.device, spec.memory_share)
+    name = session.get_inputs()[0].name
+
+    def run(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        features: npt.NDArray[np.float32] = session.run([mobilenet.OUTPUT], {name: image})[0]
+        return features
+
+    return run
+
+
+def extract(batches: Iterator[pa.RecordBatch], spec: BackboneSpec) -> Iterator[pa.RecordBatch]:
+    """Turn photos into features: the one function of Spark, the service, predict and the tests.
+
+    Runs on workers.
+
+    Parameters
+    ----------
+    batches
+        Record batches of any size with a column ``content`` (binary; null: it could not be read).
+    spec
+        What `make_spec` returned.
+
+    Yields
+    ------
+    pa.RecordBatch
+        One for each that came in, with as many rows in the same order: its columns less
+        ``content``, then ``width``, ``height``, ``features`` (list<float32>, 1280, or null) and
+        ``error`` (code, or null).
+    """
+    for batch in batches:
+        yield _with_features(batch, spec)
+
+
+def _with_features(batch: pa.RecordBatch, spec: BackboneSpec) -> pa.RecordBatch:
+    contents = batch.column("content")
+    photos: list[Photo] = []
+    parts: list[npt.NDArray[np.float32]] = []
+    for start in range(0, batch.num_rows, spec.batch_size):
+        chunk = _decode(contents[start : start + spec.batch_size], spec)
+        pixels = [photo.pixels for photo in chunk if photo.pixels is not None]
+        if pixels:
+            parts.append(load(spec)(np.stack(pixels)))
+        photos += [photo._replace(pixels=None) for photo in chunk]
+    kept = batch.drop_columns(["content"])
+    names = ("width", "height", "features", "error")
+    columns = [
+        pa.array([photo.width for photo in photos], pa.int32()),
+        pa.array([photo.height for photo in photos], pa.int32()),
+        feature_column(parts, [photo.error is not None for photo in photos]),
+        pa.array([photo.error for photo in photos], pa.string()),
+    ]
+    fields = [FEATURES_TABLE.field(name) for name in names]
+    return pa.RecordBatch.from_arrays(
+        [*kept.columns, *columns], schema=pa.schema([*kept.schema, *fields])
+    )
+
+
+def _decode(contents: pa.Array, spec: BackboneSpec) -> list[Photo]:
+    views = [None if c is None else bytes(c) for c in contents.to_pylist()]
+    if spec.threads == 1:
+        return [decode(view, spec.image_size) for view in views]
+    # A GPU waits for pixels: Pillow releases the interpreter's lock while it decodes.
+    return list(_pool(spec.threads).map(lambda view: decode(view, spec.image_size), views))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+def feature_column(
+    parts: Sequence[npt.NDArray[np.float32]], missing: Sequence[bool]
+) -> pa.ListArray:
+    """Put vectors into a list column, with null in the places of ``missing``.
+
+    Parameters
+    ----------
+    parts
+        float32 [m, 1280] each, together one row for each photo that isn't missing.
+    missing
+        For each photo, whether it has no features.
+    """
+    values = np.concatenate(parts) if parts else np.zeros((0, FEATURES), np.float32)
+    present = ~np.asarray(missing, bool)
+    if values.shape != (present.sum(), FEATURES):
+        raise ValueError(f"features of shape {values.shape} for {present.sum()} photos")
+    if not np.isfinite(values).all():
+        raise ValueError("the backbone gave features that are not finite: check the weights")
+    offsets = np.concatenate([[0], np.cumsum(present * FEATURES)]).astype(np.int32)
+    return pa.ListArray.from_arrays(
+        pa.array(offsets), pa.array(values.ravel()), mask=pa.array(~present)
+    )
+
+
+class MobileNetV2Extractor:
+    """Features of photos in memory, without Spark.
+
+    Parameters
+    ----------
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+    batch_size
+        Photos per call of the network.
+    weights
+        As `pomona.weights.load` takes it.
+    backend, image_size
+        As `make_spec` takes them.
+
+    Examples
+    --------
+    >>> import io
+    >>> from PIL import Image
+    >>> file = io.BytesIO()
+    >>> Image.new("RGB", (100, 100), "orange").save(file, "JPEG")
+    >>> extractor = MobileNetV2Extractor(device="cpu", weights="random:0")
+    >>> extractor.extract(file.getvalue()).shape
+    (1280,)
+    >>> extractor.extract_batch([file.getvalue()] * 3).shape
+    (3, 1280)
+    >>> extractor.get_model_info()["weights"]
+    'random:0'
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        batch_size: int | None = None,
+        *,
+        weights: str | None = None,
+        backend: str = "onnx",
+        image_size: int = 224,
+    ) -> None:
+        from dataclasses import replace
+
+        found = load_weights(weights)
+        self._trained = found.trained
+        spec = make_spec(
+            found, image_size=image_size, backend=backend, device=device, batch_size=batch_size
+        )
+        self.spec = replace(spec, threads=os.cpu_count() or 1)
+
+    def extract(self, content: bytes) -> npt.NDArray[np.float32]:
+        """Return the features of one photo, float32 [1280].
+
+        Raises
+        ------
+        RequestError
+            If the photo can't be used; the message holds its error code.
+        """
+        features: npt.NDArray[np.float32] = self.extract_batch([content])[0]
+        return features
+
+    def extract_batch(self, contents: list[bytes]) -> npt.NDArray[np.float32]:
+        """Return the features of n photos, float32 [n, 1280].
+
+        Raises
+        ------
+        RequestError
+            If a photo can't be used. `pomona.extract` gives it a row with an error code instead.
+        """
+        if not contents:
+            return np.zeros((0, FEATURES), np.float32)
+        batch = pa.record_batch({"content": pa.array(contents, pa.binary())})
+        rows = next(extract(iter([batch]), self.spec))
+        for index, error in enumerate(rows["error"].to_pylist()):
+            if error is not None:
+                raise RequestError(f"photo {index} of {len(contents)} can't be used: {error}")
+        values = rows["features"].values.to_numpy()
+        return np.asarray(values, np.float32).reshape(len(contents), FEATURES)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what the extractor is made of, and what one photo costs it in milliseconds."""
+        blank = np.zeros((1, self.spec.image_size, self.spec.image_size, 3), np.uint8)
+        run = load(self.spec)
+        run(blank)
+        start = time.perf_counter()
+        run(blank)
+        return {
+            "name": "MobileNetV2",
+            "weights": self.spec.weights,
+            "trained": self._trained,
+            "device": self.spec.device,
+            "batch_size": self.spec.batch_size,
+            "features": FEATURES,
+            "milliseconds": round(1000 * (time.perf_counter() - start), 2),
+            **self.spec.fingerprint(),
+        }

@@ -1,0 +1,424 @@
+"""The command ``pomona``: parse, call, print. Everything else is imported when a command runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pomona.errors import PomonaError
+
+app = typer.Typer(
+    name="pomona",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Recognise fruit in photos at scale: photos become features, and features PCA features.",
+)
+
+TOO_MANY_REJECTED = 3
+
+Source = Annotated[
+    str, typer.Argument(help="A folder of photos, or a URI (s3://, gs://, hdfs://).")
+]
+OutDir = Annotated[str, typer.Option("--out", help="The folder that takes the results.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="imagenet, random:SEED (untrained), or a .safetensors, .pth or .onnx file. "
+        "[default: POMONA_WEIGHTS, or imagenet]",
+        show_default=False,
+    ),
+]
+Backend = Annotated[str, typer.Option(help="onnx or torch.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+ImageSize = Annotated[int, typer.Option(help="Side that photos are stretched to, in pixels.")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Photos per call of the network. [default: 8, on a GPU 128]")
+]
+Label = Annotated[
+    str, typer.Option(help="parent: the photo's folder; top: the first folder under the split.")
+]
+TestFraction = Annotated[
+    float | None,
+    typer.Option(help="Share that goes to Test, in a source without Training and Test folders."),
+]
+Master = Annotated[str, typer.Option(help="Spark's master, unless a session is active.")]
+SparkConf = Annotated[
+    list[str] | None,
+    typer.Option("--spark-conf", help="A setting of Spark, KEY=VALUE; repeatable."),
+]
+MaxErrorRate = Annotated[
+    float, typer.Option(help="Share of rejected photos above which the exit code is 3.")
+]
+KeepDeleted = Annotated[
+    bool, typer.Option("--keep-deleted", help="Keep the rows of photos that left the source.")
+]
+SourceMoved = Annotated[
+    bool, typer.Option("--source-moved", help="The photos of OUT lie at another place now.")
+]
+Reader = Annotated[
+    str, typer.Option(help="auto, or spark: read through Spark's binaryFile, whatever the source.")
+]
+Components = Annotated[
+    str, typer.Option(help="How many (50), or the share of the variance to keep (0.95).")
+]
+NoScale = Annotated[
+    bool, typer.Option("--no-scale", help="Don't bring features to standard deviation 1 first.")
+]
+Whiten = Annotated[
+    bool, typer.Option("--whiten", help="Bring pca_features to standard deviation 1.")
+]
+NoPlots = Annotated[bool, typer.Option("--no-plots", help="Draw nothing.")]
+NoMlflow = Annotated[bool, typer.Option("--no-mlflow", help="Record nothing in MLflow.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from pomona import __version__
+
+        typer.echo(f"pomona {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
+
+
+@app.command()
+def run(
+    source: Source,
+    out: OutDir,
+    weights: Weights = None,
+    backend: Backend = "onnx",
+    device: Device = "auto",
+    image_size: ImageSize = 224,
+    batch_size: BatchSize = None,
+    label: Label = "parent",
+    test_fraction: TestFraction = None,
+    components: Components = "50",
+    no_scale: NoScale = False,
+    whiten: Whiten = False,
+    no_plots: NoPlots = False,
+    no_mlflow: NoMlflow = False,
+    keep_deleted: KeepDeleted = False,
+    source_moved: SourceMoved = False,
+    reader: Reader = "auto",
+    master: Master = "local[*]",
+    spark_conf: SparkConf = None,
+    max_error_rate: MaxErrorRate = 0.05,
+    as_json: AsJson = False,
+) -> None:
+    """Do every stage: extract, then reduce. What is there already isn't computed again."""
+    from pomona import stages
+
+    with _progress() as on_tick, _log_to(out):
+        records = stages.run(
+            source,
+            out,
+            _extract_options(locals()),
+            _reduce_options(components, no_scale, whiten, no_plots),
+            _cluster(master, spark_conf),
+            on_tick,
+        )
+        records["mlflow"] = "off" if no_mlflow else stages.track(out, records)
+    _print_run(records, out, as_json)
+    _exit_by(records["extract"], max_error_rate)
+
+
+@app.command()
+def extract(
+    source: Source,
+    out: OutDir,
+    weights: Weights = None,
+    backend: Backend = "onnx",
+    device: Device = "auto",
+    image_size: ImageSize = 224,
+    batch_size: BatchSize = None,
+    label: Label = "parent",
+    test_fraction: TestFraction = None,
+    keep_deleted: KeepDeleted = False,
+    source_moved: SourceMoved = False,
+    reader: Reader = "auto",
+    master: Master = "local[*]",
+    spark_conf: SparkConf = None,
+    max_error_rate: MaxErrorRate = 0.05,
+    as_json: AsJson = False,
+) -> None:
+    """Turn photos into features. Killed, it goes on where it stopped."""
+    from pomona import stages
+
+    with _progress() as on_tick, _log_to(out):
+        record = stages.extract(
+            source, out, _extract_options(locals()), _cluster(master, spark_conf), on_tick
+        )
+    _print_run({"extract": record}, out, as_json)
+    _exit_by(record, max_error_rate)
+
+
+@app.command()
+def reduce(
+    out: OutDir,
+    components: Components = "50",
+    no_scale: NoScale = False,
+    whiten: Whiten = False,
+    no_plots: NoPlots = False,
+    master: Master = "local[*]",
+    spark_conf: SparkConf = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn features into PCA features: scaler and PCA, fitted on Training."""
+    from pomona import stages
+
+    options = _reduce_options(components, no_scale, whiten, no_plots)
+    with _progress() as on_tick, _log_to(out):
+        record = stages.reduce(out, options, _cluster(master, spark_conf), on_tick)
+    _print_run({"reduce": record}, out, as_json)
+
+
+@app.command()
+def status(out: OutDir, as_json: AsJson = False) -> None:
+    """Show how far OUT is: photos, done, rejected by code, what is still to do."""
+    from pomona import console, stages
+
+    found = stages.status(out)
+    _print(found, as_json, console.status)
+
+
+@app.command()
+def inspect(source: Source, label: Label = "parent", as_json: AsJson = False) -> None:
+    """Show what is in a source, before a long run."""
+    from pomona import console, datasets
+
+    with _progress() as on_tick, _listed(source, on_tick) as (where, listing):
+        found = datasets.inspect(
+            where, listing, label, lambda done, total: on_tick(_tick("inspect", done, total))
+        )
+    _print(found, as_json, console.inspection)
+
+
+@app.command()
+def subset(
+    source: Source,
+    dest: Annotated[Path, typer.Argument(help="A new folder.")],
+    percentage: Annotated[
+        float, typer.Option(help="Share of the photos to take, in percent.")
+    ] = 10,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the photos; links otherwise.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a smaller source, stratified by split and label, with at least one photo of each."""
+    from pomona import datasets
+
+    with _progress() as on_tick, _listed(source, on_tick) as (where, listing):
+        count = datasets.subset(where, listing, dest, percentage, copy=copy)
+    _print(
+        {"photos": count, "of": listing.files.num_rows, "dest": str(dest)},
+        as_json,
+        lambda r: f"{r['photos']:,} of {r['of']:,} photos in {r['dest']}",
+    )
+
+
+@app.command()
+def synthesize(
+    dest: Annotated[Path, typer.Argument(help="The folder that takes the photos.")],
+    classes: Annotated[int, typer.Option(help="How many labels, 1 to 131.")] = 131,
+    images: Annotated[int, typer.Option(help="How many photos.")] = 90_483,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same photos.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes. [default: one per core]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Render photos of fruit on a turntable, with Fruits-360's folders and names."""
+    from pomona import synthetic
+
+    with _progress() as on_tick:
+        count = synthetic.synthesize(
+            dest,
+            classes=classes,
+            images=images,
+            seed=seed,
+            workers=workers,
+            progress=lambda done, total: on_tick(_tick("synthesize", done, total)),
+        )
+    _print({"photos": count, "dest": str(dest)}, as_json, lambda r: f"{count:,} photos in {dest}")
+
+
+@app.command()
+def demo(
+    out: OutDir = "demo",
+    classes: Annotated[int, typer.Option(help="How many labels to render.")] = 12,
+    images: Annotated[int, typer.Option(help="How many photos to render.")] = 600,
+    master: Master = "local[*]",
+    as_json: AsJson = False,
+) -> None:
+    """Render photos, some of them damaged, and run. Needs no network and no downloaded weights."""
+    from pomona import stages, synthetic
+
+    photos, results = Path(out) / "photos", Path(out) / "out"
+    with _progress() as on_tick, _log_to(str(results)):
+        synthetic.synthesize(
+            photos,
+            classes=classes,
+            images=images,
+            progress=lambda done, total: on_tick(_tick("synthesize", done, total)),
+        )
+        synthetic.breakage(photos)
+        options = stages.ExtractOptions(weights="random:0")
+        cluster = _cluster(master, None)
+        records = stages.run(photos, results, options, stages.ReduceOptions(), cluster, on_tick)
+        records["mlflow"] = stages.track(results, records)
+    _print_run(records, str(results), as_json)
+
+
+# --- between the command line and the stages ---------------------------------------------------
+
+
+def _tick(stage: str, done: int, total: int) -> Any:
+    from pomona.stages import Tick
+
+    return Tick(stage, done, total)
+
+
+def _extract_options(given: dict[str, Any]) -> Any:
+    from dataclasses import fields
+
+    from pomona.errors import RequestError
+    from pomona.stages import ExtractOptions
+
+    if given["reader"] not in ("auto", "spark"):
+        raise RequestError(f"--reader is auto or spark, not {given['reader']}")
+    if not 0 <= given["max_error_rate"] <= 1:
+        raise RequestError(f"--max-error-rate is between 0 and 1, not {given['max_error_rate']:g}")
+    return ExtractOptions(**{field.name: given[field.name] for field in fields(ExtractOptions)})
+
+
+def _reduce_options(components: str, no_scale: bool, whiten: bool, no_plots: bool) -> Any:
+    from pomona.projection import parse_components
+    from pomona.stages import ReduceOptions
+
+    return ReduceOptions(parse_components(components), not no_scale, whiten, not no_plots)
+
+
+def _cluster(master: str, settings: list[str] | None) -> Any:
+    from pomona.engine import Cluster
+    from pomona.errors import RequestError
+
+    for setting in settings or []:
+        if "=" not in setting:
+            raise RequestError(f"--spark-conf is KEY=VALUE, not {setting}")
+    pairs = [setting.split("=", 1) for setting in settings or []]
+    return Cluster(master, tuple((key, value) for key, value in pairs))
+
+
+@contextlib.contextmanager
+def _listed(source: str, on_tick: Any) -> Iterator[Any]:
+    """Give the source and its listing; Spark only where Hadoop must list."""
+    from pomona import engine, sources, stages
+    from pomona.errors import RequestError
+
+    where = sources.open_source(source)
+    if where.kind == "hadoop":
+        raise RequestError(f"{source}: this command reads local folders, s3:// and gs://")
+    with engine.lazy_session(engine.Cluster()) as spark:
+        yield where, stages.list_source(where, spark, on_tick)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    from pomona.console import progress
+
+    with progress(sys.stderr) as on_tick:
+        yield on_tick
+
+
+@contextlib.contextmanager
+def _log_to(out: str) -> Iterator[None]:
+    """Keep a log in OUT; a bug leaves its traceback there and one line on the terminal."""
+    from pomona.manifest import open_out
+
+    log = logging.getLogger("pomona")
+    path = Path(out).expanduser()
+    existed = path.exists()
+    handler = logging.FileHandler(open_out(out).log, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    except PomonaError:
+        if not existed:  # a refused request leaves nothing behind
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+    except Exception as error:
+        log.exception("a bug")
+        where = open_out(out).log
+        raise PomonaError(
+            f"a bug in Pomona ({type(error).__name__}); the traceback is in {where}"
+        ) from error
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def _print(found: dict[str, Any], as_json: bool, to_text: Any) -> None:
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False, sort_keys=True))
+        return
+    from rich.console import Console
+
+    Console().print(to_text(found), markup=False, highlight=False)
+
+
+def _print_run(records: dict[str, Any], out: str, as_json: bool) -> None:
+    from pomona import console
+
+    _print(records, as_json, lambda found: console.summary(found, out))
+
+
+def _exit_by(record: dict[str, Any], max_error_rate: float) -> None:
+    from pomona.stages import rejected_share
+
+    share = rejected_share(record)
+    if share > max_error_rate:
+        typer.echo(
+            f"pomona: {share:.1%} of the photos were rejected, more than --max-error-rate "
+            f"{max_error_rate:.1%}: see rejected.csv",
+            err=True,
+        )
+        raise typer.Exit(TOO_MANY_REJECTED)
+
+
+def _interrupt(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def main() -> None:
+    """Run the command. Errors become one line and an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)  # a container's stop is a Ctrl-C
+    try:
+        app(standalone_mode=False)
+    except PomonaError as error:
+        typer.echo(f"pomona: {' '.join(str(error).split())}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("pomona: stopped; run the same command again to go on", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
+            error.show()
+            sys.exit(2)
+        raise

@@ -1,0 +1,242 @@
+"""What a person sees: progress, summaries and tables. Returns text or rich renderables."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+
+WORDS = {
+    "list": "listing photos",
+    "weights": "fetching weights (bytes)",
+    "spark": "starting Spark",
+    "extract": "extracting features",
+    "table": "writing the table",
+    "reduce": "reducing",
+    "synthesize": "rendering",
+    "inspect": "looking at photos",
+}
+LINE_EVERY = 5.0
+"""Seconds between lines where there is no terminal."""
+
+
+class Rate:
+    """Things per second and time left, over the last minute."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, int]] = []
+
+    def add(self, done: int, now: float) -> None:
+        """Note how many are done."""
+        if not self.seen or done != self.seen[-1][1]:
+            self.seen.append((now, done))
+        while len(self.seen) > 2 and now - self.seen[0][0] > 60:
+            self.seen.pop(0)
+
+    def per_second(self) -> float:
+        """Return the rate; 0 while it isn't known."""
+        (first, a), (last, b) = (self.seen[0], self.seen[-1]) if self.seen else ((0, 0), (0, 0))
+        return (b - a) / (last - first) if last > first else 0.0
+
+
+def describe(tick: Any, per_second: float) -> str:
+    """Return the numbers of a tick as words: rate, time left, rejected.
+
+    >>> from types import SimpleNamespace as T
+    >>> describe(T(stage="extract", done=300, total=900, rejected=2), 100.0)
+    '100/s, 0:06 left, 2 rejected'
+    """
+    words = []
+    if per_second and tick.stage in ("extract", "synthesize", "inspect"):
+        left = int((tick.total - tick.done) / per_second)
+        words.append(f"{per_second:.0f}/s")
+        words.append(
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+            if left >= 3600
+            else f"{left // 60}:{left % 60:02} left"
+        )
+    if tick.rejected:
+        words.append(f"{tick.rejected:,} rejected")
+    return ", ".join(words)
+
+
+@contextlib.contextmanager
+def progress(stream: IO[str]) -> Iterator[Callable[[Any], None]]:
+    """Give a function that shows ticks: a bar on a terminal, elsewhere a line every few seconds."""
+    console = Console(file=stream)
+    if not console.is_terminal:
+        yield _lines(console)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        yield _bars(bars)
+
+
+def _bars(bars: Progress) -> Callable[[Any], None]:
+    shown: dict[str, Any] = {}
+    rates: dict[str, Rate] = {}
+
+    def on_tick(tick: Any) -> None:
+        if tick.stage not in shown:
+            for task in shown.values():
+                bars.update(task, visible=False)
+            shown[tick.stage] = bars.add_task(WORDS[tick.stage], total=None, note="")
+        rate = rates.setdefault(tick.stage, Rate())
+        rate.add(tick.done, time.monotonic())
+        note = describe(tick, rate.per_second())
+        bars.update(shown[tick.stage], completed=tick.done, total=tick.total or None, note=note)
+
+    return on_tick
+
+
+def _lines(console: Console) -> Callable[[Any], None]:
+    state: dict[str, Any] = {"stage": "", "at": 0.0}
+    rates: dict[str, Rate] = {}
+
+    def on_tick(tick: Any) -> None:
+        now = time.monotonic()
+        rate = rates.setdefault(tick.stage, Rate())
+        rate.add(tick.done, now)
+        ended = bool(tick.total) and tick.done == tick.total and state.get("last") != tick.done
+        if tick.stage == state["stage"] and now - state["at"] < LINE_EVERY and not ended:
+            return
+        state.update(stage=tick.stage, at=now, last=tick.done)
+        count = f" {tick.done:,}" + (f" of {tick.total:,}" if tick.total else "")
+        note = describe(tick, rate.per_second())
+        line = f"{WORDS[tick.stage]}:{count if tick.done or tick.total else ''}"
+        console.print(f"{line}{', ' + note if note else ''}", markup=False, highlight=False)
+
+    return on_tick
+
+
+# --- summaries ---------------------------------------------------------------------------------
+
+
+def summary(records: dict[str, Any], out: str) -> Group:
+    """Return what a run did, and where its results lie."""
+    parts: list[Any] = []
+    rows: list[tuple[str, str]] = []
+    if first := records.get("extract"):
+        rows += _extract_rows(first)
+    if second := records.get("reduce"):
+        rows += _reduce_rows(second)
+        parts.append(_components(second))
+    if records.get("mlflow"):
+        rows.append(("mlflow", records["mlflow"]))
+    rows += _places(records, out)
+    return Group(*parts, _two_columns(rows))
+
+
+def _extract_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
+    splits = ", ".join(f"{n:,} {name}" for name, n in record["splits"].items())
+    times = record["times"]
+    settings = record["settings"]
+    untrained = " (untrained)" if settings["weights"].startswith("random:") else ""
+    speed = f"{times['photos_per_second']:.0f} photos/s" if times["computed"] else "nothing to do"
+    return [
+        ("photos", f"{record['photos']:,} ({splits})"),
+        ("labels", f"{record['labels']:,}"),
+        ("rejected", _codes(record["rejected"])),
+        ("weights", f"{settings['weights']}{untrained}"),
+        ("device", f"{settings['device']}, {settings['backend']}"),
+        ("computed now", f"{times['computed']:,}, {speed}"),
+    ]
+
+
+def _codes(codes: dict[str, int]) -> str:
+    words = ", ".join(f"{n:,} {code}" for code, n in sorted(codes.items()))
+    return f"{sum(codes.values()):,}" + (f" ({words})" if words else "")
+
+
+def _reduce_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("variance kept", f"{record['variance_kept']:.2%} by {record['components']} components"),
+        ("for 95 %", f"{record['components_for_95']} components"),
+        ("compression", f"{record['compression_ratio']:.1f} : 1"),
+    ]
+
+
+def _components(record: dict[str, Any]) -> Table:
+    table = Table("component", "variance", "cumulative", box=None, pad_edge=False)
+    for column in table.columns:
+        column.justify = "right"
+    total = 0.0
+    for number, share in enumerate(record["first_components"][: record["components"]], 1):
+        total += share
+        table.add_row(str(number), f"{share:.2%}", f"{total:.2%}")
+    return table
+
+
+def _places(records: dict[str, Any], out: str) -> list[tuple[str, str]]:
+    rows = []
+    if "extract" in records:
+        rows += [("features", f"{out}/features"), ("rejected photos", f"{out}/rejected.csv")]
+    if "reduce" in records:
+        rows += [
+            ("PCA features", f"{out}/training_pca, {out}/test_pca (CSV: …_csv)"),
+            ("projection", f"{out}/projection"),
+            ("picture", f"{out}/report/pca_variance.png"),
+        ]
+    return [*rows, ("manifest", f"{out}/manifest.json")]
+
+
+def _two_columns(rows: list[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def status(found: dict[str, Any]) -> Table:
+    """Return the rows of ``pomona status``."""
+    return _two_columns(
+        [
+            ("source", found["source"]),
+            ("photos", f"{found['photos']:,}"),
+            ("done", f"{found['done']:,}"),
+            ("rejected", _codes(found["rejected"])),
+            ("to do", f"{found['todo']:,}"),
+            ("finished", ", ".join(found["finished"]) or "nothing yet"),
+            ("running now", "yes" if found["running"] else "no"),
+        ]
+    )
+
+
+def inspection(found: dict[str, Any]) -> Group:
+    """Return the tables of ``pomona inspect``."""
+    duplicates = found["duplicates"]
+    splits = ", ".join(f"{n:,} {name}" for name, n in found["splits"].items())
+    others = ", ".join(f"{n:,} {s or 'without suffix'}" for s, n in found["not_photos"].items())
+    rows = [
+        ("source", found["source"]),
+        ("photos", f"{found['photos']:,} ({splits}), {found['bytes'] / 1e6:,.1f} MB"),
+        ("labels", f"{found['labels']:,}"),
+        ("pixels", ", ".join(f"{size} ({n:,})" for size, n in found["pixel_sizes"])),
+        ("unrecognised", f"{found['unrecognised']:,}"),
+        (
+            "exact copies",
+            f"{duplicates['within']:,} within a split, {duplicates['between']:,} "
+            "Test photos that are in Training too",
+        ),
+        ("not photos", others or "none"),
+        ("outside splits", f"{found['outside_splits']:,}"),
+    ]
+    for split, labels in found["only_in"].items():
+        rows.append((f"only in {split}", f"{len(labels):,} labels"))
+    if found["hint"]:
+        rows.append(("hint", found["hint"]))
+    labels = Table("largest", "photos", "smallest", "photos", box=None)
+    for (big, many), (small, few) in zip(found["largest"], found["smallest"], strict=True):
+        labels.add_row(big, f"{many:,}", small, f"{few:,}")
+    return Group(_two_columns(rows), labels)

@@ -1,0 +1,306 @@
+"""The stage ``extract``: bring the table of features up to date with a source."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pomona import engine, frames, manifest, sources, tables
+from pomona.backbone import BackboneSpec, make_spec
+from pomona.engine import Cluster
+from pomona.errors import MismatchError, RequestError, SourceError
+from pomona.manifest import Out
+from pomona.rows import even_bounds, write_chunks
+from pomona.schema import SPLITS, UNREADABLE
+from pomona.sources import Listing, Source
+from pomona.weights import OnBytes
+from pomona.weights import load as load_weights
+
+GetSpark = Callable[[], Any]
+
+
+class Tick(NamedTuple):
+    """What a stage tells while it works."""
+
+    stage: str  # list, weights, spark, extract, table, reduce
+    done: int = 0
+    total: int = 0  # 0: not known
+    rejected: int = 0
+    before: int = 0  # of done: what an earlier run did
+
+
+OnTick = Callable[[Tick], None]
+
+
+def quiet(_: Tick) -> None:
+    """Take no notice."""
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """How photos become features; see ``pomona extract --help``."""
+
+    weights: str | None = None
+    backend: str = "onnx"
+    device: str = "auto"
+    image_size: int = 224
+    batch_size: int | None = None
+    label: str = "parent"
+    test_fraction: float | None = None
+    keep_deleted: bool = False
+    source_moved: bool = False
+    reader: str = "auto"  # spark: through binaryFile, whatever the source
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the steps of one extract share."""
+
+    out: Out
+    source: Source
+    spec: BackboneSpec
+    options: ExtractOptions
+    spark: GetSpark
+    on_tick: OnTick
+
+
+def extract(
+    source: str | Path,
+    out: str | Path,
+    options: ExtractOptions | None = None,
+    cluster: Cluster | None = None,
+    on_tick: OnTick = quiet,
+    keep: contextlib.ExitStack | None = None,
+) -> dict[str, Any]:
+    """Bring ``OUT/features`` up to date with a source. Returns the stage's record in the manifest.
+
+    Spark is started only if there is something to do; with ``keep`` it runs until that is closed.
+
+    Raises
+    ------
+    RequestError
+        And its kinds: what was asked for can't be. Nothing in OUT has changed then.
+    JobError
+        If Spark gave up. What is done is kept.
+    """
+    options = options or ExtractOptions()
+    where = _source(source, options)
+    place = Path(str(out).removeprefix("file://")).expanduser().resolve()
+    if where.kind == "local" and place.is_relative_to(where.root):
+        raise RequestError(f"--out {out} lies inside the source: choose a folder outside it")
+    spec = _spec(options, on_tick)
+    folder = manifest.open_out(out)
+    cluster = replace(cluster or Cluster(), log_file=folder.log)
+    cluster = replace(cluster, master=engine.local_master(cluster.master, spec.device))
+    with manifest.lock(folder), contextlib.ExitStack() as mine:
+        spark = (keep or mine).enter_context(engine.lazy_session(cluster))
+        job = Job(folder, where, spec, options, spark, on_tick)
+        table = _table(job)
+        started = time.time()
+        photos = _list(job)
+        return _extract(job, photos, table, {"list": time.time() - started})
+
+
+def _source(source: str | Path, options: ExtractOptions) -> Source:
+    where = sources.open_source(source)
+    if options.label not in ("parent", "top"):
+        raise RequestError(f"--label is parent or top, not {options.label}")
+    return replace(where, kind="hadoop") if options.reader == "spark" else where
+
+
+def _spec(options: ExtractOptions, on_tick: OnTick) -> BackboneSpec:
+    on_bytes: OnBytes = lambda done, total: on_tick(Tick("weights", done, total))  # noqa: E731
+    return make_spec(
+        load_weights(options.weights, on_bytes),
+        image_size=options.image_size,
+        backend=options.backend,
+        device=options.device,
+        batch_size=options.batch_size,
+    )
+
+
+def _table(job: Job) -> dict[str, Any]:
+    """Return what made the table, checked against what is asked for; noted down if it is new."""
+    out, source, spec, options = job.out, job.source, job.spec, job.options
+    table = manifest.read_json(out.table_file)
+    asked = {
+        "format": manifest.FORMAT,
+        "spec": spec.fingerprint(),
+        "weights": spec.weights,
+        "source": source.name,
+        "label": options.label,
+        "test_fraction": options.test_fraction,
+    }
+    if not table:
+        table = {**asked, "files": {}}
+        manifest.write_json(out.table_file, table)
+        return table
+    for key, new in spec.fingerprint().items():
+        old = table["spec"].get(key)
+        if old != new:
+            raise MismatchError(
+                f"{out.root} was made with {key} {_short(old)}, now it is {_short(new)}, and "
+                "features of both don't mix: keep the old setting, or choose another --out"
+            )
+    if table["source"] != source.name and not options.source_moved:
+        raise MismatchError(
+            f"{out.root} was made from {table['source']}, not {source.name}: choose another --out, "
+            "or, if the photos have moved there, add --source-moved"
+        )
+    return {**table, **asked}
+
+
+def _short(value: object) -> str:
+    if isinstance(value, dict):
+        return f"size {value.get('image_size')}"
+    return str(value)[:12]
+
+
+def _list(job: Job) -> pa.Table:
+    listing = list_source(job.source, job.spark, job.on_tick)
+    photos = sources.arrange(listing.files, job.options.label, job.options.test_fraction)
+    if not photos.num_rows:
+        others = sum(listing.others.values())
+        raise SourceError(
+            f"{job.source.name} holds no photos ({others} other files): photos end in "
+            f"{' '.join(sources.SUFFIXES)}"
+        )
+    return photos
+
+
+def list_source(source: Source, spark: GetSpark, on_tick: OnTick = quiet) -> Listing:
+    """List any kind of source."""
+    on_tick(Tick("list"))
+    if source.kind == "hadoop":
+        return frames.list_hadoop(spark(), source)
+    return sources.list_files(source, lambda count: on_tick(Tick("list", count)))
+
+
+def _extract(
+    job: Job, photos: pa.Table, table: dict[str, Any], seconds: dict[str, float]
+) -> dict[str, Any]:
+    parts = tables.parts_folder(job.out, job.spec.fingerprint())
+    found = tables.index(job.out, parts)
+    if job.options.keep_deleted:
+        photos = pa.concat_tables([photos, tables.deleted(photos, found)])
+        photos = photos.sort_by([("split", "ascending"), ("path", "ascending")])
+    rows = tables.match(photos, found)
+    # A photo that couldn't be read may have been out of reach: it is tried again.
+    unread = pc.equal(pc.fill_null(rows["error"], ""), UNREADABLE)
+    todo = rows.filter(pc.or_(pc.is_null(rows["file"]), unread)).select(photos.column_names)
+    start = time.time()
+    if todo.num_rows:
+        job.on_tick(Tick("spark", photos.num_rows - todo.num_rows, photos.num_rows))
+        job.spark()
+        seconds["spark"], start = time.time() - start, time.time()
+        _compute(job, todo, parts, photos.num_rows)
+        found = tables.index(job.out, parts)
+        rows = tables.match(photos, found)
+    seconds["extract"], start = time.time() - start, time.time()
+    _compact(job, rows, found, table)
+    seconds["table"] = time.time() - start
+    record = _record(job, photos)
+    record["times"] = {
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "computed": todo.num_rows,
+        "photos_per_second": round(todo.num_rows / max(seconds["extract"], 1e-9), 1),
+    }
+    manifest.update(job.out, "extract", record)
+    return record
+
+
+PHOTOS_PER_TASK = 256
+"""About four seconds of work: what a killed task loses, and the grain of the progress shown."""
+MOST_TASKS = 50_000
+"""What Spark's scheduler takes without effort; above it tasks grow."""
+
+
+def photos_per_task(todo: int, slots: int) -> int:
+    """Cut work so that all slots are busy to the end, tasks are short, and there aren't too many.
+
+    >>> photos_per_task(100, 2), photos_per_task(16_525, 2), photos_per_task(100_000_000, 64)
+    (8, 256, 2000)
+    """
+    share = -(-todo // (8 * slots))
+    return max(8, min(PHOTOS_PER_TASK, share), -(-todo // MOST_TASKS))
+
+
+def _compute(job: Job, todo: pa.Table, parts: Path, total: int) -> None:
+    before = total - todo.num_rows
+    run = tables.new_run()
+    parts.mkdir(parents=True, exist_ok=True)
+    manifest.write_json(job.out.work / "plan.json", {"photos": total, "before": before, "run": run})
+    session = job.spark()
+
+    def poll() -> None:
+        done = tables.count_parts(parts, run)
+        job.on_tick(Tick("extract", before + done.done, total, done.rejected, before))
+
+    poll()
+    fitted = engine.fit_spec(job.spec, session)
+    part = tables.PartFile(str(parts), run)
+    per_task = photos_per_task(todo.num_rows, engine.slots(session))
+    if job.source.kind == "hadoop":
+        photos = frames.HadoopPhotos(job.source.root, todo)
+        frames.run_hadoop(session, photos, per_task, fitted, part, poll)
+    else:
+        bounds = even_bounds(todo.num_rows, per_task)
+        chunks = job.out.work / "todo.arrow"
+        write_chunks(chunks, todo, bounds)
+        task = engine.ExtractTask(str(chunks), job.source, fitted, part)
+        engine.run_tasks(session, task, len(bounds) - 1, poll)
+    poll()
+
+
+def _compact(job: Job, rows: pa.Table, found: tables.Index, table: dict[str, Any]) -> None:
+    plan = tables.plan_compaction(rows, found)
+    staged = job.out.work / "features"
+    results: list[dict[str, Any]] = []
+    if plan.names:
+        job.on_tick(Tick("table", 0, plan.plan.num_rows))
+        chunks = job.out.work / "compact.arrow"
+        write_chunks(chunks, plan.plan, plan.bounds)
+        task = tables.WriteFile(
+            str(chunks), str(job.out.root), tuple(found.files), tuple(plan.names), str(staged)
+        )
+        results = engine.run_tasks(job.spark(), task, len(plan.names))
+    tables.commit_compaction(job.out, plan, results, staged, table)
+
+
+def _record(job: Job, photos: pa.Table) -> dict[str, Any]:
+    codes = tables.write_rejected(job.out)
+    in_split = {split: pc.equal(photos["split"], split) for split in SPLITS}
+    return {
+        "source": job.source.name,
+        "settings": {
+            "label": job.options.label,
+            "test_fraction": job.options.test_fraction,
+            "device": job.spec.device,
+            "batch_size": job.spec.batch_size,
+            "weights": job.spec.weights,
+            **job.spec.fingerprint(),
+        },
+        "photos": photos.num_rows,
+        "splits": {split: pc.sum(mask).as_py() or 0 for split, mask in in_split.items()},
+        "labels": pc.count_distinct(photos["label"]).as_py(),
+        "rejected": codes,
+        "digests": {
+            "features": tables.digest(job.out),
+            "rejected.csv": manifest.sha256(job.out.rejected),
+        },
+    }
+
+
+def rejected_share(record: dict[str, Any]) -> float:
+    """Return the share of photos without features, from an extract record."""
+    rejected: int = sum(record["rejected"].values())
+    return rejected / max(1, int(record["photos"]))

@@ -1,0 +1,227 @@
+"""The folder OUT: its names, its lock, changes that happen whole or not at all, its manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pomona.errors import BusyError, MismatchError, RequestError
+
+FORMAT = 1
+"""Of OUT. Raise it when a reader of the old one would be wrong, and keep reading the old ones."""
+
+
+@dataclass(frozen=True)
+class Out:
+    """The places in OUT."""
+
+    root: Path
+
+    @property
+    def features(self) -> Path:
+        """The table of features."""
+        return self.root / "features"
+
+    @property
+    def table_file(self) -> Path:
+        """What made the table of features, and its files."""
+        return self.features / "_table.json"
+
+    @property
+    def projection(self) -> Path:
+        """Scaler and PCA."""
+        return self.root / "projection"
+
+    @property
+    def report(self) -> Path:
+        """Pictures."""
+        return self.root / "report"
+
+    @property
+    def rejected(self) -> Path:
+        """Photos without features, as CSV."""
+        return self.root / "rejected.csv"
+
+    @property
+    def manifest(self) -> Path:
+        """What ran."""
+        return self.root / "manifest.json"
+
+    @property
+    def log(self) -> Path:
+        """Spark's words and tracebacks."""
+        return self.root / "pomona.log"
+
+    @property
+    def work(self) -> Path:
+        """What isn't finished: gone when nothing is under way."""
+        return self.root / "_work"
+
+    @property
+    def journal(self) -> Path:
+        """A change that has been decided and may be half done."""
+        return self.work / "journal.json"
+
+
+def open_out(path: str | Path, *, must_exist: bool = False) -> Out:
+    """Return OUT, made if needed.
+
+    Raises
+    ------
+    RequestError
+        If it isn't a local folder, can't be made, or (``must_exist``) isn't there.
+    """
+    text = str(path)
+    if "://" in text and not text.startswith("file://"):
+        raise RequestError(f"--out is a folder that driver and executors share, not {text}")
+    root = Path(text.removeprefix("file://")).expanduser().resolve()
+    if must_exist and not root.is_dir():
+        raise RequestError(f"there is no {text}: pomona extract SOURCE --out {text} makes it")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"--out {text} can't be made: {error.strerror}") from error
+    return Out(root)
+
+
+@contextlib.contextmanager
+def lock(out: Out) -> Iterator[None]:
+    """Hold OUT for one run. The operating system lets go of it when the process dies.
+
+    A change that a dead run had decided is brought to its end first.
+
+    Raises
+    ------
+    BusyError
+        If another run holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        held = FileLock(out.root / ".lock", timeout=0)
+        held.acquire()
+    except Timeout:
+        raise BusyError(
+            f"another pomona run is at work on {out.root}: wait for it, or choose another --out"
+        ) from None
+    except OSError as error:
+        raise RequestError(f"--out {out.root} can't be written: {error.strerror}") from error
+    try:
+        finish_commit(out)
+        yield
+    finally:
+        held.release()
+
+
+def is_locked(out: Out) -> bool:
+    """Tell whether a run holds OUT now."""
+    from filelock import FileLock, Timeout
+
+    if not (out.root / ".lock").exists():
+        return False
+    try:
+        with FileLock(out.root / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+Move = tuple[str | None, str]
+"""(from, to), relative to OUT; from None: remove."""
+
+
+def commit(out: Out, moves: Sequence[Move]) -> None:
+    """Apply all moves, or, if killed, let the next run's `lock` apply the rest."""
+    write_json(out.journal, [list(move) for move in moves])
+    finish_commit(out)
+
+
+def finish_commit(out: Out) -> None:
+    """Apply what the journal holds. Doing a part of it twice does no harm."""
+    if not out.journal.exists():
+        return
+    for source, target in json.loads(out.journal.read_text()):
+        to = out.root / target
+        if source is not None and not (out.root / source).exists():
+            continue  # moved before the kill
+        if to.is_dir():
+            shutil.rmtree(to)
+        else:
+            to.unlink(missing_ok=True)
+        if source is not None:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            (out.root / source).rename(to)
+    out.journal.unlink()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write sorted JSON; a reader sees the old file or the new one, never a part."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read JSON that Pomona wrote; an empty dict where there is none.
+
+    Raises
+    ------
+    MismatchError
+        If it isn't JSON, or of a newer format.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise MismatchError(f"{path} is damaged: remove it, or choose another --out") from error
+    if value.get("format", FORMAT) > FORMAT:
+        raise MismatchError(f"{path} has format {value['format']}, made by a newer Pomona: update")
+    return dict(value)
+
+
+def sha256(path: Path) -> str:
+    """Return a file's sha256."""
+    with path.open("rb") as file:
+        sha = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def tree_digest(files: dict[str, str]) -> str:
+    """Return one digest for many files, given each one's by name."""
+    lines = "".join(f"{name}\0{files[name]}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that may change a result."""
+    found = {"python": platform.python_version()}
+    for name in ("pomona", "pyspark", "pyarrow", "numpy", "pillow", "onnxruntime", "torch"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def update(out: Out, stage: str, record: dict[str, Any]) -> None:
+    """Set one stage's record in ``OUT/manifest.json``; of the others, those it builds on stay."""
+    manifest = read_json(out.manifest)
+    manifest.update(format=FORMAT, versions=versions())
+    manifest.setdefault("stages", {})[stage] = record
+    write_json(out.manifest, manifest)

@@ -1,0 +1,128 @@
+"""Rows between files: written in small groups, cut into chunks for tasks, gathered by place."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROWS_PER_GROUP = 1024
+"""5 MB of features: what a worker holds at a time."""
+
+
+class open_parquet:  # noqa: N801 - used as a function
+    """Write Parquet in row groups of `ROWS_PER_GROUP`, whatever the sizes of the batches."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        words = [f.name for f in schema if f.type == pa.string() and f.name not in ("path",)]
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=words)
+        self._waiting: list[pa.RecordBatch] = []
+        self._rows = 0
+
+    def __enter__(self) -> open_parquet:
+        return self
+
+    def write_batch(self, batch: pa.RecordBatch) -> None:
+        """Add rows."""
+        while self._rows + batch.num_rows >= ROWS_PER_GROUP:
+            room = ROWS_PER_GROUP - self._rows
+            self._waiting.append(batch.slice(0, room))
+            self._flush()
+            batch = batch.slice(room)
+        if batch.num_rows:
+            self._waiting.append(batch)
+            self._rows += batch.num_rows
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.Table.from_batches(self._waiting), ROWS_PER_GROUP)
+        self._waiting, self._rows = [], 0
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+
+
+def write_chunks(path: Path, table: pa.Table, bounds: Sequence[int]) -> None:
+    """Write a table as an Arrow file with one batch for each pair of neighbouring bounds."""
+    table = table.combine_chunks()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        for start, stop in itertools.pairwise(bounds):
+            rows = table.slice(start, stop - start).combine_chunks().to_batches()
+            writer.write_batch(rows[0] if rows else pa.RecordBatch.from_pylist([], table.schema))
+
+
+def read_chunk(path: str, number: int) -> pa.RecordBatch:
+    """Read one batch of `write_chunks`. Runs on workers."""
+    with pa.OSFile(path, "rb") as file:
+        return pa.ipc.open_file(file).get_batch(number)
+
+
+def even_bounds(rows: int, most: int) -> list[int]:
+    """Cut rows into the fewest pieces of at most ``most``, as even as can be.
+
+    >>> even_bounds(10, 4)
+    [0, 3, 6, 10]
+    >>> even_bounds(0, 4)
+    [0]
+    """
+    pieces = -(-rows // most)
+    return [rows * piece // pieces for piece in range(pieces + 1)] if pieces else [0]
+
+
+def gather(
+    plan: pa.RecordBatch, root: str, files: Sequence[str], columns: list[str]
+) -> Iterator[tuple[pa.RecordBatch, pa.Table]]:
+    """Read rows by place, in the plan's order, a row group's worth at a time. Runs on workers.
+
+    Parameters
+    ----------
+    plan
+        With the columns ``file`` and ``row``.
+
+    Yields
+    ------
+    (pa.RecordBatch, pa.Table)
+        A slice of the plan, and its rows.
+    """
+    read_group = functools.lru_cache(maxsize=16)(
+        lambda file, group: _open(root, files[file]).read_row_group(group, columns)
+    )
+    starts = functools.cache(lambda file: _group_starts(_open(root, files[file])))
+    for begin in range(0, plan.num_rows, ROWS_PER_GROUP):
+        wanted = plan.slice(begin, ROWS_PER_GROUP)
+        yield wanted, _take(wanted, read_group, starts)
+
+
+def _open(root: str, name: str) -> pq.ParquetFile:
+    return pq.ParquetFile(Path(root, name))
+
+
+def _group_starts(file: pq.ParquetFile) -> Any:
+    sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def _take(
+    wanted: pa.RecordBatch, read_group: Callable[..., pa.Table], starts: Callable[..., Any]
+) -> pa.Table:
+    numbers, places = wanted["file"].to_numpy(), wanted["row"].to_numpy()
+    tables, order = [], []
+    for file in np.unique(numbers):
+        here = np.flatnonzero(numbers == file)
+        groups = np.searchsorted(starts(int(file)), places[here], side="right") - 1
+        for group in np.unique(groups):
+            rows = here[groups == group]
+            inside = places[rows] - starts(int(file))[group]
+            tables.append(read_group(int(file), int(group)).take(pa.array(inside)))
+            order.append(rows)
+    back = np.argsort(np.concatenate(order), kind="stable")
+    return pa.concat_tables(tables).take(pa.array(back))

@@ -1,0 +1,97 @@
+"""Every table and column, declared once. Spark's DDL is derived from it."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+FEATURES = 1280
+"""Width of the backbone's output, MobileNetV2 1.0 (Sandler et al. 2018, table 2)."""
+
+SPLITS = ("Training", "Test")
+
+UNREADABLE = "unreadable"
+EMPTY = "empty"
+NOT_AN_IMAGE = "not_an_image"
+TRUNCATED = "truncated"
+TOO_LARGE = "too_large"
+ERRORS = (UNREADABLE, EMPTY, NOT_AN_IMAGE, TRUNCATED, TOO_LARGE)
+"""The codes of a photo that has no features. A code, never an exception's text."""
+
+FILES = pa.schema(
+    [
+        ("path", pa.string()),  # relative to the source, /-separated, exactly as the file is named
+        ("size", pa.int64()),  # bytes
+        ("modified", pa.timestamp("us", tz="UTC")),  # whole milliseconds: all that Hadoop keeps
+    ]
+)
+"""What a listing gives."""
+
+PHOTOS = pa.schema(
+    [
+        FILES.field("path"),
+        ("split", pa.string()),
+        ("label", pa.string()),  # null for a photo that lies in no folder
+        ("filename", pa.string()),
+        FILES.field("size"),
+        FILES.field("modified"),
+    ]
+)
+"""A listing with its meaning."""
+
+FEATURES_TABLE = pa.schema(
+    [
+        *PHOTOS,
+        ("width", pa.int32()),  # pixels, as the file says, before any rotation
+        ("height", pa.int32()),
+        ("features", pa.list_(pa.float32())),  # FEATURES numbers, or null
+        ("error", pa.string()),  # one of ERRORS, or null
+    ]
+)
+"""``OUT/features``, partitioned by split. A plain list: Spark refuses FixedSizeList."""
+
+PCA_TABLE = pa.schema(
+    [
+        ("path", pa.string()),
+        ("label", pa.string()),
+        ("filename", pa.string()),
+        ("pca_features", pa.list_(pa.float32())),  # k numbers
+    ]
+)
+"""``OUT/training_pca`` and ``OUT/test_pca``, partitioned by label."""
+
+REJECTED = pa.schema([(name, pa.string()) for name in ("path", "split", "label", "error")])
+"""``OUT/rejected.csv``."""
+
+IMAGES = pa.schema(
+    [
+        ("path", pa.string()),
+        ("content", pa.binary()),
+        ("label", pa.string()),
+        ("filename", pa.string()),
+    ]
+)
+"""What `pomona.load_images` gives."""
+
+_DDL = {
+    pa.string(): "string",
+    pa.binary(): "binary",
+    pa.int32(): "int",
+    pa.int64(): "bigint",
+    pa.float32(): "float",
+    pa.timestamp("us", tz="UTC"): "timestamp",
+    pa.list_(pa.float32()): "array<float>",
+}
+
+
+def ddl(schema: pa.Schema) -> str:
+    """Spark's words for an Arrow schema.
+
+    >>> ddl(PCA_TABLE)
+    '`path` string, `label` string, `filename` string, `pca_features` array<float>'
+    """
+    return ", ".join(f"`{field.name}` {_DDL[field.type]}" for field in schema)
+
+
+def without(schema: pa.Schema, *names: str) -> pa.Schema:
+    """Return the schema less the named columns (a partition column lives in the folder's name)."""
+    return pa.schema([field for field in schema if field.name not in names])

@@ -1,0 +1,380 @@
+"""Where photos lie: list them, give them their meaning, read their bytes.
+
+A source is a local folder, ``file://``, an object store that Arrow speaks (``s3://``, ``gs://``),
+or a URI that only Hadoop knows (``hdfs://``, ``dbfs:``, ``abfss://``); `pomona.frames` lists and
+reads the last kind.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pomona.errors import RequestError, SourceError
+from pomona.schema import FILES, PHOTOS, SPLITS
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+READ_AHEAD = 16
+"""Reads in flight in a worker on an object store: latency is what costs (benchmarks/reading.py)."""
+
+Reader = Callable[[str], bytes]
+OnCount = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place that holds photos. Picklable: it crosses to the workers.
+
+    Attributes
+    ----------
+    uri
+        As the user gave it.
+    kind
+        ``local`` is read with file calls, ``object`` with ``pyarrow.fs``, ``hadoop`` by Spark.
+    root
+        The folder: an absolute local path, ``bucket/prefix``, or the URI itself.
+    """
+
+    uri: str
+    kind: Literal["local", "object", "hadoop"]
+    root: str
+    store: str = ""
+
+    @property
+    def name(self) -> str:
+        """What identifies the source: its URI without options (they may hold credentials)."""
+        scheme = urlsplit(self.uri).scheme
+        return f"{scheme}://{self.root}" if self.kind == "object" else self.root
+
+
+@dataclass
+class Listing:
+    """What a source holds.
+
+    Attributes
+    ----------
+    files
+        The photos, as `pomona.schema.FILES`, in no order.
+    others
+        How many files are not photos, by suffix.
+    folders
+        Folders that are named like a photo and hold none: `arrange` makes them unreadable rows.
+    """
+
+    files: pa.Table
+    others: Counter[str] = field(default_factory=Counter)
+
+
+def open_source(uri: str | Path) -> Source:
+    """Tell what kind of source a path or URI is. Doesn't touch the network.
+
+    Raises
+    ------
+    SourceError
+        If it is a local path that doesn't exist or isn't a folder.
+    """
+    text = str(uri)
+    scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):", text)
+    if scheme is None or scheme[1].lower() == "file":
+        path = Path(_file_path(text) if scheme else text).expanduser()
+        if not path.is_dir():
+            what = "is a file" if path.exists() else "does not exist"
+            raise SourceError(f"{text} {what}: a source is a folder of photos or its URI")
+        return Source(text, "local", os.fspath(path.resolve()))
+    if scheme[1].lower() in ("s3", "gs", "gcs"):
+        # Keys may hold any character, so only a trailing ?option=value&… is taken as options.
+        options = re.search(r"\?((?:[a-z_]+=[^&?/]*(?:/[^&?]*)?&?)+)$", text)
+        location = text[: options.start()] if options else text
+        rest = location.split("://", 1)[-1].strip("/")
+        if not rest:
+            raise SourceError(f"{text} names no bucket: write {scheme[1]}://BUCKET/FOLDER")
+        store = f"{scheme[1].lower()}://{rest.split('/', 1)[0]}" + (options[0] if options else "")
+        return Source(text, "object", rest, store)
+    return Source(text, "hadoop", text.rstrip("/"))
+
+
+def _file_path(uri: str) -> str:
+    parts = urlsplit(uri)
+    path = unquote(parts.path)
+    return path[1:] if re.match(r"/[A-Za-z]:/", path) else path  # file:///C:/photos
+
+
+def is_photo(name: str) -> bool:
+    """Whether a file's name says that it is a photo (any case)."""
+    return name.lower().endswith(SUFFIXES)
+
+
+# --- listing -----------------------------------------------------------------------------------
+
+
+def list_files(source: Source, on_count: OnCount | None = None) -> Listing:
+    """List the photos of a local source or an object store. Runs on the driver.
+
+    Folders are listed by a few threads at once, and each goes to Arrow columns as it comes, so that
+    the cost per photo is its path and 16 bytes. Hidden names (``.x``) are passed over.
+
+    Raises
+    ------
+    SourceError
+        If the source can't be listed.
+    """
+    scan = _scan_local if source.kind == "local" else functools.partial(_scan_store, source)
+    tables: list[pa.Table] = []
+    others: Counter[str] = Counter()
+    count = 0
+    with ThreadPoolExecutor(2 if source.kind == "local" else READ_AHEAD) as pool:
+        try:
+            waiting = deque([pool.submit(scan, source.root)])
+            while waiting:
+                folders, table, rest = waiting.popleft().result()
+                waiting.extend(pool.submit(scan, folder) for folder in folders)
+                others += rest
+                if table.num_rows:
+                    tables.append(table)
+                    count += table.num_rows
+                    if on_count:
+                        on_count(count)
+        except OSError as error:
+            pool.shutdown(cancel_futures=True)
+            raise SourceError(f"{source.name} can't be listed: {first_line(error)}") from error
+    files = pa.concat_tables(tables) if tables else FILES.empty_table()
+    return Listing(_relative(files, source.root), others)
+
+
+Scan = tuple[list[str], pa.Table, "Counter[str]"]
+
+
+def _scan_local(folder: str) -> Scan:
+    """One folder: the folders in it, its photos, and a count of the rest."""
+    folders: list[str] = []
+    rows: list[tuple[str, int, int]] = []
+    others: Counter[str] = Counter()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if not _loops(entry):
+                    folders.append(entry.path)
+                if is_photo(entry.name) and not _holds_photos(entry.path):
+                    rows.append((entry.path, 0, 0))
+            elif not is_photo(entry.name):
+                others[PurePosixPath(entry.name).suffix.lower()] += 1
+            else:
+                rows.append((entry.path, *_stat(entry)))
+    return folders, _file_table(rows), others
+
+
+def _stat(entry: os.DirEntry[str]) -> tuple[int, int]:
+    try:
+        stat = entry.stat()
+    except OSError:  # a dangling link, or gone since: it is listed, and will be unreadable
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _loops(entry: os.DirEntry[str]) -> bool:
+    """Whether a link leads to a folder that it lies in."""
+    if not entry.is_symlink():
+        return False
+    target = os.path.realpath(entry.path)
+    here = os.path.realpath(os.path.dirname(entry.path))  # noqa: PTH120 (a str from scandir)
+    return os.path.commonpath([target, here]) == target
+
+
+def _holds_photos(folder: str) -> bool:
+    return any(is_photo(name) for _, _, names in os.walk(folder) for name in names)
+
+
+def _scan_store(source: Source, folder: str) -> Scan:
+    from pyarrow.fs import FileSelector, FileType
+
+    rows: list[tuple[str, int, int]] = []
+    folders: list[str] = []
+    others: Counter[str] = Counter()
+    for info in _filesystem(source.store).get_file_info(FileSelector(folder)):
+        if info.base_name.startswith("."):
+            continue
+        if info.type == FileType.Directory:
+            folders.append(info.path)
+        elif is_photo(info.base_name):
+            rows.append((info.path, info.size or 0, info.mtime_ns or 0))
+        else:
+            others[PurePosixPath(info.base_name).suffix.lower()] += 1
+    return folders, _file_table(rows), others
+
+
+def _file_table(rows: list[tuple[str, int, int]]) -> pa.Table:
+    # A name that isn't UTF-8 can't stand in a table: it is shown escaped, and can't be read.
+    paths = [os.fsencode(path).decode("utf-8", "backslashreplace") for path, _, _ in rows]
+    sizes, times = [row[1] for row in rows], [row[2] for row in rows]
+    modified = pa.array([ns // 1_000_000 * 1000 for ns in times], pa.int64())
+    columns = [pa.array(paths, pa.string()), pa.array(sizes, pa.int64())]
+    return pa.table([*columns, modified.cast(FILES.field("modified").type)], schema=FILES)
+
+
+def _relative(files: pa.Table, root: str) -> pa.Table:
+    start = len(root.rstrip("/")) + 1  # code points: utf8_slice counts those too
+    paths = pc.utf8_slice_codeunits(files["path"], start)
+    if os.sep != "/":
+        paths = pc.replace_substring(paths, os.sep, "/")
+    return files.set_column(0, FILES.field("path"), paths)
+
+
+# --- meaning -----------------------------------------------------------------------------------
+
+
+def arrange(files: pa.Table, label: str = "parent", test_fraction: float | None = None) -> pa.Table:
+    """Give each photo its split, label and filename, and an order.
+
+    Parameters
+    ----------
+    files
+        As `pomona.schema.FILES`.
+    label
+        ``parent``: the folder that holds the photo. ``top``: the first folder under the split.
+    test_fraction
+        Share of the photos (with ``top``: of the folders that hold them, since neighbouring photos
+        of one folder are near-copies) that goes to ``Test``, by a hash of the path, so that a
+        photo stays in its split when others come.
+
+    Returns
+    -------
+    pa.Table
+        As `pomona.schema.PHOTOS`, sorted by split and path. In a source that has a ``Training`` or
+        ``Test`` folder, photos that lie elsewhere are left out.
+
+    Raises
+    ------
+    RequestError
+        If ``test_fraction`` is given for a source that is split already, or isn't between 0 and 1.
+    """
+    paths = files["path"]
+    has_splits = bool(pc.any(pc.match_substring_regex(paths, r"^(Training|Test)/")).as_py())
+    if has_splits:
+        files = files.filter(pc.match_substring_regex(paths, r"^(Training|Test)/"))
+        paths = files["path"]
+        splits = pc.replace_substring_regex(paths, r"(?s)/.*$", "")
+        inner = pc.replace_substring_regex(paths, r"^[^/]*/", "")
+    else:
+        splits = pa.chunked_array([pa.repeat("Training", len(paths))])
+        inner = paths
+    filenames = pc.replace_substring_regex(paths, r"(?s)^.*/", "")
+    in_folder = pc.match_substring(inner, "/")
+    folders = pc.replace_substring_regex(inner, r"(?s)/[^/]*$", "")
+    labels = pc.replace_substring_regex(folders, r"(?s)/.*$" if label == "top" else r"(?s)^.*/", "")
+    labels = pc.if_else(in_folder, labels, pa.scalar(None, pa.string()))
+    if test_fraction is not None:
+        splits = _draw(folders if label == "top" else paths, test_fraction, has_splits)
+    table = pa.table(
+        [paths, splits, labels, filenames, files["size"], files["modified"]], schema=PHOTOS
+    )
+    return table.sort_by([("split", "ascending"), ("path", "ascending")])
+
+
+def _draw(keys: pa.ChunkedArray, fraction: float, has_splits: bool) -> pa.ChunkedArray:
+    if has_splits:
+        raise RequestError(
+            "--test-fraction is for a source without Training and Test folders, and this one has "
+            "them: leave the option out"
+        )
+    if not 0 < fraction < 1:
+        raise RequestError(f"--test-fraction is a share between 0 and 1, not {fraction:g}")
+    draws = (
+        int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+        for key in keys.to_pylist()
+    )
+    names = ["Test" if draw < fraction else "Training" for draw in draws]
+    return pa.chunked_array([pa.array(names, pa.string())])
+
+
+def layout_hint(files: pa.Table) -> str:
+    """Return a sentence when Training and Test lie one folder deeper, else nothing."""
+    heads = {
+        "/".join(path.split("/")[:2])
+        for path in files["path"].slice(0, 100_000).to_pylist()
+        if path.count("/") >= 2
+    }
+    inner = sorted({head.split("/")[0] for head in heads if head.split("/")[-1] in SPLITS})
+    if not inner or inner[0] in SPLITS:
+        return ""
+    return f"Training and Test folders lie in {inner[0]}/: is that the source you mean?"
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+def _filesystem(store: str) -> Any:
+    from pyarrow.fs import FileSystem
+
+    try:
+        return FileSystem.from_uri(store)[0]
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise SourceError(f"{store}: {first_line(error)}") from error
+
+
+def reader(source: Source) -> Reader:
+    """Return a function from relative path to bytes; it raises OSError. Runs on workers."""
+    if source.kind == "local":
+        return lambda path: Path(source.root, path).read_bytes()
+    filesystem = _filesystem(source.store)
+
+    def read(path: str) -> bytes:
+        with filesystem.open_input_file(f"{source.root}/{path}") as file:
+            return bytes(file.read())
+
+    return read
+
+
+def read(photos: Iterator[pa.RecordBatch], source: Source) -> Iterator[pa.RecordBatch]:
+    """Add the column ``content``: the file's bytes, or null if they can't be read. Runs on workers.
+
+    On an object store the next `READ_AHEAD` files are on their way while these are in use.
+    """
+    read_one = reader(source)
+
+    def content(path: str) -> bytes | None:
+        try:
+            return read_one(path)
+        except OSError:
+            return None
+
+    if source.kind == "local":
+        for batch in photos:
+            yield with_content(batch, [content(path) for path in batch["path"].to_pylist()])
+        return
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        under_way: deque[tuple[pa.RecordBatch, list[Any]]] = deque()
+        for batch in photos:
+            under_way.append((batch, [pool.submit(content, p) for p in batch["path"].to_pylist()]))
+            while sum(len(futures) for _, futures in under_way) > READ_AHEAD + batch.num_rows:
+                first, futures = under_way.popleft()
+                yield with_content(first, [future.result() for future in futures])
+        for first, futures in under_way:
+            yield with_content(first, [future.result() for future in futures])
+
+
+def with_content(batch: pa.RecordBatch, contents: list[bytes | None]) -> pa.RecordBatch:
+    """Append the column ``content`` to a batch of photos."""
+    return pa.RecordBatch.from_arrays(
+        [*batch.columns, pa.array(contents, pa.binary())],
+        schema=batch.schema.append(pa.field("content", pa.binary())),
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

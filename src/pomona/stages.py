@@ -1,0 +1,229 @@
+"""The stages: each reads a table and writes a table, and computes only what isn't there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from pomona import engine, manifest, reduction, tables
+from pomona import projection as proj
+from pomona.engine import Cluster
+from pomona.errors import RequestError
+from pomona.extraction import (
+    ExtractOptions,
+    GetSpark,
+    OnTick,
+    Tick,
+    extract,
+    list_source,
+    quiet,
+    rejected_share,
+)
+from pomona.manifest import Out
+
+__all__ = [
+    "ExtractOptions",
+    "ReduceOptions",
+    "Tick",
+    "extract",
+    "list_source",
+    "reduce",
+    "rejected_share",
+    "run",
+    "status",
+    "track",
+]
+
+
+@dataclass(frozen=True)
+class ReduceOptions:
+    """How features become PCA features; see ``pomona reduce --help``."""
+
+    components: int | float = 50
+    scale: bool = True
+    whiten: bool = False
+    plots: bool = True
+
+
+def reduce(
+    out: str | Path,
+    options: ReduceOptions | None = None,
+    cluster: Cluster | None = None,
+    on_tick: OnTick = quiet,
+) -> dict[str, Any]:
+    """Fit scaler and PCA on Training and apply them to all photos. Returns the manifest's record.
+
+    Nothing is computed if the features and the options are those of the outputs that are there.
+
+    Raises
+    ------
+    RequestError
+        And its kinds: there are no features, or too few photos.
+    """
+    options = options or ReduceOptions()
+    folder = manifest.open_out(out, must_exist=True)
+    if options.plots:
+        from pomona.report import check_matplotlib
+
+        check_matplotlib()
+    cluster = replace(cluster or Cluster(), log_file=folder.log)
+    with manifest.lock(folder), engine.lazy_session(cluster) as spark:
+        _refuse_unfinished(folder)
+        settings = {
+            "components": options.components,
+            "scale": options.scale,
+            "whiten": options.whiten,
+        }
+        made_from = {"features": tables.digest(folder), "settings": settings}
+        old = manifest.read_json(folder.manifest).get("stages", {}).get("reduce", {})
+        if old.get("made_from") == made_from and reduction.is_whole(folder, old["digests"]):
+            if options.plots and not (folder.report / "pca_variance.png").exists():
+                _plot(proj.load(folder.projection), folder.report)
+            return dict(old)
+        return _reduce(folder, options, made_from, spark, on_tick)
+
+
+def _refuse_unfinished(out: Out) -> None:
+    if not manifest.read_json(out.table_file).get("files"):
+        raise RequestError(
+            f"there are no features in {out.root}: pomona extract SOURCE --out … makes them"
+        )
+    if (out.work / "plan.json").exists():
+        raise RequestError(
+            f"extract isn't finished in {out.root}: run the same pomona extract again, it goes on"
+        )
+
+
+def _reduce(
+    out: Out, options: ReduceOptions, made_from: dict[str, Any], spark: GetSpark, on_tick: OnTick
+) -> dict[str, Any]:
+    start = time.time()
+    groups = reduction.row_groups(out)
+    steps = len(groups) + 1
+
+    def tick(done: int) -> None:
+        on_tick(Tick("reduce", done, steps))
+
+    tick(0)
+    moments = reduction.moments(out, groups, functools.partial(engine.run_tasks, spark()), tick)
+    projection = proj.fit(moments, options.components, scale=options.scale, whiten=options.whiten)
+    fitted = time.time()
+    tick(len(groups))
+    digests, rows = reduction.write(
+        out, projection, made_from, functools.partial(engine.run_tasks, spark())
+    )
+    if options.plots:
+        _plot(projection, out.report)
+    tick(steps)
+    record = {
+        "made_from": made_from,
+        "photos_fitted": projection.count,
+        "rows": rows,
+        "components": projection.k,
+        "variance_kept": projection.kept,
+        "components_for_95": proj.count_for(projection.explained_variance_ratio, 0.95),
+        "first_components": [float(r) for r in projection.explained_variance_ratio[:10]],
+        "compression_ratio": len(projection.mean) / projection.k,
+        "digests": digests,
+        "times": {
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": {
+                "fit": round(fitted - start, 2),
+                "transform": round(time.time() - fitted, 2),
+            },
+        },
+    }
+    manifest.update(out, "reduce", record)
+    return record
+
+
+def _plot(projection: proj.Projection, folder: Path) -> None:
+    from pomona.report import plot_variance
+
+    plot_variance(projection, folder / "pca_variance.png")
+
+
+# --- run, status -------------------------------------------------------------------------------
+
+
+def run(
+    source: str | Path,
+    out: str | Path,
+    extract_options: ExtractOptions | None = None,
+    reduce_options: ReduceOptions | None = None,
+    cluster: Cluster | None = None,
+    on_tick: OnTick = quiet,
+) -> dict[str, Any]:
+    """Do every stage. Returns the records by stage, as in the manifest."""
+    if (reduce_options or ReduceOptions()).plots:
+        from pomona.report import check_matplotlib
+
+        check_matplotlib()  # before the long part, not after it
+    with contextlib.ExitStack() as keep:  # one session for all stages: reduce finds it active
+        first = extract(source, out, extract_options, cluster, on_tick, keep)
+        return {"extract": first, "reduce": reduce(out, reduce_options, cluster, on_tick)}
+
+
+def track(out: str | Path, records: dict[str, Any]) -> str:
+    """Record a run in MLflow. Returns a sentence that tells where, or why not."""
+    from pomona.tracking import record
+
+    folder = manifest.open_out(out, must_exist=True)
+    first, second = records["extract"], records["reduce"]
+    settings = {k: v for k, v in first["settings"].items() if k != "preprocessing"}
+    params = {"source": first["source"], **settings, **second["made_from"]["settings"]}
+    metrics = {
+        "photos": first["photos"],
+        "labels": first["labels"],
+        "rejected": sum(first["rejected"].values()),
+        "photos_computed": first["times"]["computed"],
+        "photos_per_second": first["times"]["photos_per_second"],
+        "components_kept": second["components"],
+        "variance_kept": second["variance_kept"],
+        **{f"seconds_{k}": v for k, v in first["times"]["seconds"].items()},
+        **{f"seconds_{k}": v for k, v in second["times"]["seconds"].items()},
+    }
+    pictures = sorted(folder.report.glob("*.png"))
+    return record(folder, params, metrics, [*pictures, folder.manifest, folder.rejected])
+
+
+def status(out: str | Path) -> dict[str, Any]:
+    """Tell how far OUT is, from what lies in it; the source isn't listed again.
+
+    Returns
+    -------
+    dict
+        ``photos``, ``done``, ``rejected`` (by code), ``todo``, ``finished`` (stages), ``running``.
+    """
+    folder = manifest.open_out(out, must_exist=True)
+    table = manifest.read_json(folder.table_file)
+    if not table:
+        raise RequestError(f"{out} holds nothing of Pomona's: pomona extract SOURCE --out {out}")
+    plan = manifest.read_json(folder.work / "plan.json")
+    parts = tables.parts_folder(folder, table["spec"])
+    found = tables.index(folder, parts).rows
+    done = pc.count_distinct(found["path"]).as_py()
+    photos = max(plan.get("photos", 0), done)
+    bad = found.filter(pc.is_valid(found["error"])).group_by("error")
+    codes = bad.aggregate([("path", "count_distinct")]).to_pylist()
+    stages = manifest.read_json(folder.manifest).get("stages", {})
+    unfinished = {"extract"} if plan else set()
+    digest = tables.digest(folder)
+    if stages.get("reduce", {}).get("made_from", {}).get("features") != digest:
+        unfinished.add("reduce")
+    return {
+        "source": table["source"],
+        "photos": photos,
+        "done": done,
+        "rejected": {row["error"]: row["path_count_distinct"] for row in codes},
+        "todo": photos - done,
+        "finished": sorted(set(stages) - unfinished),
+        "running": manifest.is_locked(folder),
+    }

@@ -1,0 +1,381 @@
+"""The table of features on disk: what is done, what is to do, and how parts become the table.
+
+While ``extract`` runs, each task leaves one *part* in ``OUT/_work/parts-…``, written aside and
+renamed when it is whole, so that a part that is there is complete. At the end parts and table
+become the new table: files of about 128 MB, rows by path, one folder for each split. A file whose
+rows all stay is left alone. `manifest.commit` makes the change whole.
+
+Functions marked so run on workers; they need OUT to be storage that driver and executors share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pcsv
+import pyarrow.parquet as pq
+
+from pomona import manifest
+from pomona.errors import JobError, MismatchError
+from pomona.manifest import Move, Out
+from pomona.rows import even_bounds, gather, open_parquet, read_chunk
+from pomona.schema import FEATURES_TABLE, PHOTOS, REJECTED, SPLITS, UNREADABLE, without
+
+log = logging.getLogger("pomona")
+
+ROWS_PER_FILE = 25_000
+"""128 MB: a row is 1280 float32 and about 100 bytes."""
+
+PART_FORMAT = "{run}-{task:06d}-{rows}-{rejected}.parquet"
+"""A part's name tells its counts, so that progress is one look at a folder."""
+
+
+# --- what there is -----------------------------------------------------------------------------
+
+
+def parts_folder(out: Out, fingerprint: dict[str, object]) -> Path:
+    """Return the folder of parts of one spec: an orphan of a killed run can't reach another's."""
+    name = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+    return out.work / f"parts-{name}"
+
+
+class Counts(NamedTuple):
+    """Rows in parts."""
+
+    done: int = 0
+    rejected: int = 0
+
+
+def count_parts(folder: Path, run: str = "") -> Counts:
+    """Count the rows in parts (of one run) by their names."""
+    done = rejected = 0
+    try:
+        names = [entry.name for entry in os.scandir(folder)]
+    except FileNotFoundError:
+        return Counts()
+    for name in names:
+        if name.endswith(".parquet") and name.startswith(run):
+            rows, bad = name.removesuffix(".parquet").split("-")[-2:]
+            done, rejected = done + int(rows), rejected + int(bad)
+    return Counts(done, rejected)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where each row lies.
+
+    Attributes
+    ----------
+    rows
+        ``PHOTOS`` and ``error``, ``file`` (index into ``files``, int32), ``row`` (int64).
+    files
+        Paths relative to OUT; table files first, then parts.
+    table_files
+        How many of them are table files.
+    """
+
+    rows: pa.Table
+    files: list[str]
+    table_files: int
+
+
+_INDEX_FIELDS = [*PHOTOS, FEATURES_TABLE.field("error")]
+
+
+def index(out: Out, parts: Path) -> Index:
+    """Read the key columns of the table and of the parts. A part that is damaged is dropped."""
+    known = manifest.read_json(out.table_file).get("files", {})
+    names = [f"features/{name}" for name in sorted(known)]
+    table_files = len(names)
+    names += sorted(path.relative_to(out.root).as_posix() for path in parts.glob("*.parquet"))
+    kept: list[str] = []
+    tables = []
+    for number, name in enumerate(names):
+        rows = _read_keys(out, name, is_part=number >= table_files)
+        if rows is not None:
+            position = pa.array(np.full(rows.num_rows, len(kept), np.int32))
+            rows = rows.append_column("file", position)
+            tables.append(rows.append_column("row", pa.array(np.arange(rows.num_rows))))
+            kept.append(name)
+    schema = pa.schema([*_INDEX_FIELDS, ("file", pa.int32()), ("row", pa.int64())])
+    return Index(pa.concat_tables(tables) if tables else schema.empty_table(), kept, table_files)
+
+
+def _read_keys(out: Out, name: str, *, is_part: bool) -> pa.Table | None:
+    wanted = pa.schema(_INDEX_FIELDS)
+    columns = [field.name for field in wanted]
+    try:
+        if is_part:
+            return pq.ParquetFile(out.root / name).read(columns)
+        columns.remove("split")
+        rows = pq.ParquetFile(out.root / name).read(columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        if is_part:  # the machine went down while it was written; its photos are done again
+            log.warning("dropped the damaged part %s: %s", name, error)
+            (out.root / name).unlink(missing_ok=True)
+            return None
+        raise MismatchError(
+            f"{out.root / name} is missing or damaged: remove {out.features} and extract again"
+        ) from error
+    split = Path(name).parent.name.removeprefix("split=")
+    split_column = pa.repeat(split, rows.num_rows)
+    return rows.add_column(1, "split", split_column).select(wanted.names)
+
+
+def match(photos: pa.Table, found: Index) -> pa.Table:
+    """Join a listing with the rows that there are.
+
+    Returns
+    -------
+    pa.Table
+        One row for each photo, in the listing's order: ``PHOTOS``, ``file`` and ``row`` (null: to
+        do), ``error``, and ``moved`` (the row's split or label is another one now).
+    """
+    keys = ["path", "size", "modified"]
+    rows = found.rows
+    # Of several rows for one photo the last counts, but a photo that stays unreadable stays put.
+    again = pc.and_(
+        pc.equal(pc.fill_null(rows["error"], ""), UNREADABLE),
+        pc.greater_equal(rows["file"], found.table_files),
+    )
+    order = pc.if_else(again, -1, rows["file"])
+    rows = rows.append_column("order", order)
+    best = rows.group_by(keys).aggregate([("order", "max")])
+    rows = rows.rename_columns({"split": "old_split", "label": "old_label"}).select(
+        [*keys, "old_split", "old_label", "error", "file", "row", "order"]
+    )
+    best = best.rename_columns({"order_max": "order"})
+    rows = rows.join(best, [*keys, "order"], join_type="inner")
+    rows = rows.group_by(keys, use_threads=False).aggregate(
+        [(name, "first") for name in ("old_split", "old_label", "error", "file", "row")]
+    )
+    rows = rows.rename_columns(
+        {f"{name}_first": name for name in ("old_split", "old_label", "error", "file", "row")}
+    )
+    numbered = photos.append_column("position", pa.array(np.arange(photos.num_rows)))
+    joined = numbered.join(rows, keys, join_type="left outer").sort_by("position")
+    same = pc.and_(
+        pc.equal(joined["split"], joined["old_split"]),
+        pc.equal(pc.fill_null(joined["label"], "/"), pc.fill_null(joined["old_label"], "/")),
+    )
+    moved = pc.fill_null(pc.invert(same), False)
+    return joined.append_column("moved", moved).select(
+        [*PHOTOS.names, "file", "row", "error", "moved"]
+    )
+
+
+def deleted(photos: pa.Table, found: Index) -> pa.Table:
+    """Return the table's rows whose path is not in the listing, as ``PHOTOS``."""
+    in_table = found.rows.filter(pc.less(found.rows["file"], found.table_files))
+    gone = pc.invert(pc.is_in(in_table["path"], photos["path"].combine_chunks()))
+    return in_table.filter(gone).select(PHOTOS.names)
+
+
+# --- parts, on workers -------------------------------------------------------------------------
+
+
+class PartFile(NamedTuple):
+    """Where a task writes, and what it is called."""
+
+    folder: str
+    run: str
+
+
+def new_run() -> str:
+    """Return a name for one run of ``extract``."""
+    return uuid.uuid4().hex[:8]
+
+
+def write_part(where: PartFile, task: int, batches: Iterator[pa.RecordBatch]) -> Counts:
+    """Write one task's rows as one part. Runs on workers.
+
+    The same task done twice (a retry, speculation) replaces its own part.
+    """
+    aside = Path(where.folder, f".{where.run}-{task:06d}-{uuid.uuid4().hex[:8]}")
+    rows = rejected = 0
+    try:
+        with open_parquet(aside, FEATURES_TABLE) as writer:
+            for batch in batches:
+                writer.write_batch(batch.select(FEATURES_TABLE.names).cast(FEATURES_TABLE))
+                rows += batch.num_rows
+                rejected += batch.num_rows - batch["error"].null_count
+        name = PART_FORMAT.format(run=where.run, task=task, rows=rows, rejected=rejected)
+        if rows:
+            aside.replace(Path(where.folder, name))
+    finally:
+        aside.unlink(missing_ok=True)
+    return Counts(rows, rejected)
+
+
+# --- from parts to the table -------------------------------------------------------------------
+
+
+class Compaction(NamedTuple):
+    """What must happen for parts and table to become the new table.
+
+    Attributes
+    ----------
+    plan
+        Rows to write: ``PHOTOS``, ``file``, ``row``, in order.
+    bounds
+        The plan's rows, file by file.
+    names
+        The new files, relative to ``OUT/features``.
+    obsolete
+        Table files that go, relative to ``OUT/features``.
+    """
+
+    plan: pa.Table
+    bounds: list[int]
+    names: list[str]
+    obsolete: list[str]
+
+
+def plan_compaction(rows: pa.Table, found: Index) -> Compaction:
+    """Decide which files stay and what the new ones hold.
+
+    A table file stays when all its rows do and it is full, or its split has nothing new.
+
+    Parameters
+    ----------
+    rows
+        As `match` returns it, complete.
+
+    Raises
+    ------
+    JobError
+        If a photo has no row: no task may lose one.
+    """
+    if rows["file"].null_count:
+        raise JobError(f"{rows['file'].null_count} photos got no row: run the same command again")
+    old = _table_sizes(found)
+    stays = np.zeros(len(found.files), np.int64)
+    numbers, moved = rows["file"].to_numpy(), rows["moved"].to_numpy()
+    np.add.at(stays, numbers[~moved], 1)
+    whole = {n for n in range(found.table_files) if stays[n] == old[n]}
+    split_of = {n: Path(found.files[n]).parent.name for n in range(found.table_files)}
+    kept: set[int] = set()
+    for split in SPLITS:
+        mine = {n for n in whole if split_of[n] == f"split={split}"}
+        in_split = pc.equal(rows["split"], split).to_numpy()
+        new = bool((in_split & ~np.isin(numbers, list(mine))).any())
+        kept |= {n for n in mine if old[n] >= ROWS_PER_FILE // 2} if new else mine
+    plan = rows.filter(pa.array(~np.isin(numbers, list(kept)))).select(
+        [*PHOTOS.names, "file", "row"]
+    )
+    bounds, names = _new_files(plan, _next_generation(found))
+    gone = set(range(found.table_files)) - kept
+    obsolete = [found.files[n].removeprefix("features/") for n in sorted(gone)]
+    return Compaction(plan, bounds, names, obsolete)
+
+
+def _table_sizes(found: Index) -> Any:
+    return np.bincount(found.rows["file"].to_numpy(), minlength=len(found.files))
+
+
+def _next_generation(found: Index) -> int:
+    old = [int(Path(name).stem.split("-")[1]) for name in found.files[: found.table_files]]
+    return max(old, default=-1) + 1
+
+
+def _new_files(plan: pa.Table, generation: int) -> tuple[list[int], list[str]]:
+    bounds, names = [0], []
+    for split in SPLITS[::-1]:  # the plan's order: Test, Training
+        rows = pc.sum(pc.equal(plan["split"], split)).as_py() or 0
+        cuts = even_bounds(rows, ROWS_PER_FILE)
+        first = bounds[-1]
+        bounds += [first + cut for cut in cuts[1:]]
+        names += [
+            f"split={split}/part-{generation:05d}-{number:05d}.parquet"
+            for number in range(len(cuts) - 1)
+        ]
+    return bounds, names
+
+
+@dataclass(frozen=True)
+class WriteFile:
+    """Write one file of the new table. Picklable; called on workers.
+
+    Attributes
+    ----------
+    chunks
+        The plan, a chunk for each file.
+    root, files
+        OUT, and the files that the plan's ``file`` counts.
+    names, staged
+        The new files, and the folder that they are relative to.
+    """
+
+    chunks: str
+    root: str
+    files: tuple[str, ...]
+    names: tuple[str, ...]
+    staged: str
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Return ``name``, ``rows``, ``rejected`` and ``sha256`` of file ``number``."""
+        path = Path(self.staged, self.names[number])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        plan = read_chunk(self.chunks, number)
+        schema = without(FEATURES_TABLE, "split")
+        label = schema.get_field_index("label")
+        rejected = 0
+        with open_parquet(aside, schema) as writer:
+            for wanted, rows in gather(plan, self.root, self.files, schema.names):
+                relabelled = rows.set_column(label, schema.field("label"), wanted["label"])
+                rejected += rows.num_rows - rows["error"].null_count
+                for batch in relabelled.to_batches():
+                    writer.write_batch(batch)
+        digest = manifest.sha256(aside)
+        aside.replace(path)
+        name = self.names[number]
+        return {"name": name, "rows": plan.num_rows, "rejected": rejected, "sha256": digest}
+
+
+def commit_compaction(
+    out: Out, done: Compaction, results: list[dict[str, Any]], staged: Path, table: dict[str, Any]
+) -> None:
+    """Put the new files in place, remove the old ones and the parts, and note both."""
+    files = dict(table.get("files", {}))
+    for name in done.obsolete:
+        files.pop(name, None)
+    for result in results:
+        files[result["name"]] = {k: result[k] for k in ("rows", "rejected", "sha256")}
+    manifest.write_json(staged / "_table.json", {**table, "files": files})
+    here = staged.relative_to(out.root).as_posix()
+    moves: list[Move] = [(None, f"features/{name}") for name in done.obsolete]
+    moves += [(f"{here}/{r['name']}", f"features/{r['name']}") for r in results]
+    moves.append((f"{here}/_table.json", "features/_table.json"))
+    manifest.commit(out, moves)
+    shutil.rmtree(out.work, ignore_errors=True)
+
+
+def write_rejected(out: Out) -> dict[str, int]:
+    """Write ``OUT/rejected.csv`` and return how many there are of each code."""
+    found = index(out, out.work / "none").rows
+    bad = found.filter(pc.is_valid(found["error"])).select(REJECTED.names)
+    bad = bad.sort_by([("split", "ascending"), ("path", "ascending")])
+    part = out.rejected.with_name(f".{out.rejected.name}.part")
+    pcsv.write_csv(bad, part)
+    part.replace(out.rejected)
+    counted = bad.group_by("error").aggregate([("path", "count")]).to_pylist()
+    return {row["error"]: row["path_count"] for row in sorted(counted, key=lambda r: r["error"])}
+
+
+def digest(out: Out) -> str:
+    """Return one digest of the table's files, as they were when they were written."""
+    files = manifest.read_json(out.table_file).get("files", {})
+    return manifest.tree_digest({name: about["sha256"] for name, about in files.items()})

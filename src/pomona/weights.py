@@ -1,0 +1,194 @@
+"""Where weights come from, and their check. Runs on the driver; executors get the bytes from it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pomona import mobilenet
+from pomona.errors import MissingError, WeightsError
+
+OFFICIAL_URL = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
+"""torchvision's MobileNet_V2_Weights.IMAGENET1K_V1; its name holds the start of its sha256."""
+
+OnBytes = Callable[[int, int], None]
+"""Called with (bytes so far, bytes in all; 0 if unknown)."""
+
+REMEDIES = (
+    "set POMONA_WEIGHTS or --weights to a .safetensors, .pth or .onnx file, put the official file "
+    "into the cache folder by hand, or take --weights random:0 (untrained) to try things out"
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that were found and checked.
+
+    Attributes
+    ----------
+    name
+        ``imagenet``, ``random:SEED``, or a file's name.
+    digest
+        sha256 of the values (of the file, for ONNX).
+    state
+        The backbone's tensors, float32; None where the file is ONNX.
+    onnx
+        An ONNX file's bytes.
+    """
+
+    name: str
+    digest: str
+    state: dict[str, npt.NDArray[np.float32]] | None = None
+    onnx: bytes | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether the values come from training."""
+        return not self.name.startswith("random:")
+
+
+def default() -> str:
+    """Return the weights to take when the user names none."""
+    return os.environ.get("POMONA_WEIGHTS") or "imagenet"
+
+
+def cache_folder() -> Path:
+    """Return where downloaded weights are kept: ``POMONA_CACHE``, or the user's cache folder."""
+    if folder := os.environ.get("POMONA_CACHE"):
+        return Path(folder)
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"
+    return Path(base).expanduser() / "pomona"
+
+
+def load(name: str | None = None, on_bytes: OnBytes | None = None) -> Weights:
+    """Find weights by name and check them.
+
+    Parameters
+    ----------
+    name
+        ``imagenet``, ``random:SEED``, or the path of a ``.pth``, ``.safetensors`` or ``.onnx``
+        file; by default `default`.
+    on_bytes
+        Told the progress of a download.
+
+    Raises
+    ------
+    WeightsError
+        If they can't be had, are damaged, or are not MobileNetV2's.
+    """
+    name = name or default()
+    if name.startswith("random:"):
+        return _random(name)
+    if name == "imagenet":
+        return _from_state("imagenet", _read_pth(_official(on_bytes)), "the official file")
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise WeightsError(f"no weights at {name}: {REMEDIES}")
+    if path.suffix == ".onnx":
+        return _onnx(path)
+    if path.suffix == ".safetensors":
+        return _from_state(path.name, _read_safetensors(path), str(path))
+    if path.suffix in (".pth", ".pt"):
+        return _from_state(path.name, _read_pth(path), str(path))
+    raise WeightsError(f"{name}: weights are a .safetensors, .pth or .onnx file")
+
+
+def _random(name: str) -> Weights:
+    if not re.fullmatch(r"random:\d{1,9}", name):
+        raise WeightsError(f"{name}: random weights are named random:SEED, for example random:0")
+    return _from_state(name, mobilenet.random_state(int(name.split(":")[1])), name)
+
+
+def _from_state(name: str, state: mobilenet.State, where: str) -> Weights:
+    checked = mobilenet.check(state, where)
+    return Weights(name, mobilenet.digest(checked), state=checked)
+
+
+def _onnx(path: Path) -> Weights:
+    content = path.read_bytes()
+    return Weights(path.name, hashlib.sha256(content).hexdigest(), onnx=content)
+
+
+def _read_safetensors(path: Path) -> dict[str, npt.NDArray[np.generic]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged, or no safetensors file: fetch it again") from error
+
+
+def _read_pth(path: Path) -> dict[str, npt.NDArray[np.generic]]:
+    try:
+        from pomona.mobilenet_torch import read_pth
+    except ImportError as error:
+        raise MissingError(
+            f"reading {path.name} needs PyTorch: pip install 'pomona[torch]', or name a "
+            ".safetensors file with --weights or POMONA_WEIGHTS"
+        ) from error
+    try:
+        return read_pth(path.read_bytes(), str(path))
+    except ValueError as error:
+        raise WeightsError(f"{error}: the file is damaged, or of another kind") from error
+
+
+# --- the official file -------------------------------------------------------------------------
+
+
+def _official(on_bytes: OnBytes | None) -> Path:
+    """Return the official file, fetched if it isn't in the cache."""
+    path = cache_folder() / OFFICIAL_URL.rsplit("/", 1)[-1]
+    if path.is_file() and _hash_in_name(path) == _sha256(path)[:8]:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        _download(OFFICIAL_URL, part, on_bytes)
+        if _hash_in_name(path) != _sha256(part)[:8]:
+            raise WeightsError(
+                f"what came from {OFFICIAL_URL} is not the official file (its sha256 differs): "
+                "try again, or fetch it by other means and name it with --weights"
+            )
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _download(url: str, to: Path, on_bytes: OnBytes | None) -> None:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer, to.open("wb") as file:
+            total = int(answer.headers.get("Content-Length") or 0)
+            done = 0
+            while chunk := answer.read(1 << 18):
+                file.write(chunk)
+                done += len(chunk)
+                if on_bytes:
+                    on_bytes(done, total)
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise WeightsError(
+            f"the ImageNet weights can't be fetched ({reason}): {REMEDIES}"
+        ) from error
+
+
+def _hash_in_name(path: Path) -> str:
+    return path.stem.rsplit("-", 1)[-1]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        sha = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
