@@ -380,7 +380,9 @@ def _print(found: dict[str, Any], as_json: bool, to_text: Any) -> None:
         return
     from rich.console import Console
 
-    Console().print(to_text(found), markup=False, highlight=False)
+    terminal = sys.stdout.isatty()  # elsewhere nothing is folded: a path stays in one piece
+    console = Console(width=None if terminal else 1000)
+    console.print(to_text(found), markup=False, highlight=False)
 
 
 def _print_run(records: dict[str, Any], out: str, as_json: bool) -> None:
@@ -402,6 +404,10 @@ def _exit_by(record: dict[str, Any], max_error_rate: float) -> None:
         raise typer.Exit(TOO_MANY_REJECTED)
 
 
+INTERRUPTED = 130
+"""As shells have it: 128 and SIGINT."""
+
+
 def _interrupt(number: int, _: object) -> None:
     raise KeyboardInterrupt(number)
 
@@ -410,15 +416,18 @@ def main() -> None:
     """Run the command. Errors become one line and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)  # a container's stop is a Ctrl-C
     try:
-        app(standalone_mode=False)
+        # Typer returns the code of an Exit, and makes one of an interrupt.
+        code = app(standalone_mode=False) or 0
     except PomonaError as error:
         typer.echo(f"pomona: {' '.join(str(error).split())}", err=True)
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("pomona: stopped; run the same command again to go on", err=True)
-        sys.exit(130)
+        code = INTERRUPTED
     except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
-            error.show()
-            sys.exit(2)
-        raise
+        if not hasattr(error, "show"):  # not a usage error of the command line
+            raise
+        error.show()
+        code = 2
+    if code == INTERRUPTED:
+        typer.echo("pomona: stopped; run the same command again to go on", err=True)
+    sys.exit(code)

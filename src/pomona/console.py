@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 WORDS = {
     "list": "listing photos",
@@ -192,7 +192,7 @@ def _places(records: dict[str, Any], out: str) -> list[tuple[str, str]]:
 
 
 def _two_columns(rows: list[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid(Column(), Column(overflow="fold"), padding=(0, 2))
     for name, value in rows:
         table.add_row(name, value)
     return table

@@ -38,10 +38,10 @@ def inspect(
         and ``between`` splits: photos that are a copy of another), ``not_photos`` (by suffix),
         ``outside_splits``.
     """
-    photos = sources.arrange(listing.files, label)
+    photos = sources.arrange(listing.files, label, root=source.folder)
     splits = {s: photos.filter(pc.equal(photos["split"], s)) for s in SPLITS}
     counts = Counter(photos["label"].to_pylist())
-    ranked = sorted(((str(k), n) for k, n in counts.items()), key=lambda row: (-row[1], row[0]))
+    ranked = sorted(counts.items(), key=lambda row: (-row[1], row[0]))
     sizes, duplicates = _look(source, photos, on_done or (lambda done, total: None))
     unknown = sizes.pop(None, 0)
     labels = {name: set(table["label"].to_pylist()) for name, table in splits.items()}
@@ -54,7 +54,7 @@ def inspect(
         "largest": ranked[:20],
         "smallest": ranked[::-1][:20],
         "only_in": {
-            name: sorted(str(x) for x in labels[name] - labels[other])
+            name: sorted(labels[name] - labels[other])
             for name, other in (SPLITS, SPLITS[::-1])
             if splits["Test"].num_rows and splits["Training"].num_rows
         },
@@ -133,7 +133,7 @@ def choose(photos: pa.Table, percentage: float) -> list[str]:
     """
     if not 0 < percentage <= 100:
         raise RequestError(f"--percentage is above 0 and up to 100, not {percentage:g}")
-    strata: dict[tuple[str, str | None], list[str]] = defaultdict(list)
+    strata: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in photos.select(["split", "label", "path"]).to_pylist():
         strata[row["split"], row["label"]].append(row["path"])
     chosen: list[str] = []

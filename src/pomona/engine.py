@@ -43,6 +43,9 @@ JAVA_REMEDY = (
     "Windows: winget install EclipseAdoptium.Temurin.17.JRE"
 )
 
+TRIES = 4
+"""Of a task, as on a cluster (spark.task.maxFailures)."""
+
 Poll = Callable[[], None]
 POLL_SECONDS = 0.5
 
@@ -97,7 +100,9 @@ def session(cluster: Cluster) -> Iterator[SparkSession]:
     check_java()
     # Without this, workers are whatever `python3` comes first on the PATH.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    builder = SparkSession.builder.master(cluster.master).appName("pomona")
+    # Local mode gives a task one try; a worker that dies shouldn't end a long run there either.
+    master = re.sub(r"^local\[([^,\]]+)\]$", rf"local[\1,{TRIES}]", cluster.master)
+    builder = SparkSession.builder.master(master).appName("pomona")
     for key, value in {**_defaults(cluster.master), **dict(cluster.conf)}.items():
         builder = builder.config(key, value)
     try:
@@ -287,6 +292,17 @@ def partition() -> int:
 
     context = TaskContext.get()
     return int(context.partitionId()) if context else 0
+
+
+def modified_in_hadoop(spark: SparkSession, uri: str) -> int:
+    """Return a file's time in milliseconds; 0 over Spark Connect, where Hadoop is out of reach."""
+    try:
+        jvm = spark.sparkContext._jvm
+    except Exception:  # noqa: BLE001 - Spark Connect has its own type for what it lacks
+        return 0
+    path = jvm.org.apache.hadoop.fs.Path(uri)
+    conf = spark.sparkContext._jsc.hadoopConfiguration()
+    return int(path.getFileSystem(conf).getFileStatus(path).getModificationTime())
 
 
 def root_cause(error: BaseException) -> str:

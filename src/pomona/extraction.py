@@ -166,7 +166,9 @@ def _short(value: object) -> str:
 
 def _list(job: Job) -> pa.Table:
     listing = list_source(job.source, job.spark, job.on_tick)
-    photos = sources.arrange(listing.files, job.options.label, job.options.test_fraction)
+    photos = sources.arrange(
+        listing.files, job.options.label, job.options.test_fraction, root=job.source.folder
+    )
     if not photos.num_rows:
         others = sum(listing.others.values())
         raise SourceError(
@@ -252,6 +254,9 @@ def _compute(job: Job, todo: pa.Table, parts: Path, total: int) -> None:
     if job.source.kind == "hadoop":
         photos = frames.HadoopPhotos(job.source.root, todo)
         frames.run_hadoop(session, photos, per_task, fitted, part, poll)
+        found = tables.match(todo, tables.index(job.out, parts))
+        missing = found.filter(pc.is_null(found["file"])).select(todo.column_names)
+        frames.add_missing(missing, fitted, part, todo.num_rows)
     else:
         bounds = even_bounds(todo.num_rows, per_task)
         chunks = job.out.work / "todo.arrow"

@@ -8,13 +8,24 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pomona import sources
 from pomona.backbone import BackboneSpec, extract
-from pomona.engine import ANSWERS, Answer, Poll, answer, collect, partition, root_cause, slots
+from pomona.engine import (
+    ANSWERS,
+    Answer,
+    Poll,
+    answer,
+    collect,
+    modified_in_hadoop,
+    partition,
+    root_cause,
+    slots,
+)
 from pomona.errors import RequestError, SourceError
 from pomona.schema import FILES, IMAGES, ddl
 from pomona.sources import Listing, Source
@@ -42,6 +53,9 @@ def _binary_files(spark: SparkSession, root: str) -> DataFrame:
         spark.read.format("binaryFile")
         .option("recursiveFileLookup", "true")
         .option("pathGlobFilter", "{" + pattern + "}")
+        # A file that vanishes or can't be read gives no row here; `add_missing` gives it one.
+        .option("ignoreMissingFiles", "true")
+        .option("ignoreCorruptFiles", "true")
         .load(_escape_glob(root))
     )
 
@@ -53,11 +67,13 @@ def _escape_glob(path: str) -> str:
 def list_hadoop(spark: SparkSession, source: Source) -> Listing:
     """List a source through Spark's ``binaryFile``, without reading contents.
 
-    Hadoop passes over names that start with ``_`` or ``.``.
+    Hadoop passes over names that start with ``_`` or ``.``. Spark's scan passes over files of no
+    bytes too, so those come from the list of files that it was planned on.
     """
     try:
-        found = _binary_files(spark, source.root).select("path", "length", "modificationTime")
-        table = found.toArrow()
+        frame = _binary_files(spark, source.root)
+        table = frame.select("path", "length", "modificationTime").toArrow()
+        inputs = [unquote(uri) for uri in frame.inputFiles()]
     except Exception as error:
         log.exception("binaryFile can't list")
         raise SourceError(f"{source.root} can't be listed: {root_cause(error)}") from error
@@ -65,7 +81,23 @@ def list_hadoop(spark: SparkSession, source: Source) -> Listing:
     whole = pc.multiply(pc.divide(modified, 1000), 1000)
     paths = _hadoop_relative(table["path"], source.root)
     columns = [paths, table["length"], pc.cast(whole, FILES.field("modified").type)]
-    return Listing(pa.table(columns, schema=FILES))
+    scanned = pa.table(columns, schema=FILES)
+    return Listing(pa.concat_tables([scanned, _empty_files(spark, source.root, inputs, paths)]))
+
+
+def _empty_files(
+    spark: SparkSession, root: str, inputs: list[str], scanned: pa.ChunkedArray
+) -> pa.Table:
+    """Return the planned files that the scan passed over: their size is 0."""
+    relative = _hadoop_relative(pa.chunked_array([pa.array(inputs, pa.string())]), root)
+    seen = set(scanned.to_pylist())
+    rows = [
+        (path, 0, modified_in_hadoop(spark, uri))
+        for path, uri in zip(relative.to_pylist(), inputs, strict=True)
+        if path not in seen
+    ]
+    times = pa.array([row[2] * 1000 for row in rows], pa.int64()).cast(FILES.field("modified").type)
+    return pa.table([[row[0] for row in rows], [row[1] for row in rows], times], schema=FILES)
 
 
 def _hadoop_relative(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
@@ -110,6 +142,13 @@ def _hadoop_on_worker(
 ) -> Iterator[pa.RecordBatch]:
     rows = extract(photos(batches), spec)
     yield answer(write_part(part, partition(), rows)._asdict())
+
+
+def add_missing(missing: pa.Table, spec: BackboneSpec, part: PartFile, task: int) -> None:
+    """Write a part for photos that ``binaryFile`` gave no row: empty, or unreadable."""
+    for photos in missing.combine_chunks().to_batches():
+        contents = [None if size else b"" for size in photos["size"].to_pylist()]
+        write_part(part, task, extract(iter([sources.with_content(photos, contents)]), spec))
 
 
 class HadoopPhotos:
@@ -170,7 +209,7 @@ def load_images(spark: SparkSession, path: str, split: str | None = None) -> Dat
     """
     source = sources.open_source(path)
     listing = list_hadoop(spark, source) if source.kind == "hadoop" else sources.list_files(source)
-    photos = sources.arrange(listing.files)
+    photos = sources.arrange(listing.files, root=source.folder)
     if split is not None:
         if split not in ("Training", "Test"):
             raise RequestError(f"a split is Training or Test, not {split}")

@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 
 from pomona.schema import EMPTY, NOT_AN_IMAGE, TOO_LARGE, TRUNCATED, UNREADABLE
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
-"""The decoders that Pillow may use. MPO is what some phones write under the name .jpg."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
+"""The decoders that Pillow may use. JPEG's also opens MPO, which some phones write."""
 
 MAX_DECODED = 64_000_000
 """Pixels that may be decoded: 192 MB of RGB, so that a worker stays small."""

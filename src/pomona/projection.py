@@ -159,34 +159,31 @@ def fit(
     RequestError
         If there are too few photos, or nothing varies.
     """
-    d, n = len(moments.mean), moments.count
-    most = min(n - 1, d)
+    n = moments.count
     if n < 2:
         raise RequestError(f"PCA needs at least 2 Training photos with features; there are {n}")
+    covariance = moments.scatter / (n - 1)
+    variance = np.diagonal(covariance)
+    varies = variance > CONSTANT * (moments.mean**2 + variance)
+    most = min(n - 1, int(varies.sum()))
+    if most == 0:
+        raise RequestError("all Training photos have the same features: there is nothing to reduce")
     if isinstance(components, int) and components > most:
         raise RequestError(
-            f"--components {components} is more than {n} Training photos of {d} features have: "
-            f"{most} at most"
+            f"--components {components} is more than {n} Training photos with {varies.sum()} "
+            f"features that vary can have: {most} at most"
         )
-    covariance = moments.scatter / (n - 1)
-    variance = np.diagonal(covariance).copy()
-    constant = variance <= CONSTANT * (moments.mean**2 + variance)
-    deviation = np.where(constant, 1.0, np.sqrt(np.where(constant, 1.0, variance)))
-    scales = deviation if scale else np.ones(d)
-    covariance = covariance / np.outer(scales, scales)
-    covariance[constant, :] = covariance[:, constant] = 0.0
-    total = float(np.trace(covariance))
-    if total <= 0:
-        raise RequestError("all Training photos have the same features: there is nothing to reduce")
+    scales = np.where(varies & scale, np.sqrt(np.where(varies, variance, 1.0)), 1.0)
+    covariance = (covariance / np.outer(scales, scales))[np.ix_(varies, varies)]
     values, vectors = _descending(covariance)
-    rank = int((values > values[0] * d * np.finfo(np.float64).eps).sum())
-    ratio = values[: min(most, rank)] / total
+    rank = int((values > values[0] * len(values) * np.finfo(np.float64).eps).sum())
+    ratio = values[: min(most, rank)] / np.trace(covariance)
     k = components if isinstance(components, int) else count_for(ratio, components)
     if whiten and k > len(ratio):
         raise RequestError(f"--whiten: only {len(ratio)} components have variance, not {k}")
-    return Projection(
-        moments.mean, scales, vectors[:k], values[:k], ratio, n, scaled=scale, whiten=whiten
-    )
+    rows = np.zeros((k, len(varies)))
+    rows[:, varies] = vectors[:k]
+    return Projection(moments.mean, scales, rows, values[:k], ratio, n, scaled=scale, whiten=whiten)
 
 
 def _descending(covariance: Array) -> tuple[Array, Array]:

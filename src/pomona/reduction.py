@@ -110,14 +110,12 @@ def moments(
 # --- projected rows ----------------------------------------------------------------------------
 
 
-def partition(label: str | None) -> str:
+def partition(label: str) -> str:
     """Name a label's folder as Spark and Hive do; pandas, pyarrow and DuckDB read it back.
 
     >>> partition("Apple 10"), partition("50% = half"), partition("Pêche")
     ('label=Apple 10', 'label=50%25 %3D half', 'label=Pêche')
     """
-    if label is None:
-        return "label=__HIVE_DEFAULT_PARTITION__"
     return "label=" + "".join(
         f"%{ord(c):02X}" if c in "\"#%'*/:=?\\{[]^\x7f" or ord(c) < 0x20 else c for c in label
     )

@@ -30,7 +30,7 @@ PHOTOS = pa.schema(
     [
         FILES.field("path"),
         ("split", pa.string()),
-        ("label", pa.string()),  # null for a photo that lies in no folder
+        ("label", pa.string()),
         ("filename", pa.string()),
         FILES.field("size"),
         FILES.field("modified"),

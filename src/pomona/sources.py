@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import re
 from collections import Counter, deque
@@ -24,6 +25,8 @@ import pyarrow.compute as pc
 
 from pomona.errors import RequestError, SourceError
 from pomona.schema import FILES, PHOTOS, SPLITS
+
+log = logging.getLogger("pomona")
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 READ_AHEAD = 16
@@ -51,6 +54,11 @@ class Source:
     kind: Literal["local", "object", "hadoop"]
     root: str
     store: str = ""
+
+    @property
+    def folder(self) -> str:
+        """The last part of its name."""
+        return re.split(r"[/\\:]", self.root.rstrip("/\\"))[-1] or "photos"
 
     @property
     def name(self) -> str:
@@ -236,7 +244,13 @@ def _relative(files: pa.Table, root: str) -> pa.Table:
 # --- meaning -----------------------------------------------------------------------------------
 
 
-def arrange(files: pa.Table, label: str = "parent", test_fraction: float | None = None) -> pa.Table:
+def arrange(
+    files: pa.Table,
+    label: str = "parent",
+    test_fraction: float | None = None,
+    *,
+    root: str = "photos",
+) -> pa.Table:
     """Give each photo its split, label and filename, and an order.
 
     Parameters
@@ -244,11 +258,14 @@ def arrange(files: pa.Table, label: str = "parent", test_fraction: float | None 
     files
         As `pomona.schema.FILES`.
     label
-        ``parent``: the folder that holds the photo. ``top``: the first folder under the split.
+        ``parent``: the folder that holds the photo. ``top``: the first folder under the split; for
+        a photo that lies in none, the folder that holds it.
     test_fraction
         Share of the photos (with ``top``: of the folders that hold them, since neighbouring photos
         of one folder are near-copies) that goes to ``Test``, by a hash of the path, so that a
         photo stays in its split when others come.
+    root
+        The source's own name: the label of photos that lie in no folder below it.
 
     Returns
     -------
@@ -275,7 +292,7 @@ def arrange(files: pa.Table, label: str = "parent", test_fraction: float | None 
     in_folder = pc.match_substring(inner, "/")
     folders = pc.replace_substring_regex(inner, r"(?s)/[^/]*$", "")
     labels = pc.replace_substring_regex(folders, r"(?s)/.*$" if label == "top" else r"(?s)^.*/", "")
-    labels = pc.if_else(in_folder, labels, pa.scalar(None, pa.string()))
+    labels = pc.if_else(in_folder, labels, splits if has_splits else pa.scalar(root))
     if test_fraction is not None:
         splits = _draw(folders if label == "top" else paths, test_fraction, has_splits)
     table = pa.table(
@@ -349,7 +366,8 @@ def read(photos: Iterator[pa.RecordBatch], source: Source) -> Iterator[pa.Record
     def content(path: str) -> bytes | None:
         try:
             return read_one(path)
-        except OSError:
+        except OSError as error:  # the table has the code, the log the reason
+            log.warning("unreadable: %s: %s", path, first_line(error))
             return None
 
     if source.kind == "local":

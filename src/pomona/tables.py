@@ -168,7 +168,7 @@ def match(photos: pa.Table, found: Index) -> pa.Table:
     joined = numbered.join(rows, keys, join_type="left outer").sort_by("position")
     same = pc.and_(
         pc.equal(joined["split"], joined["old_split"]),
-        pc.equal(pc.fill_null(joined["label"], "/"), pc.fill_null(joined["old_label"], "/")),
+        pc.equal(joined["label"], joined["old_label"]),
     )
     moved = pc.fill_null(pc.invert(same), False)
     return joined.append_column("moved", moved).select(

@@ -1,0 +1,96 @@
+"""Photos, weights and a Spark session for the tests."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+REAL_PHOTOS = SHARED / "data" / "fruits-360-3body.tar.gz"
+REAL_WEIGHTS = SHARED / "weights" / "mobilenetv2-7.safetensors"
+CANONICAL = SHARED / "data" / "canonical-features.json"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing of the user's: no weights, no cache, no MLflow server."""
+    for name in ("POMONA_WEIGHTS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        os.environ.pop(name, None)
+    os.environ["POMONA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    # For moto's server, which takes any; Spark's workers inherit them when the session starts.
+    os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "test"
+
+
+def photo(seed: int = 0, size: tuple[int, int] = (100, 100), kind: str = "JPEG") -> bytes:
+    """A photo of coloured noise."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(file, kind)
+    return file.getvalue()
+
+
+def fill(root: Path, labels: int = 3, each: int = 8) -> Path:
+    """A small source: Training and Test, a few labels, a few photos each."""
+    for split in ("Training", "Test"):
+        for label in range(labels):
+            folder = root / split / f"Fruit {label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for n in range(each):
+                seed = 1000 * label + 10 * n + (split == "Test")
+                (folder / f"{n}_100.jpg").write_bytes(photo(seed))
+    return root
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return fill(tmp_path / "source")
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One session for all tests that need none of their own; the stages find it active."""
+    from pomona.engine import Cluster, session
+
+    log = tmp_path_factory.mktemp("spark") / "spark.log"
+    with session(Cluster("local[2]", log_file=log)) as active:
+        yield active
+
+
+@pytest.fixture(scope="session")
+def real_weights() -> Path:
+    if not REAL_WEIGHTS.exists():
+        pytest.skip("the real weights are not here (shared/weights)")
+    return REAL_WEIGHTS
+
+
+@pytest.fixture(scope="session")
+def real_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not REAL_PHOTOS.exists():
+        pytest.skip("the real photos are not here (shared/data)")
+    folder = tmp_path_factory.mktemp("real")
+    with tarfile.open(REAL_PHOTOS) as archive:
+        archive.extractall(folder, filter="data")
+    return next(path for path in folder.iterdir() if path.is_dir())
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[str]:
+    """A server that speaks S3; returns the options of its URIs."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"endpoint_override=http://{host}:{port}&region=us-east-1&scheme=http"
+    server.stop()

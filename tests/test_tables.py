@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pomona import manifest, rows, tables
+from pomona.errors import BusyError, JobError, MismatchError
+from pomona.manifest import Out
+from pomona.rows import even_bounds, gather, open_parquet, read_chunk, write_chunks
+from pomona.schema import FEATURES_TABLE, PHOTOS
+
+
+def features_batch(names: list[str], split: str = "Training", label: str = "a") -> pa.RecordBatch:
+    n = len(names)
+    return pa.RecordBatch.from_pylist(
+        [
+            {
+                "path": name,
+                "split": split,
+                "label": label,
+                "filename": name.rsplit("/", 1)[-1],
+                "size": 5,
+                "modified": 0,
+                "width": 1,
+                "height": 1,
+                "features": [float(hash(name) % 97)] * 1280,
+                "error": None,
+            }
+            for name in names[:n]
+        ],
+        FEATURES_TABLE,
+    )
+
+
+def photos_of(batch: pa.RecordBatch) -> pa.Table:
+    return pa.Table.from_batches([batch]).select(PHOTOS.names)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Out:
+    found = manifest.open_out(tmp_path / "out")
+    (found.work / "parts").mkdir(parents=True)
+    return found
+
+
+def put(out: Out, task: int, names: list[str], run: str = "r") -> None:
+    part = tables.PartFile(str(out.work / "parts"), run)
+    tables.write_part(part, task, iter([features_batch(names)]))
+
+
+def compact(out: Out, photos: pa.Table) -> tables.Compaction:
+    """What extract does at the end, without Spark."""
+    found = tables.index(out, out.work / "parts")
+    plan = tables.plan_compaction(tables.match(photos, found), found)
+    staged = out.work / "features"
+    chunks = out.work / "c.arrow"
+    results = []
+    if plan.names:
+        write_chunks(chunks, plan.plan, plan.bounds)
+        task = tables.WriteFile(
+            str(chunks), str(out.root), tuple(found.files), tuple(plan.names), str(staged)
+        )
+        results = [task(n) for n in range(len(plan.names))]
+    tables.commit_compaction(out, plan, results, staged, manifest.read_json(out.table_file))
+    (out.work / "parts").mkdir(parents=True)
+    return plan
+
+
+def table_paths(out: Out) -> list[str]:
+    return [
+        p
+        for file in sorted(out.features.glob("split=*/*.parquet"))
+        for p in pq.ParquetFile(file).read(["path"])["path"].to_pylist()
+    ]
+
+
+def test_parts_become_a_sorted_table(out: Out) -> None:
+    names = [f"Training/a/{n:03}.jpg" for n in range(30)]
+    put(out, 0, names[::2])
+    put(out, 1, names[1::2])
+    assert tables.count_parts(out.work / "parts") == (30, 0)
+    plan = compact(out, photos_of(features_batch(names)))
+    assert plan.names == ["split=Training/part-00000-00000.parquet"]
+    assert table_paths(out) == names
+    (file,) = out.features.glob("split=*/*.parquet")
+    values = pq.ParquetFile(file).read(["path", "features"]).to_pylist()
+    assert all(row["features"][0] == float(hash(row["path"]) % 97) for row in values)
+
+
+def test_a_row_twice_is_kept_once(out: Out) -> None:
+    names = [f"Training/a/{n}.jpg" for n in range(5)]
+    put(out, 0, names)
+    put(out, 0, names, run="again")
+    compact(out, photos_of(features_batch(names)))
+    assert table_paths(out) == names
+
+
+def test_a_lost_row_is_never_passed_over(out: Out) -> None:
+    put(out, 0, ["Training/a/1.jpg"])
+    with pytest.raises(JobError, match="1 photos got no row"):
+        compact(out, photos_of(features_batch(["Training/a/1.jpg", "Training/a/2.jpg"])))
+
+
+def test_a_damaged_part_is_done_again(out: Out) -> None:
+    put(out, 0, ["Training/a/1.jpg"])
+    put(out, 1, ["Training/a/2.jpg"])
+    (first, _) = sorted((out.work / "parts").glob("*.parquet"))
+    first.write_bytes(first.read_bytes()[:-20])
+    found = tables.index(out, out.work / "parts")
+    assert found.rows["path"].to_pylist() == ["Training/a/2.jpg"]
+    assert not first.exists()
+
+
+def test_a_damaged_table_is_refused(out: Out) -> None:
+    put(out, 0, ["Training/a/1.jpg"])
+    compact(out, photos_of(features_batch(["Training/a/1.jpg"])))
+    (file,) = out.features.glob("split=*/*.parquet")
+    file.unlink()
+    with pytest.raises(MismatchError, match="missing or damaged"):
+        tables.index(out, out.work / "parts")
+
+
+def test_full_files_stay_when_photos_come(out: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "ROWS_PER_FILE", 10)
+    names = [f"Training/a/{n:03}.jpg" for n in range(20)]
+    put(out, 0, names)
+    compact(out, photos_of(features_batch(names)))
+    before = {p.name: p.stat().st_mtime_ns for p in out.features.glob("split=*/*.parquet")}
+    assert len(before) == 2
+    more = [*names, "Training/a/999.jpg"]
+    put(out, 0, more[-1:], run="s")
+    plan = compact(out, photos_of(features_batch(more)))
+    assert plan.plan.num_rows == 1
+    after = {p.name: p.stat().st_mtime_ns for p in out.features.glob("split=*/*.parquet")}
+    assert before.items() <= after.items()
+    assert sorted(table_paths(out)) == more
+    fewer = more[5:]
+    plan = compact(out, photos_of(features_batch(fewer)))
+    assert plan.obsolete == [  # the one that lost rows, and the small one
+        "split=Training/part-00000-00000.parquet",
+        "split=Training/part-00001-00000.parquet",
+    ]
+    assert sorted(table_paths(out)) == fewer
+
+
+def test_nothing_new_changes_nothing(out: Out) -> None:
+    names = ["Training/a/1.jpg"]
+    put(out, 0, names)
+    compact(out, photos_of(features_batch(names)))
+    digest = tables.digest(out)
+    plan = compact(out, photos_of(features_batch(names)))
+    assert (plan.names, plan.obsolete) == ([], [])
+    assert tables.digest(out) == digest
+
+
+def test_another_label_needs_no_features_again(out: Out) -> None:
+    names = ["Training/a/1.jpg", "Training/a/2.jpg"]
+    put(out, 0, names)
+    compact(out, photos_of(features_batch(names)))
+    compact(out, photos_of(features_batch(names, label="b")))
+    (file,) = out.features.glob("split=*/*.parquet")
+    assert pq.ParquetFile(file).read(["label"])["label"].to_pylist() == ["b", "b"]
+
+
+def test_deleted_rows(out: Out) -> None:
+    names = ["Training/a/1.jpg", "Training/a/2.jpg"]
+    put(out, 0, names)
+    compact(out, photos_of(features_batch(names)))
+    found = tables.index(out, out.work / "parts")
+    gone = tables.deleted(photos_of(features_batch(names[1:])), found)
+    assert gone["path"].to_pylist() == names[:1]
+
+
+@pytest.mark.parametrize("stop_after", range(6))
+def test_a_commit_survives_a_kill_at_any_step(
+    out: Out, stop_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop between any two file operations; the next lock brings the change to its end."""
+    names = [f"Training/a/{n}.jpg" for n in range(4)]
+    put(out, 0, names[:2])
+    compact(out, photos_of(features_batch(names[:2])))
+    put(out, 1, names[2:])
+    steps = 0
+    rename = Path.rename
+
+    class Killed(BaseException):
+        pass
+
+    def counting(path: Path, target: Path) -> Path:
+        nonlocal steps
+        steps += 1
+        if steps > stop_after:
+            raise Killed
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", counting)
+        with contextlib.suppress(Killed):
+            compact(out, photos_of(features_batch(names)))
+    with manifest.lock(out):
+        assert not out.journal.exists()
+    assert sorted(table_paths(out)) == names
+    assert tables.index(out, out.work / "none").rows.num_rows == 4
+
+
+def test_two_runs_on_one_out(out: Out) -> None:
+    with manifest.lock(out):
+        assert manifest.is_locked(out)
+        with pytest.raises(BusyError, match="another pomona run"), manifest.lock(out):
+            pass
+    assert not manifest.is_locked(out)
+    with manifest.lock(out):
+        pass
+
+
+def test_row_groups_are_small_whatever_comes(tmp_path: Path) -> None:
+    batch = features_batch([f"{n}.jpg" for n in range(50)])
+    with open_parquet(tmp_path / "f.parquet", FEATURES_TABLE) as writer:
+        for _ in range(50):
+            writer.write_batch(batch)
+        writer.write_batch(batch.slice(0, 0))
+    file = pq.ParquetFile(tmp_path / "f.parquet")
+    sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+    assert sizes == [rows.ROWS_PER_GROUP, rows.ROWS_PER_GROUP, 2500 - 2 * rows.ROWS_PER_GROUP]
+
+
+def test_gather_follows_the_plan(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("x", "y"):
+        table = pa.table({"v": [f"{name}{n}" for n in range(3000)]})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=700)
+    files, places = rng.integers(0, 2, 2500), rng.integers(0, 3000, 2500)
+    plan = pa.record_batch({"file": pa.array(files, pa.int32()), "row": pa.array(places)})
+    got = [
+        v
+        for _, part in gather(plan, str(tmp_path), ["x.parquet", "y.parquet"], ["v"])
+        for v in part["v"].to_pylist()
+    ]
+    assert got == [f"{'xy'[f]}{p}" for f, p in zip(files, places, strict=True)]
+
+
+@pytest.mark.parametrize(("count", "most"), [(0, 3), (1, 3), (3, 3), (4, 3), (100, 7)])
+def test_chunks(tmp_path: Path, count: int, most: int) -> None:
+    bounds = even_bounds(count, most)
+    table = pa.table({"n": pa.array(range(count), pa.int64())})
+    write_chunks(tmp_path / "c", table, bounds)
+    read = [read_chunk(str(tmp_path / "c"), n)["n"].to_pylist() for n in range(len(bounds) - 1)]
+    assert functools.reduce(operator.iadd, read, []) == list(range(count))
+    assert all(0 < len(part) <= most for part in read)
+
+
+def test_written_json_is_whole(tmp_path: Path) -> None:
+    manifest.write_json(tmp_path / "m.json", {"b": 1, "a": "é"})
+    assert (tmp_path / "m.json").read_text() == '{\n  "a": "é",\n  "b": 1\n}\n'
+    assert os.listdir(tmp_path) == ["m.json"]  # noqa: PTH208
+    (tmp_path / "m.json").write_text("{")
+    with pytest.raises(MismatchError, match="damaged"):
+        manifest.read_json(tmp_path / "m.json")
