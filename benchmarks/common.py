@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -363,7 +364,7 @@ def _plain(value: Any) -> Any:
         return value.figures()
     if isinstance(value, Peak):
         return asdict(value)
-    return round(value, 6) if isinstance(value, float) else value
+    return float(f"{value:.10g}") if isinstance(value, float) else value
 
 
 # --- the command line --------------------------------------------------------------------------
@@ -413,8 +414,16 @@ def scratch() -> Iterator[Path]:
 
 def start(main: Callable[[], int]) -> None:
     """Run a benchmark: errors become one line."""
+    signal.signal(signal.SIGTERM, _interrupt)  # so that children and links go with us
     try:
         sys.exit(main())
     except PomonaError as error:
         say(f"{Path(sys.argv[0]).name}: {error}")
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        say(f"{Path(sys.argv[0]).name}: stopped")
+        sys.exit(130)
+
+
+def _interrupt(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)

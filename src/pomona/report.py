@@ -32,12 +32,17 @@ def plot_variance(projection: Projection, path: Path) -> None:
     each.bar(np.arange(1, shown + 1), 100 * ratio[:shown], color="#5b8c3a")
     each.set(xlabel="component", ylabel="% of variance", title=f"Each of the first {shown}")
     together.plot(np.arange(1, len(kept) + 1), 100 * kept, color="#b03a2e", lw=2)
-    for share in (0.95, 0.99):
+    for share, below in ((0.95, -11), (0.99, 3)):
         needs = count_for(ratio, share)
         together.axhline(100 * share, color="grey", lw=0.8, ls="--")
         note = f"{share:.0%}: {needs} components"
         together.annotate(
-            note, (len(kept), 100 * share), (0, -11), textcoords="offset points", ha="right", size=9
+            note,
+            (len(kept), 100 * share),
+            (0, below),
+            textcoords="offset points",
+            ha="right",
+            size=9,
         )
     together.plot(k, 100 * projection.kept, "o", color="#1f4e79")
     together.annotate(
@@ -47,7 +52,7 @@ def plot_variance(projection: Projection, path: Path) -> None:
         textcoords="offset points",
         color="#1f4e79",
     )
-    together.set(xlabel="components", ylabel="% of variance", ylim=(0, 103), title="Cumulative")
+    together.set(xlabel="components", ylabel="% of variance", ylim=(0, 106), title="Cumulative")
     for axes in (each, together):
         axes.spines[["top", "right"]].set_visible(False)
     kind = "standardised" if projection.scaled else "unscaled"
