@@ -1,6 +1,6 @@
 """Photos to features: Pomona beside the notebook's way, and beside what the machine can do.
 
-notebook          Spark local[2], binaryFile, pandas UDF, PyTorch photo by photo (notebook.py)
+notebook          Spark local[2], binaryFile, pandas UDF, PyTorch eager (notebook.py)
 pomona on Spark   pomona extract, local[2]; from the list of photos to the parts, without Spark's
                   start; "wall" is the whole command
 pomona's function the same function in two plain processes, results thrown away, no Spark

@@ -206,6 +206,22 @@ def load_images(spark: SparkSession, path: str, split: str | None = None) -> Dat
     ------
     SourceError
         If the source doesn't exist or holds no photos.
+
+    Examples
+    --------
+    >>> from pyspark.sql import SparkSession
+    >>> spark = SparkSession.builder.master("local[2]").getOrCreate()
+    >>> from pathlib import Path
+    >>> from tempfile import mkdtemp
+    >>> from pomona.synthetic import synthesize
+    >>> folder = mkdtemp()
+    >>> synthesize(Path(folder), classes=2, images=8, workers=1)
+    8
+    >>> photos = load_images(spark, folder, "Training")
+    >>> photos.columns
+    ['path', 'content', 'label', 'filename']
+    >>> sorted({row["label"] for row in photos.select("label").collect()})
+    ['Apple Red 1', 'Banana']
     """
     source = sources.open_source(path)
     listing = list_hadoop(spark, source) if source.kind == "hadoop" else sources.list_files(source)

@@ -82,7 +82,7 @@ class MomentsTask:
         found = Moments(0, np.zeros(FEATURES), np.zeros((FEATURES, FEATURES)))
         for name, group in self.groups[number]:
             file = pq.ParquetFile(Path(self.root, name))
-            column = file.read_row_group(group, ["features"])["features"]
+            column = file.read_row_group(group, ["features"], use_threads=False)["features"]
             found = found.merge(Moments.of(features_of(column.drop_null())))
         aside = Path(self.to, f".{number}-{uuid.uuid4().hex[:8]}.npz")
         np.savez(aside, count=found.count, mean=found.mean, scatter=found.scatter)

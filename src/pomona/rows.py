@@ -93,8 +93,11 @@ def gather(
     (pa.RecordBatch, pa.Table)
         A slice of the plan, and its rows.
     """
-    read_group = functools.lru_cache(maxsize=16)(
-        lambda file, group: _open(root, files[file]).read_row_group(group, columns)
+    # Plans mostly run along the files: two groups bridge a slice's end, more only cost memory.
+    read_group = functools.lru_cache(maxsize=2)(
+        lambda file, group: _open(root, files[file]).read_row_group(
+            group, columns, use_threads=False
+        )
     )
     starts = functools.cache(lambda file: _group_starts(_open(root, files[file])))
     for begin in range(0, plan.num_rows, ROWS_PER_GROUP):

@@ -208,7 +208,7 @@ def status(out: str | Path) -> dict[str, Any]:
         raise RequestError(f"{out} holds nothing of Pomona's: pomona extract SOURCE --out {out}")
     plan = manifest.read_json(folder.work / "plan.json")
     parts = tables.parts_folder(folder, table["spec"])
-    found = tables.index(folder, parts).rows
+    found = tables.index(folder, parts, look_only=True).rows
     done = pc.count_distinct(found["path"]).as_py()
     photos = max(plan.get("photos", 0), done)
     bad = found.filter(pc.is_valid(found["error"])).group_by("error")

@@ -94,8 +94,11 @@ class Index:
 _INDEX_FIELDS = [*PHOTOS, FEATURES_TABLE.field("error")]
 
 
-def index(out: Out, parts: Path) -> Index:
-    """Read the key columns of the table and of the parts. A part that is damaged is dropped."""
+def index(out: Out, parts: Path, *, look_only: bool = False) -> Index:
+    """Read the key columns of the table and of the parts. A part that is damaged is dropped.
+
+    With ``look_only`` nothing is touched, and files that a run is changing now are passed over.
+    """
     known = manifest.read_json(out.table_file).get("files", {})
     names = [f"features/{name}" for name in sorted(known)]
     table_files = len(names)
@@ -103,7 +106,12 @@ def index(out: Out, parts: Path) -> Index:
     kept: list[str] = []
     tables = []
     for number, name in enumerate(names):
-        rows = _read_keys(out, name, is_part=number >= table_files)
+        try:
+            rows = _read_keys(out, name, is_part=number >= table_files, drop=not look_only)
+        except MismatchError:
+            if not look_only:
+                raise
+            rows = None
         if rows is not None:
             position = pa.array(np.full(rows.num_rows, len(kept), np.int32))
             rows = rows.append_column("file", position)
@@ -113,7 +121,7 @@ def index(out: Out, parts: Path) -> Index:
     return Index(pa.concat_tables(tables) if tables else schema.empty_table(), kept, table_files)
 
 
-def _read_keys(out: Out, name: str, *, is_part: bool) -> pa.Table | None:
+def _read_keys(out: Out, name: str, *, is_part: bool, drop: bool) -> pa.Table | None:
     wanted = pa.schema(_INDEX_FIELDS)
     columns = [field.name for field in wanted]
     try:
@@ -123,8 +131,9 @@ def _read_keys(out: Out, name: str, *, is_part: bool) -> pa.Table | None:
         rows = pq.ParquetFile(out.root / name).read(columns)
     except (pa.ArrowInvalid, OSError) as error:
         if is_part:  # the machine went down while it was written; its photos are done again
-            log.warning("dropped the damaged part %s: %s", name, error)
-            (out.root / name).unlink(missing_ok=True)
+            if drop:
+                log.warning("dropped the damaged part %s: %s", name, error)
+                (out.root / name).unlink(missing_ok=True)
             return None
         raise MismatchError(
             f"{out.root / name} is missing or damaged: remove {out.features} and extract again"
