@@ -1,9 +1,9 @@
 """The way that users began, as one script: the contender "notebook" of extract.py.
 
-Spark's ``binaryFile``, a pandas UDF that stacks the photos of an Arrow batch (1000 at most) into one
-array and calls the model once, Pillow and NumPy, and MobileNetV2 in PyTorch, eager: the recipe of the
-featurisation notebooks that data engineers start from. All functions are defined here and travel to
-the workers by value, as those of a notebook do.
+Spark's ``binaryFile``, a pandas UDF that stacks the photos of an Arrow batch (1000 at most) into
+one array and calls the model once, Pillow and NumPy, and MobileNetV2 in PyTorch, eager: the recipe
+of the featurisation notebooks that data engineers start from. All functions are defined here and
+travel to the workers by value, as those of a notebook do.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def main() -> None:
         "--partitions",
         type=int,
         default=0,
-        help="repartition first, so that Arrow batches really hold 1000 photos: a worker then takes "
-        "11 GB (default: as Spark cuts, about 32 photos each)",
+        help="repartition first, so that Arrow batches really hold 1000 photos: a worker then "
+        "takes 11 GB (default: as Spark cuts, about 32 photos each)",
     )
     options = parser.parse_args()
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)

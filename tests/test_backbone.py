@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +13,7 @@ import pytest
 
 from pomona import MobileNetV2Extractor, backbone, mobilenet, weights
 from pomona.backbone import BackboneSpec, extract, make_spec
-from pomona.errors import MissingError, PomonaError, RequestError
+from pomona.errors import MissingError, RequestError
 from pomona.schema import FEATURES_TABLE
 from tests.conftest import CANONICAL, photo
 
@@ -207,6 +206,29 @@ def test_a_gpu_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings["gpu_mem_limit"] == int((8 << 30) * 0.45)
 
 
+@pytest.mark.parametrize(
+    ("conf", "threads", "share"),
+    [
+        ({"spark.master": "yarn", "spark.executor.cores": "8", "spark.task.cpus": "4"}, 4, 0.45),
+        ({"spark.master": "spark://h:7077", "spark.executor.cores": "4"}, 2, 0.225),
+        ({"spark.master": "yarn"}, 2, 0.9),
+    ],
+)
+def test_a_gpu_worker_takes_its_share(conf: dict[str, str], threads: int, share: float) -> None:
+    from types import SimpleNamespace
+
+    from pomona import engine
+
+    found = BackboneSpec("w", "d", device="cuda")
+    spark: Any = SimpleNamespace(conf=conf)
+    fitted = engine.fit_spec(found, spark)
+    assert fitted.threads == threads
+    assert fitted.memory_share == pytest.approx(share)
+    conf = {"spark.master": "local[2]", "spark.task.cpus": "1"}
+    spark = SimpleNamespace(conf=conf)
+    assert engine.fit_spec(replace(found, device="cpu"), spark).threads == 1
+
+
 def test_the_extractor_tells_why() -> None:
     extractor = MobileNetV2Extractor(device="cpu", weights="random:0", image_size=SIZE)
     with pytest.raises(RequestError, match="photo 1 of 2 can't be used: empty"):
@@ -222,8 +244,3 @@ def test_features_that_are_not_finite_are_a_bug() -> None:
         backbone.feature_column([np.full((1, 1280), np.nan, np.float32)], [False])
     with pytest.raises(ValueError, match="shape"):
         backbone.feature_column([np.zeros((1, 7), np.float32)], [False])
-
-
-def test_errors_are_pomonas() -> None:
-    assert issubclass(MissingError, PomonaError)
-    assert os.environ.get("POMONA_WEIGHTS") is None

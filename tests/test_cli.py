@@ -32,13 +32,12 @@ def pomona(spark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 def test_run_ends_with_a_summary(pomona: Any, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, told, errors = pomona(
-        "run", source, "--out", out, *RANDOM, "--components", 5, "--no-mlflow"
-    )
+    options = [*RANDOM, "--components", 5, "--no-mlflow"]
+    code, told, errors = pomona("run", source, "--out", out, *options)
     assert code == 0, errors
-    for words in ("48 (24 Training, 24 Test)", "random:0 (untrained)", "photos/s", "by 5 components",
-                  "256.0 : 1", f"{out}/features", "component  variance  cumulative"):  # fmt: skip
-        assert words in told
+    expected = ["48 (24 Training, 24 Test)", "random:0 (untrained)", "photos/s", "256.0 : 1"]
+    expected += ["by 5 components", f"{out}/features", "component  variance  cumulative"]
+    assert [words for words in expected if words not in told] == []
     assert "extracting features: 48 of 48" in errors
     assert "\x1b[" not in told + errors
     assert pomona("status", "--out", out)[1].splitlines()[1].split() == ["photos", "48"]
@@ -88,12 +87,15 @@ def test_too_many_rejected_is_3(pomona: Any, source: Path, tmp_path: Path) -> No
         (["subset", "{source}", "{out}", "--percentage", "0"], "--percentage is above 0"),
         (["inspect", "hdfs://nn/p"], "reads local folders"),
         (["synthesize", "{out}", "--classes", "500"], "131"),
+        (["synthesize", "{source}/readme.txt"], "not a folder"),
+        (["run", "{no}", "--out", "file://{out}"], "does not exist"),
     ],
 )  # fmt: skip
 def test_a_wrong_request_is_one_line_and_2(
     pomona: Any, source: Path, tmp_path: Path, words: list[str], rule: str
 ) -> None:
     places = {"source": source, "out": tmp_path / "out", "no": tmp_path / "nothing"}
+    (source / "readme.txt").write_text("x")
     given = [word.format(**places) for word in words]
     extra = [] if "--weights" in given or words[0] not in ("run", "extract") else RANDOM[:2]
     code, told, errors = pomona(*given, *extra)
@@ -112,8 +114,16 @@ def test_usage_errors_are_2(pomona: Any, words: list[str]) -> None:
 
 
 def test_a_refused_request_leaves_nothing(pomona: Any, source: Path, tmp_path: Path) -> None:
-    pomona("run", source, "--out", tmp_path / "out", "--weights", tmp_path / "no")
-    assert not (tmp_path / "out").exists()
+    out = tmp_path / "out"
+    pomona("run", source, "--out", out, "--weights", tmp_path / "no")
+    assert not out.exists()
+    (tmp_path / "empty").mkdir()
+    assert pomona("run", tmp_path / "empty", "--out", out, *RANDOM)[0] == 2
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine.txt").write_text("x")
+    assert pomona("run", tmp_path / "empty", "--out", out, *RANDOM)[0] == 2
+    assert (out / "mine.txt").exists()
 
 
 def test_a_bug_leaves_its_traceback_in_the_log(
@@ -169,8 +179,13 @@ def test_subset(pomona: Any, source: Path, tmp_path: Path) -> None:
     few = list((tmp_path / "few").rglob("*.jpg"))
     assert len(few) == 6  # one for each split and label
     assert {p.stat().st_nlink for p in few} == {1}
-    code, _, errors = pomona("subset", source, tmp_path / "a")
-    assert (code, "is not empty" in errors) == (2, True)
+    (tmp_path / "file").write_text("x")
+    for taken in ("a", "file"):
+        code, _, errors = pomona("subset", source, tmp_path / taken)
+        assert (code, "is not an empty folder" in errors) == (2, True)
+    (source / "Training" / "Fruit 0" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    words = ["subset", source, tmp_path / "all", "--percentage", 100, "--copy", "--json"]
+    assert json.loads(pomona(*words)[1])["photos"] == 48
 
 
 def test_synthesize(pomona: Any, tmp_path: Path) -> None:

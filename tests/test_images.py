@@ -140,6 +140,11 @@ def test_a_decompression_bomb_is_not_decoded() -> None:
     assert decode(png(100, 100), 32).error == "truncated"
 
 
+def test_a_file_that_was_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pomona.images.MAX_BYTES", 100)
+    assert decode(photo(1)[:101], 32).error == "too_large"
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     kind=st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"]),

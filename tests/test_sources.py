@@ -76,6 +76,42 @@ def test_a_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
     assert paths(list_files(open_source(tmp_path)).files) == ["a/1.jpg", "b/2.jpg"]
 
 
+def test_links_in_circles(tmp_path: Path) -> None:
+    for name in ("a", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.jpg").write_bytes(b"x")
+    (tmp_path / "a" / "x").symlink_to(tmp_path / "c")
+    (tmp_path / "c" / "y").symlink_to(tmp_path / "a")
+    (tmp_path / "self.jpg").symlink_to(tmp_path / "self.jpg")
+    wanted = ["a/a.jpg", "a/x/c.jpg", "c/c.jpg", "c/y/a.jpg", "self.jpg"]
+    assert paths(list_files(open_source(tmp_path)).files) == wanted
+
+
+def test_names_of_sources(tmp_path: Path) -> None:
+    for name in ("a#b", "what?", "my:photos", "50%20"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(b"x")
+        assert open_source(tmp_path / name).root == str(tmp_path / name)
+    assert open_source(f"file://{tmp_path}/a#b").root == str(tmp_path / "a#b")
+    assert open_source(f"file://{tmp_path}/50%2520").root == str(tmp_path / "50%20")
+    os.mkdir(os.fsencode(tmp_path) + b"/bad\xff")  # noqa: PTH102
+    with pytest.raises(SourceError, match="not UTF-8"):
+        open_source(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff"))
+
+
+def test_a_file_that_vanishes_or_is_far_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("1.jpg", "2.jpg", "3.jpg"):
+        (tmp_path / name).write_bytes(photo(1))
+    source = open_source(tmp_path)
+    photos = arrange(list_files(source).files)
+    (tmp_path / "2.jpg").unlink()
+    monkeypatch.setattr("pomona.sources.MAX_BYTES", 100)
+    rows = [row for b in read(iter(photos.to_batches()), source) for row in b.to_pylist()]
+    assert [row["content"] and len(row["content"]) for row in rows] == [101, None, 101]
+
+
 def test_a_source_must_be_a_folder(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         open_source(tmp_path / "no")

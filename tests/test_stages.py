@@ -191,6 +191,15 @@ def test_no_photos_and_an_out_inside(source: Path, tmp_path: Path) -> None:
         stages.extract(tmp_path / "empty", tmp_path / "out", QUICK)
     with pytest.raises(SourceError, match="does not exist"):
         stages.extract(tmp_path / "nowhere", tmp_path / "out", QUICK)
+    with pytest.raises(RequestError, match="source lies inside"):
+        stages.extract(source, source.parent, QUICK)
+    spark_reads = ExtractOptions(**{**QUICK.__dict__, "reader": "spark"})
+    with pytest.raises(RequestError, match="inside the source"):
+        stages.extract(source, source / "out", spark_reads)
+    mine = tmp_path / "project" / "projection"
+    mine.mkdir(parents=True)
+    with pytest.raises(RequestError, match="isn't Pomona's"):
+        stages.extract(source, mine.parent, QUICK)
     for inside in (source, source / "out", source / "Training" / ".." / "o"):
         with pytest.raises(RequestError, match="inside the source"):
             stages.extract(source, inside, QUICK)
@@ -368,6 +377,12 @@ def test_reduce_again_does_nothing(source: Path, tmp_path: Path) -> None:
     stamp = (out / "projection" / "projection.json").stat().st_mtime_ns
     assert stages.reduce(out, FEW) == first
     assert (out / "projection" / "projection.json").stat().st_mtime_ns == stamp
+    old = manifest.read_json(out / "manifest.json")
+    stages.reduce(out, ReduceOptions(components=6, plots=False))
+    assert not (out / "report" / "pca_variance.png").exists()  # of another projection
+    manifest.write_json(out / "manifest.json", old)  # as if killed before the manifest
+    assert stages.reduce(out, FEW)["components"] == 5
+    assert load_projection(out / "projection").k == 5
     other = stages.reduce(out, ReduceOptions(components=0.8, whiten=True))
     assert other["components"] != 5
     assert other["variance_kept"] >= 0.8

@@ -4,7 +4,9 @@ import contextlib
 import functools
 import operator
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +18,9 @@ from pomona.errors import BusyError, JobError, MismatchError
 from pomona.manifest import Out
 from pomona.rows import even_bounds, gather, open_parquet, read_chunk, write_chunks
 from pomona.schema import FEATURES_TABLE, PHOTOS
+
+COMMIT_STEPS = 8
+"""File operations of the commit below; one more and nothing is killed."""
 
 
 def features_batch(names: list[str], split: str = "Training", label: str = "a") -> pa.RecordBatch:
@@ -179,36 +184,59 @@ def test_deleted_rows(out: Out) -> None:
     assert gone["path"].to_pylist() == names[:1]
 
 
-@pytest.mark.parametrize("stop_after", range(6))
+@pytest.mark.parametrize("stop_after", range(9))
 def test_a_commit_survives_a_kill_at_any_step(
     out: Out, stop_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stop between any two file operations; the next lock brings the change to its end."""
+    """Stop at each file operation in turn; the next lock brings the change to its end."""
     names = [f"Training/a/{n}.jpg" for n in range(4)]
     put(out, 0, names[:2])
     compact(out, photos_of(features_batch(names[:2])))
     put(out, 1, names[2:])
+    before = tables.digest(out)
     steps = 0
-    rename = Path.rename
 
     class Killed(BaseException):
         pass
 
-    def counting(path: Path, target: Path) -> Path:
-        nonlocal steps
-        steps += 1
-        if steps > stop_after:
-            raise Killed
-        return rename(path, target)
+    def counting(operation: Any) -> Any:
+        def stepped(*given: Any, **options: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps > stop_after:
+                raise Killed
+            return operation(*given, **options)
 
+        return stepped
+
+    found = tables.index(out, out.work / "parts")
+    photos = photos_of(features_batch(names))
+    plan = tables.plan_compaction(tables.match(photos, found), found)
+    staged = out.work / "features-x"
+    write_chunks(out.work / "c.arrow", plan.plan, plan.bounds)
+    results = [
+        tables.WriteFile(
+            str(out.work / "c.arrow"),
+            str(out.root),
+            tuple(found.files),
+            tuple(plan.names),
+            str(staged),
+        )(0)
+    ]
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", counting)
+        for name in ("rename", "replace", "unlink"):
+            patch.setattr(Path, name, counting(getattr(Path, name)))
+        patch.setattr("shutil.rmtree", counting(shutil.rmtree))
         with contextlib.suppress(Killed):
-            compact(out, photos_of(features_batch(names)))
+            tables.commit_compaction(out, plan, results, staged, manifest.read_json(out.table_file))
+    assert (steps > stop_after) == (stop_after < COMMIT_STEPS), steps
     with manifest.lock(out):
         assert not out.journal.exists()
+    if tables.digest(out) == before:  # killed before it was decided: the parts are still there
+        compact(out, photos)
     assert sorted(table_paths(out)) == names
     assert tables.index(out, out.work / "none").rows.num_rows == 4
+    assert not list(out.work.glob("parts-*/*.parquet"))
 
 
 def test_two_runs_on_one_out(out: Out) -> None:

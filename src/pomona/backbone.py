@@ -145,7 +145,8 @@ def _sees_cuda(backend: str) -> bool:
         return cuda_devices() > 0
     from onnxruntime import get_available_providers
 
-    return "CUDAExecutionProvider" in get_available_providers()
+    # The providers are what was compiled in; whether there is a GPU is another question.
+    return "CUDAExecutionProvider" in get_available_providers() and _gpu_memory() > 0
 
 
 def _payload(weights: Weights, backend: str, image_size: int) -> bytes:
@@ -286,7 +287,7 @@ def _with_features(batch: pa.RecordBatch, spec: BackboneSpec) -> pa.RecordBatch:
 
 
 def _decode(contents: pa.Array, spec: BackboneSpec) -> list[Photo]:
-    views = [None if c is None else bytes(c) for c in contents.to_pylist()]
+    views = contents.to_pylist()
     if spec.threads == 1:
         return [decode(view, spec.image_size) for view in views]
     # A GPU waits for pixels: Pillow releases the interpreter's lock while it decodes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pomona.errors import PomonaError
+from pomona.errors import BusyError, PomonaError, RequestError
 
 app = typer.Typer(
     name="pomona",
@@ -204,7 +205,8 @@ def inspect(source: Source, label: Label = "parent", as_json: AsJson = False) ->
     """Show what is in a source, before a long run."""
     from pomona import console, datasets
 
-    with _progress() as on_tick, _listed(source, on_tick) as (where, listing):
+    with _progress() as on_tick:
+        where, listing = _listed(source, on_tick)
         found = datasets.inspect(
             where, listing, label, lambda done, total: on_tick(_tick("inspect", done, total))
         )
@@ -224,7 +226,8 @@ def subset(
     """Make a smaller source, stratified by split and label, with at least one photo of each."""
     from pomona import datasets
 
-    with _progress() as on_tick, _listed(source, on_tick) as (where, listing):
+    with _progress() as on_tick:
+        where, listing = _listed(source, on_tick)
         count = datasets.subset(where, listing, dest, percentage, copy=copy)
     _print(
         {"photos": count, "of": listing.files.num_rows, "dest": str(dest)},
@@ -296,7 +299,6 @@ def _tick(stage: str, done: int, total: int) -> Any:
 def _extract_options(given: dict[str, Any]) -> Any:
     from dataclasses import fields
 
-    from pomona.errors import RequestError
     from pomona.stages import ExtractOptions
 
     if given["reader"] not in ("auto", "spark"):
@@ -315,7 +317,6 @@ def _reduce_options(components: str, no_scale: bool, whiten: bool, no_plots: boo
 
 def _cluster(master: str, settings: list[str] | None) -> Any:
     from pomona.engine import Cluster
-    from pomona.errors import RequestError
 
     for setting in settings or []:
         if "=" not in setting:
@@ -324,17 +325,14 @@ def _cluster(master: str, settings: list[str] | None) -> Any:
     return Cluster(master, tuple((key, value) for key, value in pairs))
 
 
-@contextlib.contextmanager
-def _listed(source: str, on_tick: Any) -> Iterator[Any]:
-    """Give the source and its listing; Spark only where Hadoop must list."""
-    from pomona import engine, sources, stages
-    from pomona.errors import RequestError
+def _listed(source: str, on_tick: Any) -> Any:
+    """Return the source and its listing."""
+    from pomona import sources
 
     where = sources.open_source(source)
     if where.kind == "hadoop":
         raise RequestError(f"{source}: this command reads local folders, s3:// and gs://")
-    with engine.lazy_session(engine.Cluster()) as spark:
-        yield where, stages.list_source(where, spark, on_tick)
+    return where, sources.list_files(where, lambda count: on_tick(_tick("list", count, 0)))
 
 
 @contextlib.contextmanager
@@ -348,26 +346,28 @@ def _progress() -> Iterator[Any]:
 @contextlib.contextmanager
 def _log_to(out: str) -> Iterator[None]:
     """Keep a log in OUT; a bug leaves its traceback there and one line on the terminal."""
-    from pomona.manifest import open_out
+    from pomona.manifest import local_path, open_out
 
     log = logging.getLogger("pomona")
-    path = Path(out).expanduser()
-    existed = path.exists()
-    handler = logging.FileHandler(open_out(out).log, delay=True)
+    existed = local_path(out).exists()
+    folder = open_out(out)
+    handler = logging.FileHandler(folder.log, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
         yield
+    except BusyError:
+        raise
+    except RequestError:
+        if not existed and not folder.table_file.exists():
+            shutil.rmtree(folder.root, ignore_errors=True)  # it leaves nothing behind
+        raise
     except PomonaError:
-        if not existed:  # a refused request leaves nothing behind
-            with contextlib.suppress(OSError):
-                path.rmdir()
         raise
     except Exception as error:
         log.exception("a bug")
-        where = open_out(out).log
         raise PomonaError(
-            f"a bug in Pomona ({type(error).__name__}); the traceback is in {where}"
+            f"a bug in Pomona ({type(error).__name__}); the traceback is in {folder.log}"
         ) from error
     finally:
         log.removeHandler(handler)
@@ -381,7 +381,7 @@ def _print(found: dict[str, Any], as_json: bool, to_text: Any) -> None:
     from rich.console import Console
 
     terminal = sys.stdout.isatty()  # elsewhere nothing is folded: a path stays in one piece
-    console = Console(width=None if terminal else 1000)
+    console = Console(width=None if terminal else 1000, emoji=False)
     console.print(to_text(found), markup=False, highlight=False)
 
 

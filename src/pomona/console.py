@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console, Group
@@ -68,10 +70,11 @@ def describe(tick: Any, per_second: float) -> str:
 @contextlib.contextmanager
 def progress(stream: IO[str]) -> Iterator[Callable[[Any], None]]:
     """Give a function that shows ticks: a bar on a terminal, elsewhere a line every few seconds."""
-    console = Console(file=stream)
-    if not console.is_terminal:
-        yield _lines(console)
+    if not stream.isatty():
+        yield _lines(Console(file=stream))
         return
+    # While Spark starts, the process's own output goes to the log: the bar needs a way of its own.
+    console = Console(file=os.fdopen(os.dup(stream.fileno()), "w", encoding="utf-8"))
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -186,8 +189,9 @@ def _places(records: dict[str, Any], out: str) -> list[tuple[str, str]]:
         rows += [
             ("PCA features", f"{out}/training_pca, {out}/test_pca (CSV: …_csv)"),
             ("projection", f"{out}/projection"),
-            ("picture", f"{out}/report/pca_variance.png"),
         ]
+        picture = Path(out, "report", "pca_variance.png")
+        rows += [("picture", str(picture))] if picture.exists() else []
     return [*rows, ("manifest", f"{out}/manifest.json")]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import shutil
 from collections import Counter, defaultdict
@@ -17,9 +18,11 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from pomona import images, sources
-from pomona.errors import RequestError
+from pomona.errors import RequestError, SourceError
 from pomona.schema import SPLITS
 from pomona.sources import Listing, Source
+
+log = logging.getLogger("pomona")
 
 OnDone = Callable[[int, int], None]
 
@@ -27,7 +30,7 @@ OnDone = Callable[[int, int], None]
 def inspect(
     source: Source, listing: Listing, label: str = "parent", on_done: OnDone | None = None
 ) -> dict[str, Any]:
-    """Describe a source. Reads each photo's header, and whole photos only where sizes agree.
+    """Describe a source. Reads every photo once.
 
     Returns
     -------
@@ -156,20 +159,28 @@ def subset(
     dest = dest.expanduser().resolve()
     if source.kind == "local" and dest.is_relative_to(source.root):
         raise RequestError(f"{dest} lies inside the source: choose a folder outside it")
-    if dest.exists() and any(dest.iterdir()):
-        raise RequestError(f"{dest} is not empty: choose another folder")
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise RequestError(f"{dest} is not an empty folder: choose another")
     chosen = choose(sources.arrange(listing.files), percentage)
-    read = sources.reader(source)
-    for path in chosen:
-        to = dest / path
-        to.parent.mkdir(parents=True, exist_ok=True)
+    if not chosen:
+        raise SourceError(f"{source.name} holds no photos")
+    return sum(_place(source, path, dest / path, copy=copy) for path in chosen)
+
+
+def _place(source: Source, path: str, to: Path, *, copy: bool) -> bool:
+    """Put one photo into a subset; False if it can't be read."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
         if source.kind != "local":
-            to.write_bytes(read(path))
+            to.write_bytes(sources.reader(source)(path))
         elif copy:
             shutil.copy2(Path(source.root, path), to)
         else:
             _link(Path(source.root, path), to)
-    return len(chosen)
+    except OSError as error:
+        log.warning("not in the subset: %s: %s", path, sources.first_line(error))
+        return False
+    return True
 
 
 def _link(photo: Path, to: Path) -> None:

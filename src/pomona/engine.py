@@ -181,12 +181,13 @@ def _stop_gateway() -> None:
 
 def slots(spark: SparkSession) -> int:
     """Return how many tasks run at once."""
-    conf = {key: spark.conf.get(key, None) for key in ("spark.master", "spark.task.cpus")}
-    local = re.fullmatch(r"local\[(\d+|\*)(?:,\s*\d+)?\]", conf["spark.master"] or "")
+    cpus = int(spark.conf.get("spark.task.cpus", "1") or 1)
+    local = re.fullmatch(r"local\[(\d+|\*)(?:,\s*\d+)?\]", spark.conf.get("spark.master", "") or "")
     if local:
-        return (os.cpu_count() or 1) if local[1] == "*" else int(local[1])
+        threads = (os.cpu_count() or 1) if local[1] == "*" else int(local[1])
+        return max(1, threads // cpus)
     with contextlib.suppress(Exception):  # Spark Connect has no SparkContext
-        return int(spark.sparkContext.defaultParallelism)
+        return max(1, int(spark.sparkContext.defaultParallelism) // cpus)
     return 2
 
 
@@ -198,8 +199,14 @@ def fit_spec(spec: BackboneSpec, spark: SparkSession) -> BackboneSpec:
     """
     if spec.device == "cpu":
         return replace(spec, threads=int(spark.conf.get("spark.task.cpus", "1") or 1))
+    local = (spark.conf.get("spark.master", "") or "").startswith("local")
     workers = slots(spark)
     cores = os.cpu_count() or 1
+    if not local:
+        # On a cluster what counts is what one executor has; the driver's cores say nothing.
+        cpus = int(spark.conf.get("spark.task.cpus", "1") or 1)
+        cores = int(spark.conf.get("spark.executor.cores", str(cpus)) or cpus)
+        workers = max(1, cores // cpus)
     return replace(spec, threads=max(2, cores // workers), memory_share=0.9 / workers)
 
 
@@ -297,12 +304,12 @@ def partition() -> int:
 def modified_in_hadoop(spark: SparkSession, uri: str) -> int:
     """Return a file's time in milliseconds; 0 over Spark Connect, where Hadoop is out of reach."""
     try:
-        jvm = spark.sparkContext._jvm
-    except Exception:  # noqa: BLE001 - Spark Connect has its own type for what it lacks
+        path = spark.sparkContext._jvm.org.apache.hadoop.fs.Path(uri)
+        conf = spark.sparkContext._jsc.hadoopConfiguration()
+        return int(path.getFileSystem(conf).getFileStatus(path).getModificationTime())
+    except Exception as error:  # noqa: BLE001 - no JVM over Connect; or the file has gone since
+        log.warning("no time for %s: %s", uri, sources.first_line(error))
         return 0
-    path = jvm.org.apache.hadoop.fs.Path(uri)
-    conf = spark.sparkContext._jsc.hadoopConfiguration()
-    return int(path.getFileSystem(conf).getFileStatus(path).getModificationTime())
 
 
 def root_cause(error: BaseException) -> str:

@@ -201,6 +201,7 @@ def load_images(spark: SparkSession, path: str, split: str | None = None) -> Dat
     -------
     DataFrame
         ``content`` (binary) is null where a photo can't be read. It is read when the frame is used.
+        Of a URI that only Hadoop knows, empty files and files that are gone give no row.
 
     Raises
     ------

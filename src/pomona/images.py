@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from pomona.schema import EMPTY, NOT_AN_IMAGE, TOO_LARGE, TRUNCATED, UNREADABLE
+from pomona.sources import MAX_BYTES
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
 """The decoders that Pillow may use. JPEG's also opens MPO, which some phones write."""
@@ -69,6 +70,8 @@ def decode(content: bytes | None, size: int) -> Photo:
         return Photo(None, None, None, UNREADABLE)
     if not content:
         return Photo(None, None, None, EMPTY)
+    if len(content) > MAX_BYTES:
+        return Photo(None, None, None, TOO_LARGE)
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         width, height = image.size

@@ -5,19 +5,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import platform
+import re
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pomona.errors import BusyError, MismatchError, RequestError
 
 FORMAT = 1
 """Of OUT. Raise it when a reader of the old one would be wrong, and keep reading the old ones."""
+
+
+OWN_FOLDERS = ("features", "training_pca", "test_pca", "projection", "_work")
+"""What a run replaces or removes in OUT: it must not be somebody else's."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,29 @@ def open_out(path: str | Path, *, must_exist: bool = False) -> Out:
     text = str(path)
     if "://" in text and not text.startswith("file://"):
         raise RequestError(f"--out is a folder that driver and executors share, not {text}")
-    root = Path(text.removeprefix("file://")).expanduser().resolve()
+    root = local_path(text)
     if must_exist and not root.is_dir():
         raise RequestError(f"there is no {text}: pomona extract SOURCE --out {text} makes it")
+    out = Out(root)
+    foreign = [name for name in OWN_FOLDERS if (root / name).exists()]
+    if foreign and not any(path.exists() for path in (out.table_file, out.manifest, out.journal)):
+        raise RequestError(
+            f"--out {text} holds a {foreign[0]} that isn't Pomona's, and it would be replaced: "
+            "choose a new folder"
+        )
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"--out {text} can't be made: {error.strerror}") from error
-    return Out(root)
+    return out
+
+
+def local_path(text: str) -> Path:
+    """Return the absolute path of a path or a ``file:`` URI."""
+    if text.startswith("file:"):
+        text = unquote(re.sub("^file:(//[^/]*)?", "", text))
+        text = text[1:] if re.match(r"/[A-Za-z]:/", text) else text  # file:///C:/photos
+    return Path(text).expanduser().resolve()
 
 
 @contextlib.contextmanager
@@ -107,7 +128,7 @@ def lock(out: Out) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     try:
-        held = FileLock(out.root / ".lock", timeout=0)
+        held = FileLock(out.root / ".lock", timeout=1)  # `is_locked` holds it for a moment
         held.acquire()
     except Timeout:
         raise BusyError(
@@ -133,6 +154,8 @@ def is_locked(out: Out) -> bool:
             return False
     except Timeout:
         return True
+    except OSError:  # somebody else's OUT: no run of ours
+        return False
 
 
 Move = tuple[str | None, str]
@@ -163,6 +186,18 @@ def finish_commit(out: Out) -> None:
     out.journal.unlink()
 
 
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """Give a file to write; it becomes ``path`` when it is whole. Runs on workers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write sorted JSON; a reader sees the old file or the new one, never a part."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
@@ -170,10 +205,8 @@ def write_json(path: Path, value: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with aside(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -220,7 +253,7 @@ def versions() -> dict[str, str]:
 
 
 def update(out: Out, stage: str, record: dict[str, Any]) -> None:
-    """Set one stage's record in ``OUT/manifest.json``; of the others, those it builds on stay."""
+    """Set one stage's record in ``OUT/manifest.json``; the others stay."""
     manifest = read_json(out.manifest)
     manifest.update(format=FORMAT, versions=versions())
     manifest.setdefault("stages", {})[stage] = record

@@ -79,7 +79,8 @@ def read_pth(content: bytes, where: str) -> dict[str, npt.NDArray[np.generic]]:
     if not isinstance(loaded, dict):
         raise ValueError(f"{where} holds no state dict")
     state = loaded.get("state_dict", loaded)
-    return {k: v.numpy() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return {key: value.detach().float().numpy() for key, value in tensors.items()}
 
 
 def build_runner(

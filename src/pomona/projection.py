@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -58,9 +59,10 @@ class Moments:
         return Moments(count, self.mean + step * (other.count / count), scatter)
 
 
-def merge(parts: list[Moments]) -> Moments:
-    """Merge from left to right: the order decides the last bits, so it is fixed."""
-    return reduce(Moments.merge, parts)
+def merge(parts: Iterable[Moments]) -> Moments:
+    """Merge from left to right, two at a time: the order decides the last bits, so it is fixed."""
+    nothing = Moments(0, np.zeros(0), np.zeros((0, 0)))
+    return reduce(Moments.merge, parts, nothing)
 
 
 @dataclass(frozen=True)

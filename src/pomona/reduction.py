@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,32 +78,33 @@ class MomentsTask:
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Write ``to/NUMBER.npz``."""
-        found = Moments(0, np.zeros(FEATURES), np.zeros((FEATURES, FEATURES)))
-        for name, group in self.groups[number]:
-            file = pq.ParquetFile(Path(self.root, name))
-            column = file.read_row_group(group, ["features"], use_threads=False)["features"]
-            found = found.merge(Moments.of(features_of(column.drop_null())))
-        aside = Path(self.to, f".{number}-{uuid.uuid4().hex[:8]}.npz")
-        np.savez(aside, count=found.count, mean=found.mean, scatter=found.scatter)
-        aside.replace(Path(self.to, f"{number}.npz"))
+        found = projection.merge(self._group(*group) for group in self.groups[number])
+        with manifest.aside(Path(self.to, f"{number}.npz")) as part, part.open("wb") as file:
+            np.savez(file, count=found.count, mean=found.mean, scatter=found.scatter)
         return {}
+
+    def _group(self, name: str, group: int) -> Moments:
+        file = pq.ParquetFile(Path(self.root, name))
+        column = file.read_row_group(group, ["features"], use_threads=False)["features"]
+        return Moments.of(features_of(column.drop_null()))
 
 
 def moments(
     out: Out, groups: list[list[Group]], run_tasks: RunTasks, on_done: Callable[[int], None]
 ) -> Moments:
     """Return the moments of the Training photos. The driver holds two of them at a time."""
-    folder = out.work / "moments"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = out.work / f"moments-{tables.new_run()}"
     folder.mkdir(parents=True)
     task = MomentsTask(str(out.root), tuple(tuple(group) for group in groups), str(folder))
     run_tasks(task, len(groups), lambda: on_done(len(list(folder.glob("[0-9]*.npz")))))
-    found = Moments(0, np.zeros(FEATURES), np.zeros((FEATURES, FEATURES)))
-    for number in range(len(groups)):
-        with np.load(folder / f"{number}.npz", allow_pickle=False) as part:
-            found = found.merge(Moments(int(part["count"]), part["mean"], part["scatter"]))
+    found = projection.merge(_load(folder / f"{number}.npz") for number in range(len(groups)))
     shutil.rmtree(folder)
     return found
+
+
+def _load(path: Path) -> Moments:
+    with np.load(path, allow_pickle=False) as part:
+        return Moments(int(part["count"]), part["mean"], part["scatter"])
 
 
 # --- projected rows ----------------------------------------------------------------------------
@@ -162,20 +162,20 @@ def _write_labels(
     cuts = [0, *(n for n in range(1, count) if labels[n] != labels[n - 1]), count]
     for start, stop in itertools.pairwise(cuts):
         path = folder / partition(labels[start]) / f"part-{number:05d}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
         rows = table.slice(start, stop - start).select(without(PCA_TABLE, "label").names)
-        pq.write_table(rows, path, compression="zstd", use_dictionary=False)
+        with manifest.aside(path) as part:
+            pq.write_table(rows, part, compression="zstd", use_dictionary=False)
         yield path
 
 
 def _write_csv(
     plan: pa.RecordBatch, values: npt.NDArray[np.float32], folder: Path, number: int
 ) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"part-{number:05d}.csv"
     columns = {"label": plan["label"], "filename": plan["filename"]}
     columns |= {f"f_{n}": pa.array(np.ascontiguousarray(v)) for n, v in enumerate(values.T)}
-    pcsv.write_csv(pa.table(columns), path)
+    with manifest.aside(path) as part:
+        pcsv.write_csv(pa.table(columns), part)
     return path
 
 
@@ -189,8 +189,8 @@ def write(
     (dict, dict)
         Digests by output, and rows by table.
     """
-    staged = out.work / "reduce"
-    shutil.rmtree(staged, ignore_errors=True)
+    # A name of its own: a task that outlives a killed driver can't reach this run's files.
+    staged = out.work / f"reduce-{tables.new_run()}"
     plan, files, bounds = _plan(out, found.k)
     chunks = out.work / "project.arrow"
     write_chunks(chunks, plan, bounds)
@@ -201,7 +201,8 @@ def write(
     moves: list[Move] = []
     for name in (*names, "projection"):
         there = (staged / name).exists()
-        moves.append((f"_work/reduce/{name}" if there else None, name))
+        moves.append((f"_work/{staged.name}/{name}" if there else None, name))
+    moves.append((None, "report/pca_variance.png"))  # of another projection
     manifest.commit(out, moves)
     shutil.rmtree(out.work, ignore_errors=True)
     return _digests(out, answers, names), _count(answers)
@@ -240,8 +241,12 @@ def _digests(out: Out, answers: list[dict[str, Any]], names: list[str]) -> dict[
     return {**digests, "projection.safetensors": manifest.sha256(tensors)}
 
 
-def is_whole(out: Out, digests: dict[str, str]) -> bool:
-    """Tell whether the outputs that a record names are all there."""
+def is_whole(out: Out, record: dict[str, Any]) -> bool:
+    """Tell whether the outputs that a record names are there, and are those and no later ones."""
+    about = manifest.read_json(out.projection / "projection.json")
+    if about.get("made_from") != record["made_from"]:
+        return False
+    digests: dict[str, str] = record["digests"]
     empty = manifest.tree_digest({})
     folders = [name for name, digest in digests.items() if digest != empty and "." not in name]
     return all((out.root / name).is_dir() for name in (*folders, "projection"))

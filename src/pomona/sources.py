@@ -18,17 +18,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pomona.errors import RequestError, SourceError
+from pomona.manifest import local_path
 from pomona.schema import FILES, PHOTOS, SPLITS
 
 log = logging.getLogger("pomona")
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_BYTES = 128 << 20
+"""A photo's file: eight of these still fit into one Arrow batch."""
+
 READ_AHEAD = 16
 """Reads in flight in a worker on an object store: latency is what costs (benchmarks/reading.py)."""
 
@@ -74,11 +78,10 @@ class Listing:
     Attributes
     ----------
     files
-        The photos, as `pomona.schema.FILES`, in no order.
+        The photos, as `pomona.schema.FILES`, in no order; among them what can't be read, such as a
+        dangling link, or a folder that is named like a photo and holds none.
     others
         How many files are not photos, by suffix.
-    folders
-        Folders that are named like a photo and hold none: `arrange` makes them unreadable rows.
     """
 
     files: pa.Table
@@ -95,12 +98,8 @@ def open_source(uri: str | Path) -> Source:
     """
     text = str(uri)
     scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):", text)
-    if scheme is None or scheme[1].lower() == "file":
-        path = Path(_file_path(text) if scheme else text).expanduser()
-        if not path.is_dir():
-            what = "is a file" if path.exists() else "does not exist"
-            raise SourceError(f"{text} {what}: a source is a folder of photos or its URI")
-        return Source(text, "local", os.fspath(path.resolve()))
+    if scheme is None or scheme[1].lower() == "file" or Path(text).is_dir():
+        return _open_local(text)
     if scheme[1].lower() in ("s3", "gs", "gcs"):
         # Keys may hold any character, so only a trailing ?option=value&… is taken as options.
         options = re.search(r"\?((?:[a-z_]+=[^&?/]*(?:/[^&?]*)?&?)+)$", text)
@@ -113,10 +112,16 @@ def open_source(uri: str | Path) -> Source:
     return Source(text, "hadoop", text.rstrip("/"))
 
 
-def _file_path(uri: str) -> str:
-    parts = urlsplit(uri)
-    path = unquote(parts.path)
-    return path[1:] if re.match(r"/[A-Za-z]:/", path) else path  # file:///C:/photos
+def _open_local(text: str) -> Source:
+    path = local_path(text)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise SourceError(f"{text} {what}: a source is a folder of photos or its URI")
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError("the source's own name is not UTF-8: rename that folder") from error
+    return Source(text, "local", os.fspath(path))
 
 
 def is_photo(name: str) -> bool:
@@ -173,7 +178,7 @@ def _scan_local(folder: str) -> Scan:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 if not _loops(entry):
                     folders.append(entry.path)
                 if is_photo(entry.name) and not _holds_photos(entry.path):
@@ -193,13 +198,20 @@ def _stat(entry: os.DirEntry[str]) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder without permission: an unreadable photo
+        return False
+
+
 def _loops(entry: os.DirEntry[str]) -> bool:
-    """Whether a link leads to a folder that it lies in."""
+    """Whether a link leads to a folder that was gone through on the way to it."""
     if not entry.is_symlink():
         return False
-    target = os.path.realpath(entry.path)
-    here = os.path.realpath(os.path.dirname(entry.path))  # noqa: PTH120 (a str from scandir)
-    return os.path.commonpath([target, here]) == target
+    target = Path(os.path.realpath(entry.path))
+    on_the_way = (Path(os.path.realpath(parent)) for parent in Path(entry.path).parents)
+    return any(folder.is_relative_to(target) for folder in on_the_way)
 
 
 def _holds_photos(folder: str) -> bool:
@@ -276,8 +288,11 @@ def arrange(
     Raises
     ------
     RequestError
-        If ``test_fraction`` is given for a source that is split already, or isn't between 0 and 1.
+        If ``label`` is another word; if ``test_fraction`` is given for a source that is split
+        already, or isn't between 0 and 1.
     """
+    if label not in ("parent", "top"):
+        raise RequestError(f"--label is parent or top, not {label}")
     paths = files["path"]
     has_splits = bool(pc.any(pc.match_substring_regex(paths, r"^(Training|Test)/")).as_py())
     if has_splits:
@@ -344,16 +359,21 @@ def _filesystem(store: str) -> Any:
 
 
 def reader(source: Source) -> Reader:
-    """Return a function from relative path to bytes; it raises OSError. Runs on workers."""
-    if source.kind == "local":
-        return lambda path: Path(source.root, path).read_bytes()
-    filesystem = _filesystem(source.store)
+    """Return a function from relative path to bytes; it raises OSError. Runs on workers.
 
-    def read(path: str) -> bytes:
+    Of a file above `MAX_BYTES` only so much and one byte more is read, which tells that it is one.
+    """
+
+    def read_local(path: str) -> bytes:
+        with Path(source.root, path).open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+
+    def read_object(path: str) -> bytes:
+        filesystem = _filesystem(source.store)
         with filesystem.open_input_file(f"{source.root}/{path}") as file:
-            return bytes(file.read())
+            return bytes(file.read(MAX_BYTES + 1))
 
-    return read
+    return read_local if source.kind == "local" else read_object
 
 
 def read(photos: Iterator[pa.RecordBatch], source: Source) -> Iterator[pa.RecordBatch]:

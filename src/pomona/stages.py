@@ -83,7 +83,7 @@ def reduce(
         }
         made_from = {"features": tables.digest(folder), "settings": settings}
         old = manifest.read_json(folder.manifest).get("stages", {}).get("reduce", {})
-        if old.get("made_from") == made_from and reduction.is_whole(folder, old["digests"]):
+        if old.get("made_from") == made_from and reduction.is_whole(folder, old):
             if options.plots and not (folder.report / "pca_variance.png").exists():
                 _plot(proj.load(folder.projection), folder.report)
             return dict(old)
@@ -209,8 +209,10 @@ def status(out: str | Path) -> dict[str, Any]:
     plan = manifest.read_json(folder.work / "plan.json")
     parts = tables.parts_folder(folder, table["spec"])
     found = tables.index(folder, parts, look_only=True).rows
-    done = pc.count_distinct(found["path"]).as_py()
-    photos = max(plan.get("photos", 0), done)
+    photos = done = pc.count_distinct(found["path"]).as_py()
+    if plan:  # rows of photos that are being replaced don't count as done
+        photos = plan["photos"]
+        done = min(photos, plan["before"] + tables.count_parts(parts, plan["run"]).done)
     bad = found.filter(pc.is_valid(found["error"])).group_by("error")
     codes = bad.aggregate([("path", "count_distinct")]).to_pylist()
     stages = manifest.read_json(folder.manifest).get("stages", {})

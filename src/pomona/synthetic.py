@@ -249,9 +249,11 @@ def synthesize(
     Raises
     ------
     RequestError
-        If a number is out of range.
+        If a number is out of range, or ``dest`` is not a folder.
     """
     photos, done = plan(classes, images), 0
+    if dest.exists() and not dest.is_dir():
+        raise RequestError(f"{dest} is not a folder: choose another place for the photos")
     for folder in {(dest / photo.path).parent for photo in photos}:
         folder.mkdir(parents=True, exist_ok=True)
     for count in _written(dest, photos, seed, max(1, workers or os.cpu_count() or 1)):

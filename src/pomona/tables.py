@@ -2,8 +2,8 @@
 
 While ``extract`` runs, each task leaves one *part* in ``OUT/_work/parts-…``, written aside and
 renamed when it is whole, so that a part that is there is complete. At the end parts and table
-become the new table: files of about 128 MB, rows by path, one folder for each split. A file whose
-rows all stay is left alone. `manifest.commit` makes the change whole.
+become the new table: files of about 128 MB, rows by path, one folder for each split. A full file
+whose rows all stay is left alone. `manifest.commit` makes the change whole.
 
 Functions marked so run on workers; they need OUT to be storage that driver and executors share.
 """
@@ -210,7 +210,8 @@ def new_run() -> str:
 def write_part(where: PartFile, task: int, batches: Iterator[pa.RecordBatch]) -> Counts:
     """Write one task's rows as one part. Runs on workers.
 
-    The same task done twice (a retry, speculation) replaces its own part.
+    The same task done twice (a retry, speculation) replaces its own part, or, if a photo has
+    changed in between, leaves a second one, of which one row counts.
     """
     aside = Path(where.folder, f".{where.run}-{task:06d}-{uuid.uuid4().hex[:8]}")
     rows = rejected = 0
@@ -336,20 +337,17 @@ class WriteFile:
     def __call__(self, number: int) -> dict[str, Any]:
         """Return ``name``, ``rows``, ``rejected`` and ``sha256`` of file ``number``."""
         path = Path(self.staged, self.names[number])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         plan = read_chunk(self.chunks, number)
         schema = without(FEATURES_TABLE, "split")
         label = schema.get_field_index("label")
         rejected = 0
-        with open_parquet(aside, schema) as writer:
+        with manifest.aside(path) as part, open_parquet(part, schema) as writer:
             for wanted, rows in gather(plan, self.root, self.files, schema.names):
                 relabelled = rows.set_column(label, schema.field("label"), wanted["label"])
                 rejected += rows.num_rows - rows["error"].null_count
                 for batch in relabelled.to_batches():
                     writer.write_batch(batch)
-        digest = manifest.sha256(aside)
-        aside.replace(path)
+        digest = manifest.sha256(path)
         name = self.names[number]
         return {"name": name, "rows": plan.num_rows, "rejected": rejected, "sha256": digest}
 
@@ -368,6 +366,9 @@ def commit_compaction(
     moves: list[Move] = [(None, f"features/{name}") for name in done.obsolete]
     moves += [(f"{here}/{r['name']}", f"features/{r['name']}") for r in results]
     moves.append((f"{here}/_table.json", "features/_table.json"))
+    # The parts go with the change: left behind by a kill, they would be taken for newer rows.
+    moves += [(None, path.relative_to(out.root).as_posix()) for path in out.work.glob("parts-*")]
+    moves.append((None, "_work/plan.json"))
     manifest.commit(out, moves)
     shutil.rmtree(out.work, ignore_errors=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,14 @@ def record(
     try:
         run_id = _write(uri, out, params, metrics, artifacts)
     except Exception as error:  # a run that is done is not lost to its book-keeping
-        log.warning("MLflow at %s", uri, exc_info=error)
+        log.warning("MLflow failed", exc_info=error)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        return f"not recorded: MLflow at {uri} failed ({reason})"
-    return f"{uri}, run {run_id}"
+        return _without_password(f"not recorded: MLflow at {uri} failed ({reason})")
+    return _without_password(f"{uri}, run {run_id}")
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def _write(
@@ -55,12 +60,16 @@ def _write(
         where = (out.root / "mlflow-artifacts").as_uri() if local else None
         experiment = client.create_experiment(name, artifact_location=where)
     run_id = str(client.create_run(experiment, run_name=out.root.name).info.run_id)
-    for key, value in params.items():
-        client.log_param(run_id, key, value)
-    for key, number in metrics.items():
-        client.log_metric(run_id, key, number)
-    for path in artifacts:
-        if path.exists():
-            client.log_artifact(run_id, str(path))
-    client.set_terminated(run_id)
+    status = "FAILED"
+    try:
+        for key, value in params.items():
+            client.log_param(run_id, key, value)
+        for key, number in metrics.items():
+            client.log_metric(run_id, key, number)
+        for path in artifacts:
+            if path.exists():
+                client.log_artifact(run_id, str(path))
+        status = "FINISHED"
+    finally:
+        client.set_terminated(run_id, status)
     return run_id

@@ -124,6 +124,8 @@ def _read_safetensors(path: Path) -> dict[str, npt.NDArray[np.generic]]:
 
     try:
         return dict(load_file(path))
+    except TypeError as error:  # bfloat16 and the like
+        raise WeightsError(f"{path} holds a type that NumPy lacks: save it as float32") from error
     except SafetensorError as error:
         raise WeightsError(f"{path} is damaged, or no safetensors file: fetch it again") from error
 
