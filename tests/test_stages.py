@@ -395,7 +395,7 @@ def test_reduce_refuses_what_it_cant(source: Path, tmp_path: Path) -> None:
     stages.extract(source, out, QUICK)
     with pytest.raises(RequestError, match="23 at most"):
         stages.reduce(out, ReduceOptions(components=24))
-    manifest.write_json(out / "_work" / "plan.json", {"photos": 99})
+    manifest.write_json(out / "_work" / "plan.json", {"photos": 99, "before": 48, "run": "x"})
     with pytest.raises(RequestError, match="isn't finished"):
         stages.reduce(out, FEW)
     assert stages.status(out)["todo"] == 99 - 48

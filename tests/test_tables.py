@@ -19,7 +19,7 @@ from pomona.manifest import Out
 from pomona.rows import even_bounds, gather, open_parquet, read_chunk, write_chunks
 from pomona.schema import FEATURES_TABLE, PHOTOS
 
-COMMIT_STEPS = 8
+COMMIT_STEPS = 13
 """File operations of the commit below; one more and nothing is killed."""
 
 
@@ -184,7 +184,7 @@ def test_deleted_rows(out: Out) -> None:
     assert gone["path"].to_pylist() == names[:1]
 
 
-@pytest.mark.parametrize("stop_after", range(9))
+@pytest.mark.parametrize("stop_after", range(COMMIT_STEPS + 1))
 def test_a_commit_survives_a_kill_at_any_step(
     out: Out, stop_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -227,8 +227,8 @@ def _extract(
 
 
 PHOTOS_PER_TASK = 512
-"""About five seconds of work: what a killed task loses, and the grain of the progress shown. The gap
-between tasks is 0.08 s, for the weights travel with each."""
+"""About five seconds of work: what a killed task loses, and the grain of the progress shown. The
+gap between tasks is 0.08 s, for the weights travel with each."""
 MOST_TASKS = 50_000
 """What Spark's scheduler takes without effort; above it tasks grow."""
 
