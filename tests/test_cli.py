@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -256,6 +257,34 @@ def test_no_java_is_one_line(source: Path, tmp_path: Path) -> None:
     assert told.returncode == 2
     assert told.stderr.splitlines()[-1].startswith("pomona: Spark needs Java 17")
     assert "apt-get install" in told.stderr
+
+
+def test_a_terminal_shows_a_bar(source: Path, tmp_path: Path) -> None:
+    """Also while Spark starts, when the process's own output goes to the log."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "pomona",
+        "extract",
+        str(source),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
+    with subprocess.Popen([*command, *RANDOM], stdout=theirs, stderr=theirs, env=env) as child:
+        os.close(theirs)
+        told = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while some := os.read(ours, 65536):
+                told += some
+    os.close(ours)
+    assert child.returncode == 0
+    text = told.decode()
+    for words in ("starting Spark", "extracting features", "48/48", "\x1b["):
+        assert words in text
+    assert "\x1b[" not in (tmp_path / "out" / "pomona.log").read_text()
 
 
 def test_sparks_noise_goes_to_the_log(source: Path, tmp_path: Path) -> None:

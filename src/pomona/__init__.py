@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pomona.backbone import BackboneSpec, MobileNetV2Extractor, extract
+    from pomona.backbone import BackboneSpec, extract
+    from pomona.extractor import MobileNetV2Extractor
     from pomona.frames import load_images
 
 __version__ = "0.1.0"
@@ -17,7 +18,7 @@ __all__ = ["BackboneSpec", "MobileNetV2Extractor", "__version__", "extract", "lo
 
 _HOME = {
     "BackboneSpec": "pomona.backbone",
-    "MobileNetV2Extractor": "pomona.backbone",
+    "MobileNetV2Extractor": "pomona.extractor",
     "extract": "pomona.backbone",
     "load_images": "pomona.frames",
 }

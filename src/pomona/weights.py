@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pomona import mobilenet
 from pomona.errors import MissingError, WeightsError
+from pomona.manifest import sha256
 
 OFFICIAL_URL = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
 """torchvision's MobileNet_V2_Weights.IMAGENET1K_V1; its name holds the start of its sha256."""
@@ -150,13 +151,13 @@ def _read_pth(path: Path) -> dict[str, npt.NDArray[np.generic]]:
 def _official(on_bytes: OnBytes | None) -> Path:
     """Return the official file, fetched if it isn't in the cache."""
     path = cache_folder() / OFFICIAL_URL.rsplit("/", 1)[-1]
-    if path.is_file() and _hash_in_name(path) == _sha256(path)[:8]:
+    if path.is_file() and _hash_in_name(path) == sha256(path)[:8]:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         _download(OFFICIAL_URL, part, on_bytes)
-        if _hash_in_name(path) != _sha256(part)[:8]:
+        if _hash_in_name(path) != sha256(part)[:8]:
             raise WeightsError(
                 f"what came from {OFFICIAL_URL} is not the official file (its sha256 differs): "
                 "try again, or fetch it by other means and name it with --weights"
@@ -186,11 +187,3 @@ def _download(url: str, to: Path, on_bytes: OnBytes | None) -> None:
 
 def _hash_in_name(path: Path) -> str:
     return path.stem.rsplit("-", 1)[-1]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        sha = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
