@@ -252,6 +252,29 @@ def test_help_is_instant() -> None:
     assert process("--version").stdout.startswith("pomona ")
 
 
+def test_the_core_needs_no_extra(source: Path, tmp_path: Path) -> None:
+    """What the extras and the tests bring is hidden from the driver."""
+    hidden = ["torch", "mlflow", "matplotlib", "sklearn", "scipy", "psutil", "duckdb", "boto3"]
+    words = ["run", str(source), "--out", str(tmp_path / "out"), *RANDOM, "--components", "3"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({hidden!r})); sys.argv[1:] = {words!r}\n"
+        "from pomona.cli import main\n"
+        "main()\n"
+    )
+
+    def told(*extra: str) -> subprocess.CompletedProcess[str]:
+        script = code.replace("\nfrom", f"; sys.argv += {list(extra)!r}\nfrom", 1)
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    refused = told()
+    assert refused.returncode == 2
+    assert "pip install 'pomona[report]', or add --no-plots" in refused.stderr
+    done = told("--no-plots")
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'pomona[mlflow]'" in done.stdout
+
+
 def test_no_java_is_one_line(source: Path, tmp_path: Path) -> None:
     told = process("extract", source, "--out", tmp_path / "out", *RANDOM, JAVA_HOME=str(tmp_path))
     assert told.returncode == 2
