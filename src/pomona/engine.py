@@ -179,9 +179,13 @@ def _stop_gateway() -> None:
     SparkContext._jvm = None
 
 
+def _task_cpus(spark: SparkSession) -> int:
+    return int(spark.conf.get("spark.task.cpus", "1") or 1)
+
+
 def slots(spark: SparkSession) -> int:
     """Return how many tasks run at once."""
-    cpus = int(spark.conf.get("spark.task.cpus", "1") or 1)
+    cpus = _task_cpus(spark)
     local = re.fullmatch(r"local\[(\d+|\*)(?:,\s*\d+)?\]", spark.conf.get("spark.master", "") or "")
     if local:
         threads = (os.cpu_count() or 1) if local[1] == "*" else int(local[1])
@@ -195,16 +199,16 @@ def fit_spec(spec: BackboneSpec, spark: SparkSession) -> BackboneSpec:
     """Fit threads and GPU memory to a task slot.
 
     On a CPU a worker has as many threads as its slot has CPUs, so that none are too many. On a GPU
-    each of the `gpu_workers` decodes with its share of the machine's cores.
+    each worker decodes with its share of the machine's cores.
     """
+    cpus = _task_cpus(spark)
     if spec.device == "cpu":
-        return replace(spec, threads=int(spark.conf.get("spark.task.cpus", "1") or 1))
+        return replace(spec, threads=cpus)
     local = (spark.conf.get("spark.master", "") or "").startswith("local")
     workers = slots(spark)
     cores = os.cpu_count() or 1
     if not local:
         # On a cluster what counts is what one executor has; the driver's cores say nothing.
-        cpus = int(spark.conf.get("spark.task.cpus", "1") or 1)
         cores = int(spark.conf.get("spark.executor.cores", str(cpus)) or cpus)
         workers = max(1, cores // cpus)
     return replace(spec, threads=max(2, cores // workers), memory_share=0.9 / workers)

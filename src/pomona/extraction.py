@@ -91,8 +91,10 @@ def extract(
         If Spark gave up. What is done is kept.
     """
     options = options or ExtractOptions()
-    where = _source(source, options)
-    _refuse_nesting(str(source), str(out))
+    where = sources.open_source(source)
+    _refuse_nesting(where, str(out))
+    if options.reader == "spark":
+        where = replace(where, kind="hadoop")
     spec = _spec(options, on_tick)
     folder = manifest.open_out(out)
     cluster = replace(cluster or Cluster(), log_file=folder.log)
@@ -108,8 +110,7 @@ def extract(
         return _extract(job, photos, table, {"list": time.time() - started})
 
 
-def _refuse_nesting(source: str, out: str) -> None:
-    where = sources.open_source(source)
+def _refuse_nesting(where: Source, out: str) -> None:
     if where.kind != "local" or ("://" in out and not out.startswith("file://")):
         return
     place = manifest.local_path(out)
@@ -117,11 +118,6 @@ def _refuse_nesting(source: str, out: str) -> None:
         raise RequestError(f"--out {out} lies inside the source: choose a folder outside it")
     if Path(where.root).is_relative_to(place):
         raise RequestError(f"the source lies inside --out {out}: choose another folder")
-
-
-def _source(source: str | Path, options: ExtractOptions) -> Source:
-    where = sources.open_source(source)
-    return replace(where, kind="hadoop") if options.reader == "spark" else where
 
 
 def _spec(options: ExtractOptions, on_tick: OnTick) -> BackboneSpec:

@@ -24,7 +24,7 @@ from pomona import manifest, projection, tables
 from pomona.manifest import Move, Out
 from pomona.projection import Moments, Projection
 from pomona.rows import even_bounds, gather, read_chunk, write_chunks
-from pomona.schema import FEATURES, PCA_TABLE, SPLITS, without
+from pomona.schema import FEATURES, PCA_TABLE, without
 
 RunTasks = Callable[..., list[dict[str, Any]]]
 """``run_tasks(task, count)``: the answers of ``task(0) … task(count - 1)``."""
@@ -215,12 +215,8 @@ def _plan(out: Out, k: int) -> tuple[pa.Table, tuple[str, ...], list[int]]:
     rows = rows.sort_by([(name, "ascending") for name in ("split", "label", "path")])
     rows = rows.select(["path", "split", "label", "filename", "file", "row"])
     most = max(1, min(ROWS_PER_TASK, VALUES_PER_TASK // k))
-    bounds = [0]
-    for split in SPLITS[::-1]:  # the order of the rows: Test, Training
-        count = pc.sum(pc.equal(rows["split"], split)).as_py() or 0
-        first = bounds[-1]
-        bounds += [first + cut for cut in even_bounds(count, most)[1:]]
-    return rows, tuple(index.files), bounds
+    ends = [end for _, cuts in tables.cut_by_split(rows, most) for end in cuts]
+    return rows, tuple(index.files), [0, *ends]
 
 
 def _count(answers: list[dict[str, Any]]) -> dict[str, int]:

@@ -22,7 +22,6 @@ from pomona.extraction import (
     OnTick,
     Tick,
     extract,
-    list_source,
     quiet,
     rejected_share,
 )
@@ -33,7 +32,6 @@ __all__ = [
     "ReduceOptions",
     "Tick",
     "extract",
-    "list_source",
     "reduce",
     "rejected_share",
     "run",

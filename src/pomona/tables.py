@@ -302,16 +302,29 @@ def _next_generation(found: Index) -> int:
 
 def _new_files(plan: pa.Table, generation: int) -> tuple[list[int], list[str]]:
     bounds, names = [0], []
-    for split in SPLITS[::-1]:  # the plan's order: Test, Training
-        rows = pc.sum(pc.equal(plan["split"], split)).as_py() or 0
-        cuts = even_bounds(rows, ROWS_PER_FILE)
-        first = bounds[-1]
-        bounds += [first + cut for cut in cuts[1:]]
+    for split, cuts in cut_by_split(plan, ROWS_PER_FILE):
+        bounds += cuts
         names += [
             f"split={split}/part-{generation:05d}-{number:05d}.parquet"
-            for number in range(len(cuts) - 1)
+            for number in range(len(cuts))
         ]
     return bounds, names
+
+
+def cut_by_split(rows: pa.Table, most: int) -> list[tuple[str, list[int]]]:
+    """Cut rows that are sorted by split into pieces of at most ``most`` of one split.
+
+    Returns
+    -------
+    list
+        For each split in the rows' order (Test, Training) the ends of its pieces.
+    """
+    found, first = [], 0
+    for split in SPLITS[::-1]:
+        count = pc.sum(pc.equal(rows["split"], split)).as_py() or 0
+        found.append((split, [first + cut for cut in even_bounds(count, most)[1:]]))
+        first += count
+    return found
 
 
 @dataclass(frozen=True)
@@ -378,9 +391,8 @@ def write_rejected(out: Out) -> dict[str, int]:
     found = index(out, out.work / "none").rows
     bad = found.filter(pc.is_valid(found["error"])).select(REJECTED.names)
     bad = bad.sort_by([("split", "ascending"), ("path", "ascending")])
-    part = out.rejected.with_name(f".{out.rejected.name}.part")
-    pcsv.write_csv(bad, part)
-    part.replace(out.rejected)
+    with manifest.aside(out.rejected) as part:
+        pcsv.write_csv(bad, part)
     counted = bad.group_by("error").aggregate([("path", "count")]).to_pylist()
     return {row["error"]: row["path_count"] for row in sorted(counted, key=lambda r: r["error"])}
 
