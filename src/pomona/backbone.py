@@ -20,15 +20,18 @@ import pyarrow as pa
 from pomona import mobilenet
 from pomona.errors import MissingError, RequestError, WeightsError
 from pomona.images import Photo, decode
-from pomona.schema import FEATURES, FEATURES_TABLE
+from pomona.schema import FEATURES
 from pomona.weights import Weights
 
-Runner = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
-"""From uint8 [n, h, w, 3] to float32 [n, 1280]."""
+Runner = Callable[[npt.NDArray[np.uint8]], list[npt.NDArray[np.float32]]]
+"""From uint8 [n, h, w, 3] to one float32 [n, …] for each of the spec's outputs."""
 
 CPU_BATCH = 8
 """ONNX Runtime gains nothing from larger batches on a CPU."""
 GPU_BATCH = 128
+
+SCORE = "score"
+"""The output that is one number for each photo."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class BackboneSpec:
         CPU threads of one worker: one per task slot.
     memory_share
         Share of a GPU's memory that one worker may take.
+    outputs
+        What `extract` adds for each photo: ``features``, or outputs of a model's file
+        (`pomona.model`).
     payload
         The weights' bytes: an ONNX file, or safetensors for torch.
     """
@@ -66,6 +72,7 @@ class BackboneSpec:
     batch_size: int = CPU_BATCH
     threads: int = 1
     memory_share: float = 1.0
+    outputs: tuple[str, ...] = (mobilenet.OUTPUT,)
     payload: bytes = field(default=b"", repr=False, compare=False)
 
     def fingerprint(self) -> dict[str, object]:
@@ -104,7 +111,7 @@ def make_spec(
         raise RequestError(f"--backend is onnx or torch, not {backend}")
     if batch_size is not None and batch_size < 1:
         raise RequestError(f"a batch holds at least one photo, not {batch_size}")
-    found = _device(backend, device)
+    found = find_device(backend, device)
     return BackboneSpec(
         weights=weights.name,
         digest=weights.digest,
@@ -117,7 +124,16 @@ def make_spec(
     )
 
 
-def _device(backend: str, device: str) -> str:
+def find_device(backend: str, device: str) -> str:
+    """Return ``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    RequestError
+        If it is another word.
+    MissingError
+        If ``cuda`` isn't there.
+    """
     if device not in ("auto", "cpu", "cuda"):
         raise RequestError(f"--device is auto, cpu or cuda, not {device}")
     if device == "cpu":
@@ -158,6 +174,16 @@ def _payload(weights: Weights, backend: str, image_size: int) -> bytes:
     from safetensors.numpy import save
 
     return save(dict(weights.state))
+
+
+def onnx_file(spec: BackboneSpec) -> bytes:
+    """Return the ONNX file of a spec's backbone, whatever its backend."""
+    if spec.backend == "onnx":
+        return spec.payload
+    from safetensors.numpy import load as load_safetensors
+
+    state = load_safetensors(spec.payload)
+    return mobilenet.to_onnx(state, spec.image_size, spec.weights, spec.digest)
 
 
 def _check_onnx(weights: Weights, image_size: int) -> None:
@@ -216,7 +242,8 @@ def load(spec: BackboneSpec) -> Runner:
     Returns
     -------
     Runner
-        From uint8 [n, image_size, image_size, 3] to float32 [n, 1280].
+        From uint8 [n, image_size, image_size, 3] to the spec's outputs; ``features`` is
+        float32 [n, 1280].
     """
     if spec.backend == "torch":
         from safetensors.numpy import load as load_safetensors
@@ -225,13 +252,13 @@ def load(spec: BackboneSpec) -> Runner:
 
         state = load_safetensors(spec.payload)
         mixed = spec.precision == "mixed"
-        return build_runner(state, spec.device, mixed, spec.threads, spec.memory_share)
+        torch_runner = build_runner(state, spec.device, mixed, spec.threads, spec.memory_share)
+        return lambda image: [torch_runner(image)]
     session = _session(spec.payload, spec.threads, spec.device, spec.memory_share)
     name = session.get_inputs()[0].name
 
-    def run(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        features: npt.NDArray[np.float32] = session.run([mobilenet.OUTPUT], {name: image})[0]
-        return features
+    def run(image: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
+        return list(session.run(list(spec.outputs), {name: image}))
 
     return run
 
@@ -252,8 +279,8 @@ def extract(batches: Iterator[pa.RecordBatch], spec: BackboneSpec) -> Iterator[p
     ------
     pa.RecordBatch
         One for each that came in, with as many rows in the same order: its columns less
-        ``content``, then ``width``, ``height``, ``features`` (list<float32>, 1280, or null) and
-        ``error`` (code, or null).
+        ``content``, then ``width``, ``height``, the spec's outputs (``features``: list<float32>,
+        1280, or null) and ``error`` (code, or null).
     """
     for batch in batches:
         yield _with_features(batch, spec)
@@ -262,25 +289,38 @@ def extract(batches: Iterator[pa.RecordBatch], spec: BackboneSpec) -> Iterator[p
 def _with_features(batch: pa.RecordBatch, spec: BackboneSpec) -> pa.RecordBatch:
     contents = batch.column("content")
     photos: list[Photo] = []
-    parts: list[npt.NDArray[np.float32]] = []
+    parts: list[list[npt.NDArray[np.float32]]] = []
     for start in range(0, batch.num_rows, spec.batch_size):
         chunk = _decode(contents[start : start + spec.batch_size], spec)
         pixels = [photo.pixels for photo in chunk if photo.pixels is not None]
         if pixels:
             parts.append(load(spec)(np.stack(pixels)))
         photos += [photo._replace(pixels=None) for photo in chunk]
+    missing = [photo.error is not None for photo in photos]
+    columns = {
+        "width": pa.array([photo.width for photo in photos], pa.int32()),
+        "height": pa.array([photo.height for photo in photos], pa.int32()),
+    }
+    for number, name in enumerate(spec.outputs):
+        columns[name] = _column([part[number] for part in parts], missing, name)
+    columns["error"] = pa.array([photo.error for photo in photos], pa.string())
     kept = batch.drop_columns(["content"])
-    names = ("width", "height", "features", "error")
-    columns = [
-        pa.array([photo.width for photo in photos], pa.int32()),
-        pa.array([photo.height for photo in photos], pa.int32()),
-        feature_column(parts, [photo.error is not None for photo in photos]),
-        pa.array([photo.error for photo in photos], pa.string()),
-    ]
-    fields = [FEATURES_TABLE.field(name) for name in names]
+    fields = [pa.field(name, column.type) for name, column in columns.items()]
     return pa.RecordBatch.from_arrays(
-        [*kept.columns, *columns], schema=pa.schema([*kept.schema, *fields])
+        [*kept.columns, *columns.values()], schema=pa.schema([*kept.schema, *fields])
     )
+
+
+def _column(parts: list[npt.NDArray[np.float32]], missing: list[bool], name: str) -> pa.Array:
+    if name == mobilenet.OUTPUT:
+        return feature_column(parts, missing, FEATURES)
+    if not parts:  # no photo of this batch can be used: the width isn't known, and isn't needed
+        return pa.nulls(len(missing), pa.float32() if name == SCORE else pa.list_(pa.float32()))
+    if parts[0].ndim == 2:
+        return feature_column(parts, missing, parts[0].shape[1])
+    values = np.zeros(len(missing), np.float32)
+    values[~np.asarray(missing, bool)] = np.concatenate(parts)
+    return pa.array(values, mask=np.asarray(missing, bool))
 
 
 def _decode(contents: pa.Array, spec: BackboneSpec) -> list[Photo]:
@@ -297,24 +337,26 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def feature_column(
-    parts: Sequence[npt.NDArray[np.float32]], missing: Sequence[bool]
+    parts: Sequence[npt.NDArray[np.float32]], missing: Sequence[bool], width: int = FEATURES
 ) -> pa.ListArray:
     """Put vectors into a list column, with null in the places of ``missing``.
 
     Parameters
     ----------
     parts
-        float32 [m, 1280] each, together one row for each photo that isn't missing.
+        float32 [m, width] each, together one row for each photo that isn't missing.
     missing
         For each photo, whether it has no features.
+    width
+        Of a vector.
     """
-    values = np.concatenate(parts) if parts else np.zeros((0, FEATURES), np.float32)
+    values = np.concatenate(parts) if parts else np.zeros((0, width), np.float32)
     present = ~np.asarray(missing, bool)
-    if values.shape != (present.sum(), FEATURES):
+    if values.shape != (present.sum(), width):
         raise ValueError(f"features of shape {values.shape} for {present.sum()} photos")
     if not np.isfinite(values).all():
         raise ValueError("the backbone gave features that are not finite: check the weights")
-    offsets = np.concatenate([[0], np.cumsum(present * FEATURES)]).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(present * width)]).astype(np.int32)
     return pa.ListArray.from_arrays(
         pa.array(offsets), pa.array(values.ravel()), mask=pa.array(~present)
     )

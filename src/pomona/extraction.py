@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pomona import engine, frames, manifest, sources, tables
-from pomona.backbone import BackboneSpec, make_spec
+from pomona.backbone import BackboneSpec, make_spec, onnx_file
 from pomona.engine import Cluster
 from pomona.errors import MismatchError, RequestError, SourceError
 from pomona.manifest import Out
@@ -30,7 +30,7 @@ GetSpark = Callable[[], Any]
 class Tick(NamedTuple):
     """What a stage tells while it works."""
 
-    stage: str  # list, weights, spark, extract, table, reduce
+    stage: str  # list, weights, spark, extract, table, reduce, train, report, …
     done: int = 0
     total: int = 0  # 0: not known
     rejected: int = 0
@@ -107,6 +107,9 @@ def extract(
         photos = _list(job)
         if not folder.table_file.exists():
             manifest.write_json(folder.table_file, table)
+        if not folder.backbone.exists():
+            with manifest.aside(folder.backbone) as part:
+                part.write_bytes(onnx_file(spec))
         return _extract(job, photos, table, {"list": time.time() - started})
 
 

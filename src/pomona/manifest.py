@@ -22,7 +22,7 @@ FORMAT = 1
 """Of OUT. Raise it when a reader of the old one would be wrong, and keep reading the old ones."""
 
 
-OWN_FOLDERS = ("features", "training_pca", "test_pca", "projection", "_work")
+OWN_FOLDERS = ("features", "training_pca", "test_pca", "projection", "model", "_work")
 """What a run replaces or removes in OUT: it must not be somebody else's."""
 
 
@@ -43,14 +43,29 @@ class Out:
         return self.features / "_table.json"
 
     @property
+    def backbone(self) -> Path:
+        """The network that made the features, as ONNX: training needs no weights of its own."""
+        return self.features / "_backbone.onnx"
+
+    @property
     def projection(self) -> Path:
         """Scaler and PCA."""
         return self.root / "projection"
 
     @property
+    def model(self) -> Path:
+        """The finished model."""
+        return self.root / "model"
+
+    @property
     def report(self) -> Path:
-        """Pictures."""
+        """Metrics, pictures and the page that shows them."""
         return self.root / "report"
+
+    @property
+    def metrics(self) -> Path:
+        """All figures of the model."""
+        return self.report / "metrics.json"
 
     @property
     def rejected(self) -> Path:
@@ -246,7 +261,7 @@ def tree_digest(files: dict[str, str]) -> str:
 def versions() -> dict[str, str]:
     """Return the versions that may change a result."""
     found = {"python": platform.python_version()}
-    for name in ("pomona", "pyspark", "pyarrow", "numpy", "pillow", "onnxruntime", "torch"):
+    for name in ("pomona", "pyspark", "pyarrow", "numpy", "pillow", "onnxruntime", "scikit-learn", "torch"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

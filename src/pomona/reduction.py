@@ -75,6 +75,7 @@ class MomentsTask:
     root: str
     groups: tuple[tuple[Group, ...], ...]
     to: str
+    power: float
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Write ``to/NUMBER.npz``."""
@@ -86,16 +87,20 @@ class MomentsTask:
     def _group(self, name: str, group: int) -> Moments:
         file = pq.ParquetFile(Path(self.root, name))
         column = file.read_row_group(group, ["features"], use_threads=False)["features"]
-        return Moments.of(features_of(column.drop_null()))
+        return Moments.of(projection.raised(features_of(column.drop_null()), self.power))
 
 
 def moments(
-    out: Out, groups: list[list[Group]], run_tasks: RunTasks, on_done: Callable[[int], None]
+    out: Out,
+    groups: list[list[Group]],
+    power: float,
+    run_tasks: RunTasks,
+    on_done: Callable[[int], None],
 ) -> Moments:
     """Return the moments of the Training photos. The driver holds two of them at a time."""
     folder = out.work / f"moments-{tables.new_run()}"
     folder.mkdir(parents=True)
-    task = MomentsTask(str(out.root), tuple(tuple(group) for group in groups), str(folder))
+    task = MomentsTask(str(out.root), tuple(tuple(group) for group in groups), str(folder), power)
     run_tasks(task, len(groups), lambda: on_done(len(list(folder.glob("[0-9]*.npz")))))
     found = projection.merge(_load(folder / f"{number}.npz") for number in range(len(groups)))
     shutil.rmtree(folder)

@@ -47,6 +47,7 @@ class ReduceOptions:
     components: int | float = 50
     scale: bool = True
     whiten: bool = False
+    power: float = 0.5
     plots: bool = True
 
 
@@ -66,6 +67,8 @@ def reduce(
         And its kinds: there are no features, or too few photos.
     """
     options = options or ReduceOptions()
+    if not 0 < options.power <= 1:
+        raise RequestError(f"--power is above 0 and up to 1, not {options.power:g}")
     folder = manifest.open_out(out, must_exist=True)
     if options.plots:
         from pomona.report import check_matplotlib
@@ -78,6 +81,7 @@ def reduce(
             "components": options.components,
             "scale": options.scale,
             "whiten": options.whiten,
+            "power": options.power,
         }
         made_from = {"features": tables.digest(folder), "settings": settings}
         old = manifest.read_json(folder.manifest).get("stages", {}).get("reduce", {})
@@ -110,13 +114,18 @@ def _reduce(
         on_tick(Tick("reduce", done, steps))
 
     tick(0)
-    moments = reduction.moments(out, groups, functools.partial(engine.run_tasks, spark()), tick)
-    projection = proj.fit(moments, options.components, scale=options.scale, whiten=options.whiten)
+    run_tasks = functools.partial(engine.run_tasks, spark())
+    moments = reduction.moments(out, groups, options.power, run_tasks, tick)
+    projection = proj.fit(
+        moments,
+        options.components,
+        scale=options.scale,
+        whiten=options.whiten,
+        power=options.power,
+    )
     fitted = time.time()
     tick(len(groups))
-    digests, rows = reduction.write(
-        out, projection, made_from, functools.partial(engine.run_tasks, spark())
-    )
+    digests, rows = reduction.write(out, projection, made_from, run_tasks)
     if options.plots:
         _plot(projection, out.report)
     tick(steps)

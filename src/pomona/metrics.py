@@ -1,0 +1,172 @@
+"""Figures about predictions, each with an interval: NumPy, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Codes = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+BINS = 15
+"""Of the expected calibration error, as in Guo et al. 2017."""
+DRAWS = 1000
+TOP = 3
+
+
+def measure(probabilities: Array, y: Codes, units: Codes, draws: int = DRAWS) -> dict[str, Any]:
+    """Return accuracy, macro F1, top-3 accuracy and calibration error with 95 % intervals.
+
+    Parameters
+    ----------
+    probabilities, y
+        float [n, labels] and codes [n], n > 0.
+    units
+        Code [n] of what is drawn in the bootstrap: the photo, or its group, since photos of one
+        group are near-copies and tell little more than one of them.
+
+    Returns
+    -------
+    dict
+        ``photos``, ``units``, and for each metric ``value``, ``low``, ``high`` (percentile
+        bootstrap).
+    """
+    guess, best = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    right = guess == y
+    among = top_k(probabilities, y)
+    labels = probabilities.shape[1]
+    cells = y * labels + guess
+    bins = _bins(best)
+    present = np.union1d(y, guess)
+
+    def figures(weight: Array) -> tuple[float, ...]:
+        total = weight.sum()
+        table = np.bincount(cells, weight, labels * labels).reshape(labels, labels)
+        gap = np.bincount(bins, weight * (right - best), BINS)
+        return (
+            float(weight @ right / total),
+            float(f1(table)[present].mean()),
+            float(weight @ among / total),
+            float(np.abs(gap).sum() / total),
+        )
+
+    names = ("accuracy", "macro_f1", f"top_{TOP}", "calibration_error")
+    found = _with_intervals(figures, units, draws)
+    return {
+        "photos": len(y),
+        "units": len(np.unique(units)),
+        **dict(zip(names, found, strict=True)),
+    }
+
+
+def _with_intervals(
+    figures: Callable[[Array], tuple[float, ...]], units: Codes, draws: int
+) -> list[dict[str, float]]:
+    _, unit = np.unique(units, return_inverse=True)
+    count = int(unit.max()) + 1
+    rng = np.random.default_rng(0)
+    drawn = np.array(
+        [
+            figures(np.bincount(rng.integers(0, count, count), minlength=count)[unit].astype(float))
+            for _ in range(draws)
+        ]
+    )
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    values = figures(np.ones(len(unit)))
+    return [
+        {"value": value, "low": float(a), "high": float(b)}
+        for value, a, b in zip(values, low, high, strict=True)
+    ]
+
+
+def top_k(probabilities: Array, y: Codes, k: int = TOP) -> Flags:
+    """Tell for each photo whether its label is among the k most probable ones."""
+    own = probabilities[np.arange(len(y)), y]
+    return np.asarray((probabilities > own[:, None]).sum(axis=1) < k)
+
+
+def confusion(guess: Codes, y: Codes, labels: int) -> Codes:
+    """Return counts [labels, labels]: row the true label, column the predicted one."""
+    counts: Codes = np.bincount(y * labels + guess, minlength=labels * labels)
+    return counts.reshape(labels, labels)
+
+
+def f1(table: npt.NDArray[Any]) -> Array:
+    """Return F1 [labels] of a confusion matrix; 0 where nothing was right."""
+    hits = np.diagonal(table).astype(np.float64)
+    both = table.sum(axis=0) + table.sum(axis=1)
+    return np.asarray(2 * hits / np.where(both, both, 1))
+
+
+def per_label(table: Codes, labels: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return precision, recall, F1 and number of photos of each label."""
+    hits = np.diagonal(table)
+    guessed, true = table.sum(axis=0), table.sum(axis=1)
+    return [
+        {
+            "label": label,
+            "photos": int(true[n]),
+            "precision": float(hits[n] / guessed[n]) if guessed[n] else None,
+            "recall": float(hits[n] / true[n]) if true[n] else None,
+            "f1": float(f) if true[n] or guessed[n] else None,
+        }
+        for n, (label, f) in enumerate(zip(labels, f1(table), strict=True))
+    ]
+
+
+def _bins(confidence: Array) -> Codes:
+    return np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+
+
+def reliability(probabilities: Array, y: Codes) -> list[dict[str, float]]:
+    """Return for each bin of confidence that has photos: ``photos``, ``confidence``, ``accuracy``.
+
+    ``confidence`` is the mean of the highest probabilities in it; the bins are of equal width.
+    """
+    best = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == y
+    bins = _bins(best)
+    return [
+        {
+            "photos": int((bins == n).sum()),
+            "confidence": float(best[bins == n].mean()),
+            "accuracy": float(right[bins == n].mean()),
+        }
+        for n in np.unique(bins)
+    ]
+
+
+def calibration_error(probabilities: Array, y: Codes) -> float:
+    """Return the expected calibration error (Guo et al. 2017) over `BINS` bins of equal width."""
+    rows = reliability(probabilities, y)
+    return sum(r["photos"] * abs(r["confidence"] - r["accuracy"]) for r in rows) / max(1, len(y))
+
+
+def auroc(known: Array, unknown: Array) -> float:
+    """Return the chance that a known photo scores above an unknown one (ties count half)."""
+    from scipy.stats import rankdata
+
+    ranks = rankdata(np.concatenate([known, unknown]))[: len(known)]
+    most = len(known) * len(unknown)
+    return float((ranks.sum() - len(known) * (len(known) + 1) / 2) / most)
+
+
+def paired_test(new: Flags, old: Flags, units: Codes, draws: int = 20_000) -> float:
+    """Return the one-sided p-value of "new is right no more often than old" on the same photos.
+
+    The differences of whole units change sign at random (Fisher's permutation test for pairs; with
+    one photo a unit it is McNemar's test).
+    """
+    _, unit = np.unique(units, return_inverse=True)
+    differences = np.bincount(unit, new.astype(float) - old.astype(float))
+    differences = differences[differences != 0]
+    seen = differences.sum()
+    rng = np.random.default_rng(0)
+    above = 0
+    for _ in range(draws):
+        above += bool((rng.integers(0, 2, len(differences)) * 2 - 1) @ differences >= seen - 1e-9)
+    return (above + 1) / (draws + 1)

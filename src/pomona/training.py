@@ -1,0 +1,512 @@
+"""The stage ``train``: from ``OUT/training_pca`` to ``OUT/model`` and its metrics."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from pomona import classifier as cls
+from pomona import leakage, manifest, metrics, model, tables, unknown
+from pomona import projection as proj
+from pomona.classifier import Classifier, Codes
+from pomona.errors import MismatchError, RequestError
+from pomona.extraction import OnTick, Tick, quiet
+from pomona.manifest import Out
+from pomona.unknown import Detector
+
+RECIPE = 1
+"""Raise it when the same rows and options would give another model: then old ones are remade."""
+MAX_ROWS = 1_000_000
+SEARCH_ROWS = 50_000
+"""Rows on which C is chosen and calibration is done: more change neither, and cost hours."""
+LISTED = 1000
+"""Near-copies that metrics.json lists."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a classifier is made; see ``pomona train --help``."""
+
+    class_weight: str = "none"
+    max_rows: int = MAX_ROWS
+    unknown: str = "auto"
+    keep: float = 0.95
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Rows of a PCA table.
+
+    Attributes
+    ----------
+    paths, labels
+        Strings [n].
+    z
+        pca_features, float32 [n, k].
+    of
+        How many rows the table has.
+    """
+
+    paths: npt.NDArray[np.object_]
+    labels: npt.NDArray[np.object_]
+    z: npt.NDArray[np.float32]
+    of: int
+
+    def take(self, chosen: Any) -> Photos:
+        """Return some of the rows."""
+        return replace(
+            self, paths=self.paths[chosen], labels=self.labels[chosen], z=self.z[chosen]
+        )
+
+
+def check(options: TrainOptions) -> None:
+    """Refuse options that can't be, before any work."""
+    cls.check_sklearn()
+    if options.class_weight not in ("none", "balanced"):
+        raise RequestError(f"--class-weight is none or balanced, not {options.class_weight}")
+    if options.max_rows < 2:
+        raise RequestError(f"--max-rows is at least 2, not {options.max_rows}")
+    if options.unknown not in ("auto", *unknown.METHODS):
+        raise RequestError(
+            f"--unknown is auto or one of {', '.join(unknown.METHODS)}, not {options.unknown}"
+        )
+    if not 0 < options.keep < 1:
+        raise RequestError(f"--keep is a share between 0 and 1, not {options.keep:g}")
+
+
+def train(
+    out: str | Path, options: TrainOptions | None = None, on_tick: OnTick = quiet
+) -> dict[str, Any]:
+    """Train, calibrate, evaluate and write ``OUT/model``. Returns the manifest's record.
+
+    Runs on the driver, without Spark. Nothing is computed if the PCA features and the options are
+    those of the model that is there.
+
+    Raises
+    ------
+    RequestError
+        And its kinds: there are no PCA features, fewer than two labels, or numbers that aren't
+        finite.
+    """
+    options = options or TrainOptions()
+    check(options)
+    folder = manifest.open_out(out, must_exist=True)
+    with manifest.lock(folder):
+        reduced = _reduced(folder)
+        made_from = {
+            "digests": {name: reduced["digests"][name] for name in _INPUTS},
+            "label": manifest.read_json(folder.table_file)["label"],
+            "settings": options.__dict__,
+            "recipe": RECIPE,
+        }
+        old = manifest.read_json(folder.manifest).get("stages", {}).get("train", {})
+        if old.get("made_from") == made_from and _is_whole(folder, old):
+            return dict(old)
+        return _train(folder, options, made_from, on_tick)
+
+
+_INPUTS = ("training_pca", "test_pca", "projection.safetensors")
+
+
+def _reduced(out: Out) -> dict[str, Any]:
+    stages = manifest.read_json(out.manifest).get("stages", {})
+    found = stages.get("reduce")
+    if not found:
+        raise RequestError(f"there are no PCA features in {out.root}: pomona reduce makes them")
+    if found["made_from"]["features"] != tables.digest(out):
+        raise RequestError(
+            f"the PCA features in {out.root} are older than the features: run pomona reduce again"
+        )
+    return dict(found)
+
+
+def _is_whole(out: Out, record: dict[str, Any]) -> bool:
+    try:
+        found = model.load(out.model)
+    except RequestError:
+        return False
+    return found.about["digests"] == record["digests"] and out.metrics.exists()
+
+
+class Steps:
+    """Count the steps of a training as ticks."""
+
+    def __init__(self, on_tick: OnTick, total: int) -> None:
+        self.on_tick, self.total, self.done = on_tick, total, -1
+        self()
+
+    def __call__(self) -> None:
+        """Note that a step is done."""
+        self.done = min(self.done + 1, self.total)
+        self.on_tick(Tick("train", self.done, self.total))
+
+
+def _train(
+    out: Out, options: TrainOptions, made_from: dict[str, Any], on_tick: OnTick
+) -> dict[str, Any]:
+    start = time.time()
+    photos = read_photos(out, "training_pca", options.max_rows)
+    labels, y = cls.encode(photos.labels.tolist())
+    groups = cls.usable_groups(y, groups_of(photos) if made_from["label"] == "top" else None)
+    steps = Steps(on_tick, len(cls.STRENGTHS) + len(unknown.left_out(y)) + 4)
+    figures: dict[str, Any] = {"photos": len(y), "photos_in_table": photos.of, "labels": labels}
+    fitted, searched = _fit(photos, y, labels, groups, options, steps)
+    figures |= searched
+    seconds = {"fit": time.time() - start}
+    projection = proj.load(out.projection)
+    head = model.head(projection, *fitted)
+    steps()
+    figures["test"], test_paths = _test(out, head, options, by_group=groups is not None)
+    steps()
+    figures["leakage"] = _leakage(out, test_paths, steps)
+    seconds["evaluate"] = time.time() - start - seconds["fit"]
+    record = _write(out, head, figures, made_from, seconds)
+    steps.done = steps.total - 1
+    steps()
+    return record
+
+
+# --- the tables --------------------------------------------------------------------------------
+
+_LABELS = ds.partitioning(pa.schema([("label", pa.string())]), flavor="hive")
+
+
+def read_photos(out: Out, table: str, max_rows: int) -> Photos:
+    """Read a PCA table, or, above ``max_rows``, a sample of it that is stratified by label.
+
+    Raises
+    ------
+    RequestError
+        If numbers in it aren't finite.
+    """
+    place = out.root / table
+    files = sorted(place.rglob("*.parquet")) if place.is_dir() else []
+    counts = [pq.ParquetFile(file).metadata.num_rows for file in files]
+    share = min(1.0, max_rows / max(1, sum(counts)))
+    rng = np.random.default_rng(cls.SEED)
+    parts = [_read_some(file, place, share, rng) for file in files]
+    joined = pa.concat_tables(parts) if parts else pa.table({"path": [], "label": []})
+    z = _matrix(joined) if parts else np.zeros((0, 0), np.float32)
+    paths = joined["path"].to_numpy(zero_copy_only=False)
+    bad = ~np.isfinite(z).all(axis=1)
+    if bad.any():
+        raise RequestError(
+            f"{place} holds numbers that are not finite for {bad.sum()} photos (first: "
+            f"{paths[bad][0]}): run pomona reduce again"
+        )
+    return Photos(paths, joined["label"].to_numpy(zero_copy_only=False), z, sum(counts))
+
+
+def _read_some(file: Path, place: Path, share: float, rng: np.random.Generator) -> pa.Table:
+    columns = ["path", "label", "pca_features"]
+    rows = ds.dataset(str(file), partitioning=_LABELS, partition_base_dir=str(place)).to_table(columns)
+    if share == 1:
+        return rows
+    most = max(1, round(rows.num_rows * share))
+    return rows.take(pa.array(np.sort(rng.permutation(rows.num_rows)[:most])))
+
+
+def _matrix(rows: pa.Table) -> npt.NDArray[np.float32]:
+    column = rows["pca_features"].combine_chunks()
+    values: npt.NDArray[np.float32] = column.flatten().to_numpy()
+    return values.reshape(rows.num_rows, -1)
+
+
+def groups_of(photos: Photos) -> Codes:
+    """Return the code of each photo's group: the folder that holds it."""
+    folders = [re.sub(r"/[^/]*$", "", path) for path in photos.paths]
+    return np.unique(folders, return_inverse=True)[1].astype(np.int64)
+
+
+# --- fitting -----------------------------------------------------------------------------------
+
+
+def _fit(
+    photos: Photos,
+    y: Codes,
+    labels: tuple[str, ...],
+    groups: Codes | None,
+    options: TrainOptions,
+    steps: Steps,
+) -> tuple[tuple[Classifier, Detector], dict[str, Any]]:
+    """Choose C, temperature and detector on held-out photos, then fit on all of them."""
+    some = np.arange(len(y))
+    if len(y) > SEARCH_ROWS:
+        some = np.sort(np.random.default_rng(cls.SEED).permutation(len(y))[:SEARCH_ROWS])
+    z, ys, gs = photos.z[some], y[some], None if groups is None else groups[some]
+    kinds = ys if gs is None else gs
+    cut = cls.folds(ys, gs)
+    figures: dict[str, Any] = {
+        "search": [],
+        "cross_validation": None,
+        "class_weight": options.class_weight,
+    }
+    strength, temperature = 1e-2, 1.0
+    if cut:
+        best = _best(z, ys, labels, cut, options, steps, figures["search"])
+        strength = best.strength
+        temperature = cls.temperature(best.logits, ys[best.rows])
+        units = best.rows if gs is None else gs[best.rows]
+        figures["cross_validation"] = {
+            "by": "photo" if gs is None else "group",
+            "folds": len(cut),
+            "not_judged": len(ys) - len(best.rows),
+            **metrics.measure(cls.softmax(best.logits / temperature), ys[best.rows], units),
+            **_calibration(best.logits, temperature, ys[best.rows]),
+        }
+    how = {
+        "strength": strength,
+        "class_weight": options.class_weight,
+        "temperature": temperature,
+    }
+    sample = (z, ys, kinds)
+    compared = unknown.compare(sample, gs, labels, steps, **how)
+    method = options.unknown if options.unknown != "auto" else _best_method(compared)
+    known = unknown.held_out(method, sample, cut, labels, **how)
+    limit = unknown.threshold(known, options.keep)
+    found = cls.calibrated(
+        cls.fit(photos.z, y, labels, strength, options.class_weight), temperature
+    )
+    detector = unknown.make(method, photos.z, y if groups is None else groups)
+    if not len(known):  # nothing could be held out: then nothing is called unknown
+        limit = float(np.finfo(np.float32).min)
+    detector = replace(detector, threshold=limit)
+    figures |= {
+        "strength": strength,
+        "temperature": temperature,
+        "unknown": {"method": method, "threshold": limit, "keep": options.keep, **compared},
+    }
+    return (found, detector), figures
+
+
+def _best(
+    z: npt.NDArray[np.float32],
+    y: Codes,
+    labels: tuple[str, ...],
+    cut: list[cls.Fold],
+    options: TrainOptions,
+    steps: Steps,
+    told: list[dict[str, float]],
+) -> cls.Trial:
+    """Return the trial with the highest accuracy; of equal ones the most regularised."""
+    best: cls.Trial | None = None
+    for trial in cls.search(z, y, labels, cut, options.class_weight, steps):
+        told.append({"strength": trial.strength, "accuracy": trial.accuracy})
+        if best is None or trial.accuracy > best.accuracy:
+            best = trial
+    assert best is not None
+    return best
+
+
+def _best_method(compared: dict[str, Any]) -> str:
+    if not compared:
+        return unknown.DEFAULT
+    return max(compared["auroc"], key=lambda name: float(compared["auroc"][name]))
+
+
+def _calibration(logits: npt.NDArray[np.float64], temperature: float, y: Codes) -> dict[str, Any]:
+    before, after = cls.softmax(logits), cls.softmax(logits / temperature)
+    return {
+        "calibration_error_before": metrics.calibration_error(before, y),
+        "reliability_before": metrics.reliability(before, y),
+        "reliability": metrics.reliability(after, y),
+    }
+
+
+# --- evaluating --------------------------------------------------------------------------------
+
+
+def _test(
+    out: Out, head: model.Head, options: TrainOptions, *, by_group: bool
+) -> tuple[dict[str, Any] | None, dict[str, bool]]:
+    """Judge Test. Returns the figures, and for each photo of a known label whether it was right."""
+    photos = read_photos(out, "test_pca", options.max_rows)
+    if not len(photos.labels):
+        return None, {}
+    classifier, detector = head.classifier, head.detector
+    place = {label: n for n, label in enumerate(classifier.labels)}
+    seen = np.array([label in place for label in photos.labels])
+    logits = classifier.logits(photos.z)
+    scores = detector.score(photos.z, logits)
+    kept = scores >= detector.threshold
+    strange = sorted(set(photos.labels[~seen]))
+    figures: dict[str, Any] = {
+        "photos": int(seen.sum()),
+        "photos_in_table": photos.of,
+        "labels_never_seen": {"labels": strange, "photos": int((~seen).sum())},
+    }
+    if strange:
+        figures["labels_never_seen"]["called_unknown"] = float((~kept[~seen]).mean())
+    if not seen.any():
+        return figures, {}
+    if strange:
+        figures["labels_never_seen"]["auroc"] = metrics.auroc(scores[seen], scores[~seen])
+    known = photos.take(seen)
+    y = np.array([place[label] for label in known.labels], np.int64)
+    units = groups_of(known) if by_group else np.arange(len(y))
+    probabilities = cls.softmax(logits[seen])
+    figures |= metrics.measure(probabilities, y, units)
+    guess = probabilities.argmax(axis=1)
+    table = metrics.confusion(guess, y, len(classifier.labels))
+    figures |= {
+        "by": "group" if by_group else "photo",
+        **_calibration(logits[seen] * classifier.temperature, classifier.temperature, y),
+        "kept": float(kept[seen].mean()),
+        "per_label": metrics.per_label(table, classifier.labels),
+        "confusion": table.tolist(),
+        "mistakes": _mistakes(known, probabilities, y, classifier.labels),
+    }
+    return figures, dict(zip(known.paths, (guess == y).tolist(), strict=True))
+
+
+def _mistakes(
+    photos: Photos,
+    probabilities: npt.NDArray[np.float64],
+    y: Codes,
+    labels: tuple[str, ...],
+    most: int = 24,
+) -> list[dict[str, Any]]:
+    """Return the wrong answers that were given with the highest probability."""
+    guess, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    wrong = np.flatnonzero(guess != y)
+    wrong = wrong[np.argsort(-sure[wrong], kind="stable")][:most]
+    return [
+        {
+            "path": str(photos.paths[n]),
+            "label": labels[y[n]],
+            "predicted": labels[guess[n]],
+            "probability": float(sure[n]),
+        }
+        for n in wrong
+    ]
+
+
+def _leakage(out: Out, right: dict[str, bool], steps: Callable[[], None]) -> dict[str, Any] | None:
+    """Count near-copies between the splits, and give the accuracy with and without them."""
+    if not right:
+        return None
+    found = leakage.near_copies(out, lambda: None)
+    steps()
+    pairs = found["pairs"]
+    copies = {pair["path"] for pair in pairs}
+    looked = [path for path in found["looked_at"] if path in right]
+    rest = [right[path] for path in looked if path not in copies]
+    return {
+        "cosine": found["cosine"],
+        "looked_at": len(looked),
+        "of": len(right),
+        "near_copies": len(copies & set(looked)),
+        "accuracy_with": float(np.mean([right[path] for path in looked])) if looked else None,
+        "accuracy_without": float(np.mean(rest)) if rest else None,
+        "pairs": pairs[:LISTED],
+    }
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def _write(
+    out: Out,
+    head: model.Head,
+    figures: dict[str, Any],
+    made_from: dict[str, Any],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Write model and metrics, whole or not at all, and the record."""
+    staged = out.work / f"train-{tables.new_run()}"
+    table = manifest.read_json(out.table_file)
+    about = {
+        "pomona": manifest.versions().get("pomona"),
+        "weights": {
+            "name": table["weights"],
+            "digest": table["spec"]["weights_digest"],
+            "trained": not table["weights"].startswith("random:"),
+        },
+        "preprocessing": table["spec"]["preprocessing"],
+        "made_from": made_from,
+        "strength": figures["strength"],
+        "unknown": figures["unknown"],
+        "metrics": headline(figures),
+        "trained_on": {
+            "source": Path(table["source"]).name,
+            "photos": figures["photos"],
+            "label": table["label"],
+        },
+    }
+    model.save(staged / "model", backbone_file(out, table), head, about)
+    manifest.write_json(staged / "metrics.json", {"format": manifest.FORMAT, **figures})
+    here = f"_work/{staged.name}"
+    manifest.commit(
+        out,
+        [
+            (f"{here}/model", "model"),
+            (f"{here}/metrics.json", "report/metrics.json"),
+            (None, "report/report.html"),  # of another model
+        ],
+    )
+    shutil.rmtree(out.work, ignore_errors=True)
+    record = {
+        "made_from": made_from,
+        "photos": figures["photos"],
+        "labels": len(figures["labels"]),
+        "strength": figures["strength"],
+        "temperature": figures["temperature"],
+        "unknown": {name: figures["unknown"][name] for name in ("method", "threshold", "keep")},
+        "metrics": headline(figures),
+        "digests": model.load(out.model).about["digests"],
+        "times": {
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        },
+    }
+    manifest.update(out, "train", record)
+    return record
+
+
+def backbone_file(out: Out, table: dict[str, Any]) -> bytes:
+    """Return the ONNX file of the network that made the features.
+
+    Raises
+    ------
+    MismatchError
+        If it is missing, or is of other weights.
+    """
+    import onnx
+
+    if not out.backbone.exists():
+        raise MismatchError(
+            f"{out.backbone} is missing: run the same pomona extract again, it computes nothing"
+        )
+    content = out.backbone.read_bytes()
+    if manifest.sha256(out.backbone) == table["spec"]["weights_digest"]:  # weights given as ONNX
+        return content
+    try:
+        props = onnx.load_from_string(content).metadata_props
+    except Exception as error:
+        raise MismatchError(f"{out.backbone} is damaged: remove it and extract again") from error
+    if {p.key: p.value for p in props}.get("weights_digest") != table["spec"]["weights_digest"]:
+        raise MismatchError(f"{out.backbone} is of other weights: remove it and extract again")
+    return content
+
+
+def headline(figures: dict[str, Any]) -> dict[str, Any]:
+    """Return the few figures that stand for all: by split of the data, value and interval."""
+    names = ("accuracy", "macro_f1", f"top_{metrics.TOP}", "calibration_error")
+    found = {}
+    for part in ("cross_validation", "test"):
+        rows = figures.get(part) or {}
+        if "accuracy" in rows:
+            found[part] = {name: rows[name] for name in (*names, "photos", "units", "by")}
+    return found
