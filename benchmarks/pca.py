@@ -43,7 +43,7 @@ def fit_pomona(root: str) -> dict[str, Any]:
         start = time.perf_counter()
         groups = reduction.row_groups(out)
         run_tasks = functools.partial(engine.run_tasks, spark)
-        moments = reduction.moments(out, groups, run_tasks, lambda done: None)
+        moments = reduction.moments(out, groups, 1.0, run_tasks, lambda done: None)
         merged = time.perf_counter()
         found = projection.fit(moments, COMPONENTS)
         end = time.perf_counter()

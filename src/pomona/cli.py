@@ -78,7 +78,27 @@ NoScale = Annotated[
 Whiten = Annotated[
     bool, typer.Option("--whiten", help="Bring pca_features to standard deviation 1.")
 ]
-NoPlots = Annotated[bool, typer.Option("--no-plots", help="Draw nothing.")]
+Power = Annotated[
+    float, typer.Option(help="Raise features to this power first: 0.5, or 1 to leave them.")
+]
+ClassWeight = Annotated[
+    str, typer.Option(help="none, or balanced: each label weighs the same in training.")
+]
+MaxRows = Annotated[
+    int, typer.Option(help="Photos to train on at most: above, a sample stratified by label.")
+]
+Unknown = Annotated[
+    str,
+    typer.Option(
+        help="How photos of something else are told: auto (the best on labels left out), "
+        "max_probability, energy, distance or neighbours."
+    ),
+]
+Keep = Annotated[
+    float, typer.Option(help="Share of photos of known labels that must not be called unknown.")
+]
+NoTrain = Annotated[bool, typer.Option("--no-train", help="Train no classifier.")]
+NoPlots = Annotated[bool, typer.Option("--no-plots", help="Draw nothing, and write no report.")]
 NoMlflow = Annotated[bool, typer.Option("--no-mlflow", help="Record nothing in MLflow.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
@@ -112,8 +132,14 @@ def run(
     label: Label = "parent",
     test_fraction: TestFraction = None,
     components: Components = "50",
+    power: Power = 0.5,
     no_scale: NoScale = False,
     whiten: Whiten = False,
+    no_train: NoTrain = False,
+    class_weight: ClassWeight = "none",
+    max_rows: MaxRows = 1_000_000,
+    unknown: Unknown = "auto",
+    keep: Keep = 0.95,
     no_plots: NoPlots = False,
     no_mlflow: NoMlflow = False,
     keep_deleted: KeepDeleted = False,
@@ -124,17 +150,19 @@ def run(
     max_error_rate: MaxErrorRate = 0.05,
     as_json: AsJson = False,
 ) -> None:
-    """Do every stage: extract, then reduce. What is there already isn't computed again."""
+    """Do every stage: extract, reduce, train, report. What is there isn't computed again."""
     from pomona import stages
 
+    options = None if no_train else stages.TrainOptions(class_weight, max_rows, unknown, keep)
     with _progress() as on_tick, _log_to(out):
         records = stages.run(
             source,
             out,
             _extract_options(locals()),
-            _reduce_options(components, no_scale, whiten, no_plots),
+            _reduce_options(components, no_scale, whiten, power, no_plots),
             _cluster(master, spark_conf),
             on_tick,
+            options,
         )
         records["mlflow"] = "off" if no_mlflow else stages.track(out, records)
     _print_run(records, out, as_json)
@@ -175,6 +203,7 @@ def extract(
 def reduce(
     out: OutDir,
     components: Components = "50",
+    power: Power = 0.5,
     no_scale: NoScale = False,
     whiten: Whiten = False,
     no_plots: NoPlots = False,
@@ -182,13 +211,95 @@ def reduce(
     spark_conf: SparkConf = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn features into PCA features: scaler and PCA, fitted on Training."""
+    """Turn features into PCA features: power, scaler and PCA, fitted on Training."""
     from pomona import stages
 
-    options = _reduce_options(components, no_scale, whiten, no_plots)
+    options = _reduce_options(components, no_scale, whiten, power, no_plots)
     with _progress() as on_tick, _log_to(out):
         record = stages.reduce(out, options, _cluster(master, spark_conf), on_tick)
     _print_run({"reduce": record}, out, as_json)
+
+
+@app.command()
+def train(
+    out: OutDir,
+    class_weight: ClassWeight = "none",
+    max_rows: MaxRows = 1_000_000,
+    unknown: Unknown = "auto",
+    keep: Keep = 0.95,
+    no_plots: NoPlots = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn PCA features into a model, judge it, and write the report."""
+    from pomona import stages
+
+    options = stages.TrainOptions(class_weight, max_rows, unknown, keep)
+    with _progress() as on_tick, _log_to(out):
+        record = stages.train(out, options, on_tick)
+        if not no_plots:
+            stages.report(out, on_tick)
+    _print_run({"train": record}, out, as_json)
+
+
+@app.command()
+def report(out: OutDir) -> None:
+    """Write OUT/report/report.html again, from what there is in OUT."""
+    from pomona import stages
+
+    with _progress() as on_tick, _log_to(out):
+        path = stages.report(out, on_tick)
+    typer.echo(path)
+
+
+@app.command()
+def predict(
+    photos: Annotated[
+        list[str],
+        typer.Argument(help="Photos, folders, URIs (s3://, gs://), or - for standard input."),
+    ],
+    model: Annotated[
+        str, typer.Option(help="A model's folder, such as OUT/model, or models:/NAME@champion.")
+    ],
+    top: Annotated[int, typer.Option(help="How many labels to give for each photo.")] = 3,
+    out: Annotated[
+        str | None, typer.Option("--out", help="A new folder that takes the answers, as Parquet.")
+    ] = None,
+    device: Device = "auto",
+    master: Annotated[
+        str | None,
+        typer.Option(help="Spark's master. [default: local[*] above 2,000 photos, else no Spark]"),
+    ] = None,
+    spark_conf: SparkConf = None,
+    max_error_rate: MaxErrorRate = 0.05,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV with a header.")] = False,
+) -> None:
+    """Tell what is on photos. Killed, with --out, it goes on where it stopped."""
+    from pomona import answers, prediction
+
+    if as_json and as_csv:
+        raise RequestError("--json or --csv, not both")
+    _check_rate(max_error_rate)
+    conf = _cluster(master or "", spark_conf).conf
+    most = None if as_json or as_csv else prediction.SPARK_ABOVE
+    options = prediction.PredictOptions(top, device, out, most, master, conf)
+    found = _model(model)
+    printer = answers.printer(sys.stdout, found, as_json=as_json, as_csv=as_csv)
+    with printer as show, _progress() as on_tick:
+        record = prediction.predict(photos, found, options, on_tick, show)
+    if out:
+        _print(record, as_json, answers.summary)
+    _exit_by(record, max_error_rate)
+
+
+def _model(name: str) -> Any:
+    from pomona import model
+
+    if name.startswith(("models:/", "runs:/")):
+        from pomona.registry import fetch
+
+        return model.load(fetch(name))
+    return model.load(name)
 
 
 @app.command()
@@ -282,7 +393,15 @@ def demo(
         synthetic.breakage(photos)
         options = stages.ExtractOptions(weights="random:0")
         cluster = _cluster(master, None)
-        records = stages.run(photos, results, options, stages.ReduceOptions(), cluster, on_tick)
+        records = stages.run(
+            photos,
+            results,
+            options,
+            stages.ReduceOptions(),
+            cluster,
+            on_tick,
+            stages.TrainOptions(),
+        )
         records["mlflow"] = stages.track(results, records)
     _print_run(records, str(results), as_json)
 
@@ -303,16 +422,22 @@ def _extract_options(given: dict[str, Any]) -> Any:
 
     if given["reader"] not in ("auto", "spark"):
         raise RequestError(f"--reader is auto or spark, not {given['reader']}")
-    if not 0 <= given["max_error_rate"] <= 1:
-        raise RequestError(f"--max-error-rate is between 0 and 1, not {given['max_error_rate']:g}")
+    _check_rate(given["max_error_rate"])
     return ExtractOptions(**{field.name: given[field.name] for field in fields(ExtractOptions)})
 
 
-def _reduce_options(components: str, no_scale: bool, whiten: bool, no_plots: bool) -> Any:
+def _check_rate(rate: float) -> None:
+    if not 0 <= rate <= 1:
+        raise RequestError(f"--max-error-rate is between 0 and 1, not {rate:g}")
+
+
+def _reduce_options(
+    components: str, no_scale: bool, whiten: bool, power: float, no_plots: bool
+) -> Any:
     from pomona.projection import parse_components
     from pomona.stages import ReduceOptions
 
-    return ReduceOptions(parse_components(components), not no_scale, whiten, not no_plots)
+    return ReduceOptions(parse_components(components), not no_scale, whiten, power, not no_plots)
 
 
 def _cluster(master: str, settings: list[str] | None) -> Any:
@@ -397,8 +522,8 @@ def _exit_by(record: dict[str, Any], max_error_rate: float) -> None:
     share = rejected_share(record)
     if share > max_error_rate:
         typer.echo(
-            f"pomona: {share:.1%} of the photos were rejected, more than --max-error-rate "
-            f"{max_error_rate:.1%}: see rejected.csv",
+            f"pomona: {share:.1%} of the photos can't be used, more than --max-error-rate "
+            f"{max_error_rate:.1%}{': see rejected.csv' if 'digests' in record else ''}",
             err=True,
         )
         raise typer.Exit(TOO_MANY_REJECTED)

@@ -20,6 +20,11 @@ WORDS = {
     "extract": "extracting features",
     "table": "writing the table",
     "reduce": "reducing",
+    "train": "training",
+    "report": "writing the report",
+    "predict": "answering",
+    "export": "exporting",
+    "publish": "publishing",
     "synthesize": "rendering",
     "inspect": "looking at photos",
 }
@@ -54,7 +59,7 @@ def describe(tick: Any, per_second: float) -> str:
     '100/s, 0:06 left, 2 rejected'
     """
     words = []
-    if per_second and tick.stage in ("extract", "synthesize", "inspect"):
+    if per_second and tick.stage in ("extract", "synthesize", "inspect", "predict"):
         left = int((tick.total - tick.done) / per_second)
         words.append(f"{per_second:.0f}/s")
         words.append(
@@ -135,6 +140,10 @@ def summary(records: dict[str, Any], out: str) -> Group:
     if second := records.get("reduce"):
         rows += _reduce_rows(second)
         parts.append(_components(second))
+    if third := records.get("train"):
+        rows += _train_rows(third)
+        if third.get("metrics"):
+            parts.append(_figures(third["metrics"]))
     if records.get("mlflow"):
         rows.append(("mlflow", records["mlflow"]))
     rows += _places(records, out)
@@ -170,6 +179,42 @@ def _reduce_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _train_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
+    if "skipped" in record:
+        return [("model", f"none: {record['skipped']}")]
+    unknown = record["unknown"]
+    trained = f"{record['photos']:,} photos, {record['labels']:,} labels"
+    return [
+        ("trained on", f"{trained}, C = {record['strength']:g}"),
+        ("temperature", f"{record['temperature']:.2f}"),
+        ("unknown", f"by {unknown['method']}, {unknown['keep']:.0%} of known photos kept"),
+    ]
+
+
+FIGURES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "top_3": "top-3 accuracy",
+    "calibration_error": "calibration error",
+}
+
+
+def _figures(metrics: dict[str, Any]) -> Table:
+    """Return the table of metrics: value and 95 % interval, by what they were measured on."""
+    table = Table("metric", box=None, pad_edge=False)
+    for part, figures in metrics.items():
+        what = "Test" if part == "test" else f"cross-validation by {figures['by']}"
+        units = f", {figures['units']:,} groups" if figures["by"] == "group" else ""
+        table.add_column(f"{what} ({figures['photos']:,} photos{units})")
+    for name, words in FIGURES.items():
+        cells = [
+            f"{f[name]['value']:.2%} ({f[name]['low']:.1%} to {f[name]['high']:.1%})"
+            for f in metrics.values()
+        ]
+        table.add_row(words, *cells)
+    return table
+
+
 def _components(record: dict[str, Any]) -> Table:
     table = Table("component", "variance", "cumulative", box=None, pad_edge=False)
     for column in table.columns:
@@ -190,8 +235,11 @@ def _places(records: dict[str, Any], out: str) -> list[tuple[str, str]]:
             ("PCA features", f"{out}/training_pca, {out}/test_pca (CSV: …_csv)"),
             ("projection", f"{out}/projection"),
         ]
-        picture = Path(out, "report", "pca_variance.png")
-        rows += [("picture", str(picture))] if picture.exists() else []
+    if "digests" in records.get("train", {}):
+        rows += [("model", f"{out}/model"), ("metrics", f"{out}/report/metrics.json")]
+    for what, name in (("picture", "pca_variance.png"), ("report", "report.html")):
+        path = Path(out, "report", name)
+        rows += [(what, str(path))] if path.exists() else []
     return [*rows, ("manifest", f"{out}/manifest.json")]
 
 

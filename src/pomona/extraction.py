@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,26 +21,11 @@ from pomona.manifest import Out
 from pomona.rows import even_bounds, write_chunks
 from pomona.schema import SPLITS, UNREADABLE
 from pomona.sources import Listing, Source
+from pomona.ticks import OnTick, Tick, quiet
 from pomona.weights import OnBytes
 from pomona.weights import load as load_weights
 
 GetSpark = Callable[[], Any]
-
-
-class Tick(NamedTuple):
-    """What a stage tells while it works."""
-
-    stage: str  # list, weights, spark, extract, table, reduce, train, report, …
-    done: int = 0
-    total: int = 0  # 0: not known
-    rejected: int = 0
-
-
-OnTick = Callable[[Tick], None]
-
-
-def quiet(_: Tick) -> None:
-    """Take no notice."""
 
 
 @dataclass(frozen=True)

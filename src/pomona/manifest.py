@@ -261,7 +261,16 @@ def tree_digest(files: dict[str, str]) -> str:
 def versions() -> dict[str, str]:
     """Return the versions that may change a result."""
     found = {"python": platform.python_version()}
-    for name in ("pomona", "pyspark", "pyarrow", "numpy", "pillow", "onnxruntime", "scikit-learn", "torch"):
+    for name in (
+        "pomona",
+        "pyspark",
+        "pyarrow",
+        "numpy",
+        "pillow",
+        "onnxruntime",
+        "scikit-learn",
+        "torch",
+    ):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

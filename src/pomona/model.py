@@ -6,7 +6,6 @@ comes after the backbone once more, to be applied in NumPy; ``model.json`` says 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -315,6 +314,7 @@ ANSWERS = pa.schema(
         ("label", pa.string()),  # null: unknown, or the photo can't be used
         ("probability", pa.float32()),  # of the most probable label, also of an unknown photo
         ("unknown", pa.bool_()),  # null where the photo can't be used
+        ("reason", pa.string()),  # why it is unknown, else null
         ("score", pa.float32()),  # below the model's threshold: unknown
         ("nearest", pa.list_(pa.string())),  # the most probable labels, best first
         ("probabilities", pa.list_(pa.float32())),  # theirs
@@ -331,6 +331,7 @@ class Recogniser:
     spec: BackboneSpec
     labels: tuple[str, ...]
     threshold: float
+    method: str
     top: int = 3
 
 
@@ -338,10 +339,10 @@ def recogniser(model: Model, top: int = 3, **options: Any) -> Recogniser:
     """Make a recogniser; ``options`` are those of `Model.spec`."""
     if top < 1:
         raise RequestError(f"--top is at least 1, not {top}")
+    about = model.about["unknown"]
+    threshold, method = float(about["threshold"]), str(about["method"])
     top = min(top, len(model.labels))
-    return Recogniser(
-        model.spec(**options), model.labels, float(model.about["unknown"]["threshold"]), top
-    )
+    return Recogniser(model.spec(**options), model.labels, threshold, method, top)
 
 
 def with_threads(found: Recogniser, threads: int) -> Recogniser:
@@ -398,6 +399,7 @@ def answer(
         "label": None if unknown else nearest[0],
         "probability": float(probabilities[order[0]]),
         "unknown": unknown,
+        "reason": why(found.method) if unknown else None,
         "score": score,
         "nearest": nearest,
         "probabilities": [float(probabilities[n]) for n in order],
@@ -405,7 +407,6 @@ def answer(
     }
 
 
-@functools.cache
 def why(method: str) -> str:
     """Return the reason for "unknown" that goes with a detector's method."""
     return {

@@ -12,31 +12,28 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from pomona import engine, manifest, reduction, tables
+from pomona import engine, manifest, reduction, tables, training
 from pomona import projection as proj
 from pomona.engine import Cluster
 from pomona.errors import RequestError
-from pomona.extraction import (
-    ExtractOptions,
-    GetSpark,
-    OnTick,
-    Tick,
-    extract,
-    quiet,
-    rejected_share,
-)
+from pomona.extraction import ExtractOptions, GetSpark, extract, rejected_share
 from pomona.manifest import Out
+from pomona.ticks import OnTick, Tick, quiet
+from pomona.training import TrainOptions, train
 
 __all__ = [
     "ExtractOptions",
     "ReduceOptions",
     "Tick",
+    "TrainOptions",
     "extract",
     "reduce",
     "rejected_share",
+    "report",
     "run",
     "status",
     "track",
+    "train",
 ]
 
 
@@ -167,15 +164,46 @@ def run(
     reduce_options: ReduceOptions | None = None,
     cluster: Cluster | None = None,
     on_tick: OnTick = quiet,
+    train_options: TrainOptions | None = None,
 ) -> dict[str, Any]:
-    """Do every stage. Returns the records by stage, as in the manifest."""
-    if (reduce_options or ReduceOptions()).plots:
+    """Do every stage; without ``train_options`` there is no training.
+
+    Returns
+    -------
+    dict
+        The records by stage, as in the manifest. ``train`` is ``{"skipped": why}`` where there is
+        nothing to tell apart.
+    """
+    plots = (reduce_options or ReduceOptions()).plots
+    if plots:
         from pomona.report import check_matplotlib
 
         check_matplotlib()  # before the long part, not after it
+    if train_options:
+        training.check(train_options)
     with contextlib.ExitStack() as keep:  # one session for all stages: reduce finds it active
         first = extract(source, out, extract_options, cluster, on_tick, keep)
-        return {"extract": first, "reduce": reduce(out, reduce_options, cluster, on_tick)}
+        records = {"extract": first, "reduce": reduce(out, reduce_options, cluster, on_tick)}
+    if train_options and first["labels"] < 2:
+        records["train"] = {"skipped": "all photos have the same label"}
+    elif train_options:
+        records["train"] = train(out, train_options, on_tick)
+    if plots:
+        report(out, on_tick)
+    return records
+
+
+def report(out: str | Path, on_tick: OnTick = quiet) -> Path:
+    """Write ``OUT/report/report.html`` about what there is in OUT, and return its path."""
+    from pomona import report as pages
+
+    folder = manifest.open_out(out, must_exist=True)
+    on_tick(Tick("report"))
+    some = [
+        training.read_photos(folder, name, training.SEARCH_ROWS)
+        for name in ("training_pca", "test_pca")
+    ]
+    return pages.write(folder, *some)
 
 
 def track(out: str | Path, records: dict[str, Any]) -> str:
@@ -226,7 +254,7 @@ def status(out: str | Path) -> dict[str, Any]:
     unfinished = {"extract"} if plan else set()
     digest = tables.digest(folder)
     if stages.get("reduce", {}).get("made_from", {}).get("features") != digest:
-        unfinished.add("reduce")
+        unfinished |= {"reduce", "train"}
     return {
         "source": table["source"],
         "photos": photos,

@@ -22,8 +22,8 @@ from pomona import leakage, manifest, metrics, model, tables, unknown
 from pomona import projection as proj
 from pomona.classifier import Classifier, Codes
 from pomona.errors import MismatchError, RequestError
-from pomona.extraction import OnTick, Tick, quiet
 from pomona.manifest import Out
+from pomona.ticks import OnTick, Tick, quiet
 from pomona.unknown import Detector
 
 RECIPE = 1
@@ -66,9 +66,7 @@ class Photos:
 
     def take(self, chosen: Any) -> Photos:
         """Return some of the rows."""
-        return replace(
-            self, paths=self.paths[chosen], labels=self.labels[chosen], z=self.z[chosen]
-        )
+        return replace(self, paths=self.paths[chosen], labels=self.labels[chosen], z=self.z[chosen])
 
 
 def check(options: TrainOptions) -> None:
@@ -211,7 +209,9 @@ def read_photos(out: Out, table: str, max_rows: int) -> Photos:
 
 def _read_some(file: Path, place: Path, share: float, rng: np.random.Generator) -> pa.Table:
     columns = ["path", "label", "pca_features"]
-    rows = ds.dataset(str(file), partitioning=_LABELS, partition_base_dir=str(place)).to_table(columns)
+    rows = ds.dataset(str(file), partitioning=_LABELS, partition_base_dir=str(place)).to_table(
+        columns
+    )
     if share == 1:
         return rows
     most = max(1, round(rows.num_rows * share))
@@ -313,7 +313,8 @@ def _best(
 def _best_method(compared: dict[str, Any]) -> str:
     if not compared:
         return unknown.DEFAULT
-    return max(compared["auroc"], key=lambda name: float(compared["auroc"][name]))
+    areas: dict[str, float] = compared["auroc"]
+    return max(areas, key=lambda name: areas[name])
 
 
 def _calibration(logits: npt.NDArray[np.float64], temperature: float, y: Codes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-""""Not one of these": scores that tell photos of known labels from others. NumPy to apply.
+"""Scores that tell photos of known labels from photos of something else. NumPy to apply.
 
 All scores are higher for photos that look known. Which one is best depends on the data, so
 `compare` leaves whole labels out and looks.
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pomona.classifier import Array, Codes, Fold, Rows, fit, judged, softmax
 from pomona.metrics import auroc
@@ -57,18 +56,18 @@ class Detector:
 
 
 def _max_probability(z: Array, logits: Array, _: dict[str, Array]) -> Array:
-    """Hendrycks and Gimpel 2017."""
+    """Return the highest probability (Hendrycks and Gimpel 2017)."""
     return np.asarray(softmax(logits).max(axis=1))
 
 
 def _energy(z: Array, logits: Array, _: dict[str, Array]) -> Array:
-    """The negative free energy: log Σ exp(logits) (Liu et al. 2020)."""
+    """Return the negative free energy, log Σ exp(logits) (Liu et al. 2020)."""
     top = logits.max(axis=1)
     return np.asarray(top + np.log(np.exp(logits - top[:, None]).sum(axis=1)))
 
 
 def _nearest(z: Array, _: Array, tensors: dict[str, Array]) -> Array:
-    """Minus the squared Mahalanobis distance to the nearest centre.
+    """Return minus the squared Mahalanobis distance to the nearest centre.
 
     The centres are the means of the kinds (Lee et al. 2018), or photos (after Sun et al. 2022,
     whose cosine accepts photos that show something else altogether; see docs/log.md).
@@ -113,8 +112,8 @@ def _within(z: Array, kinds: Codes) -> tuple[Array, Array]:
     means = np.stack([np.bincount(codes, column) / counts for column in z.T], axis=1)
     within, _ = ledoit_wolf(z - means[codes], assume_centered=True)
     values, vectors = np.linalg.eigh(within)
-    floor = max(values[-1], np.finfo(float).tiny) * 1e-10
-    return means, vectors / np.sqrt(np.maximum(values, floor))
+    most = values[-1] if values[-1] > 0 else 1.0  # one photo of each kind: nothing differs within
+    return means, vectors / np.sqrt(np.maximum(values, most * 1e-6))
 
 
 def _references(kinds: Codes) -> Codes:

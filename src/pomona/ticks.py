@@ -1,0 +1,22 @@
+"""What a stage tells while it works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Tick(NamedTuple):
+    """How far a stage is."""
+
+    stage: str  # list, weights, spark, extract, table, reduce, train, report, …
+    done: int = 0
+    total: int = 0  # 0: not known
+    rejected: int = 0
+
+
+OnTick = Callable[[Tick], None]
+
+
+def quiet(_: Tick) -> None:
+    """Take no notice."""
