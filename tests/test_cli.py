@@ -61,7 +61,7 @@ def test_too_many_rejected_is_3(pomona: Any, source: Path, tmp_path: Path) -> No
         (source / "Training" / "Fruit 0" / f"bad{n}.jpg").write_bytes(b"")
     code, told, errors = pomona("extract", source, "--out", tmp_path / "out", *RANDOM)
     assert code == 3
-    assert "7.7% of the photos were rejected" in errors.splitlines()[-1]
+    assert "7.7% of the photos can't be used" in errors.splitlines()[-1]
     assert "4 (4 empty)" in told
     options = [*RANDOM, "--max-error-rate", "0.1"]
     assert pomona("extract", source, "--out", tmp_path / "out", *options)[0] == 0
@@ -270,7 +270,9 @@ def test_the_core_needs_no_extra(source: Path, tmp_path: Path) -> None:
     refused = told()
     assert refused.returncode == 2
     assert "pip install 'pomona[report]', or add --no-plots" in refused.stderr
-    done = told("--no-plots")
+    refused = told("--no-plots")
+    assert "pip install 'pomona[train]' (pomona run --no-train" in refused.stderr
+    done = told("--no-plots", "--no-train")
     assert done.returncode == 0, done.stderr
     assert "pip install 'pomona[mlflow]'" in done.stdout
 

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -492,7 +493,7 @@ def test_spark_ml_agrees(spark: Any, source: Path, tmp_path: Path) -> None:
     from pyspark.ml.functions import array_to_vector
 
     out = tmp_path / "out"
-    stages.run(source, out, QUICK, FEW)
+    stages.run(source, out, QUICK, replace(FEW, power=1.0))
     table = spark.read.parquet(str(out / "features")).where("split = 'Training'")
     table = table.select("path", array_to_vector("features").alias("x"))
     scaler = StandardScaler(inputCol="x", outputCol="s", withMean=True, withStd=True).fit(table)

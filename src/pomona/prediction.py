@@ -87,11 +87,10 @@ def _find(argument: str, on_tick: OnTick) -> Wanted:
             return _one(sources.open_source(path.parent), path.name, argument)
         if not path.exists():
             raise SourceError(f"there is no {argument}: give a photo, a folder or a URI")
-    elif sources.is_photo(argument.split("?", maxsplit=1)[0]):
-        folder, _, name = argument.rpartition("/")
-        name, mark, options = name.partition("?")
-        return _one(sources.open_source(folder + mark + options), name, argument)
     source = sources.open_source(argument)
+    if source.kind == "object" and sources.is_photo(source.root):
+        folder, _, name = source.root.rpartition("/")
+        return _one(replace(source, root=folder), name, source.name)
     if source.kind == "hadoop":
         raise SourceError(
             f"{argument}: predict reads local folders, s3:// and gs://; for other URIs make "
@@ -102,14 +101,12 @@ def _find(argument: str, on_tick: OnTick) -> Wanted:
     if not files.num_rows:
         raise SourceError(f"{argument} holds no photos: they end in {' '.join(sources.SUFFIXES)}")
     paths = files.sort_by("path")["path"]
-    start = argument.split("?", maxsplit=1)[0].rstrip("/")
+    start = source.name if source.kind == "object" else argument.rstrip("/")
     shown = pa.array([f"{start}/{path}" for path in paths.to_pylist()], pa.string())
     return Wanted(source, pa.table([paths, shown], schema=TODO))
 
 
 def _one(source: Source, name: str, shown: str) -> Wanted:
-    if source.kind == "hadoop":
-        raise SourceError(f"{shown}: predict reads local files, s3:// and gs://")
     return Wanted(source, pa.table([[name], [shown]], schema=TODO))
 
 

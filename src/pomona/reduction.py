@@ -207,7 +207,8 @@ def write(
     for name in (*names, "projection"):
         there = (staged / name).exists()
         moves.append((f"_work/{staged.name}/{name}" if there else None, name))
-    moves.append((None, "report/pca_variance.png"))  # of another projection
+    # Of another projection:
+    moves += [(None, f"report/{n}") for n in ("pca_variance.png", "metrics.json", "report.html")]
     manifest.commit(out, moves)
     shutil.rmtree(out.work, ignore_errors=True)
     return _digests(out, answers, names), _count(answers)

@@ -255,6 +255,9 @@ def status(out: str | Path) -> dict[str, Any]:
     digest = tables.digest(folder)
     if stages.get("reduce", {}).get("made_from", {}).get("features") != digest:
         unfinished |= {"reduce", "train"}
+    inputs = stages.get("train", {}).get("made_from", {}).get("digests", {})
+    if any(stages.get("reduce", {})["digests"].get(n) != d for n, d in inputs.items()):
+        unfinished.add("train")
     return {
         "source": table["source"],
         "photos": photos,
