@@ -165,6 +165,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--not-fruit", type=Path, help="a folder of photos of something else")
     options = parser.parse_args()
+    with classifier.one_thread_each():
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
     manifest.open_out(options.out, must_exist=True)
     train, test = read(options.out, "Training"), read(options.out, "Test")
     unseen_varieties(train, test)

@@ -72,9 +72,7 @@ def test_photos_folders_and_their_order(found: Model, folder: Path) -> None:
 
 def test_standard_input(found: Model, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = folder / "kind 1" / "é 01.jpg"
-    monkeypatch.setattr(
-        prediction.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(one.read_bytes()))
-    )
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(one.read_bytes())))
     (row,) = rows_of(["-"], found)
     (wanted,) = rows_of([one], found)
     assert row == {**wanted, "path": "-"}

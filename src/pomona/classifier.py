@@ -5,8 +5,11 @@ Fitting needs scikit-learn (extra ``train``) and runs on the driver; applying is
 
 from __future__ import annotations
 
+import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -155,6 +158,19 @@ def judged(y: Codes, fold: Fold) -> Codes:
     return test[np.isin(y[test], y[train])]
 
 
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Keep BLAS to one thread: folds run side by side.
+
+    Threads of BLAS wait for each other by spinning. On a machine that does something else too, that
+    made a fit a hundred times slower (docs/log.md); and sums come out the same on any machine.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):
+        yield
+
+
 @dataclass(frozen=True)
 class Trial:
     """One strength under cross-validation.
@@ -182,10 +198,12 @@ def trial(
 ) -> Trial:
     """Fit on each fold and judge the rest of it."""
     rows = [judged(y, fold) for fold in cut]
-    logits = [
-        fit(z[fold[0]], y[fold[0]], labels, strength, class_weight).logits(z[held])
-        for fold, held in zip(cut, rows, strict=True)
-    ]
+
+    def held_out(fold: Fold, held: Codes) -> Array:
+        return fit(z[fold[0]], y[fold[0]], labels, strength, class_weight).logits(z[held])
+
+    with one_thread_each(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        logits = list(pool.map(held_out, cut, rows))
     where, values = np.concatenate(rows), np.concatenate(logits)
     right = values.argmax(axis=1) == y[where]
     return Trial(strength, where, values, float(right.mean()) if len(where) else 0.0)

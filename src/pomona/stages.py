@@ -195,7 +195,7 @@ def run(
 
 def report(out: str | Path, on_tick: OnTick = quiet) -> Path:
     """Write ``OUT/report/report.html`` about what there is in OUT, and return its path."""
-    from pomona import report as pages
+    from pomona import page
 
     folder = manifest.open_out(out, must_exist=True)
     on_tick(Tick("report"))
@@ -203,7 +203,7 @@ def report(out: str | Path, on_tick: OnTick = quiet) -> Path:
         training.read_photos(folder, name, training.SEARCH_ROWS)
         for name in ("training_pca", "test_pca")
     ]
-    return pages.write(folder, *some)
+    return page.write(folder, *some)
 
 
 def track(out: str | Path, records: dict[str, Any]) -> str:

@@ -160,7 +160,8 @@ def _train(
     groups = cls.usable_groups(y, groups_of(photos) if made_from["label"] == "top" else None)
     steps = Steps(on_tick, len(cls.STRENGTHS) + len(unknown.left_out(y)) + 4)
     figures: dict[str, Any] = {"photos": len(y), "photos_in_table": photos.of, "labels": labels}
-    fitted, searched = _fit(photos, y, labels, groups, options, steps)
+    with cls.one_thread_each():
+        fitted, searched = _fit(photos, y, labels, groups, options, steps)
     figures |= searched
     seconds = {"fit": time.time() - start}
     projection = proj.load(out.projection)
