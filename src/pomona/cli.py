@@ -292,6 +292,24 @@ def predict(
     _exit_by(record, max_error_rate)
 
 
+@app.command()
+def publish(
+    out: OutDir,
+    name: Annotated[str, typer.Option(help="The model's name in MLflow's registry.")] = "pomona",
+    promote: Annotated[
+        str | None, typer.Option(help="Make it the champion whatever the comparison says: why.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register OUT/model in MLflow: challenger, and champion if it beats the present one."""
+    from pomona import console, registry
+
+    options = registry.PublishOptions(name, promote)
+    with _progress() as on_tick, _log_to(out):
+        record = registry.publish(out, options, on_tick)
+    _print(record, as_json, console.published)
+
+
 def _model(name: str) -> Any:
     from pomona import model
 

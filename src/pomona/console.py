@@ -265,6 +265,23 @@ def status(found: dict[str, Any]) -> Table:
     )
 
 
+def published(record: dict[str, Any]) -> Table:
+    """Return the rows of ``pomona publish``."""
+    rows = [
+        ("version", f"{record['name']} {record['version']}"),
+        ("aliases", ", ".join(record["aliases"]) or "none set"),
+        ("why", record["why"]),
+    ]
+    if figures := record["comparison"]:
+        units = f", {figures['units']:,} groups" if figures["by"] == "group" else ""
+        rows += [
+            ("this model", f"{figures['accuracy']:.2%} of {figures['photos']:,} photos{units}"),
+            (f"version {figures['champion']}", f"{figures['accuracy_champion']:.2%}"),
+            ("p-value", f"{figures['p_value']:.3g}"),
+        ]
+    return _two_columns([*rows, ("store", record["store"])])
+
+
 def inspection(found: dict[str, Any]) -> Group:
     """Return the tables of ``pomona inspect``."""
     duplicates = found["duplicates"]

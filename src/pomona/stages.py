@@ -208,25 +208,10 @@ def report(out: str | Path, on_tick: OnTick = quiet) -> Path:
 
 def track(out: str | Path, records: dict[str, Any]) -> str:
     """Record a run in MLflow. Returns a sentence that tells where, or why not."""
-    from pomona.tracking import record
+    from pomona import tracking
 
     folder = manifest.open_out(out, must_exist=True)
-    first, second = records["extract"], records["reduce"]
-    settings = {k: v for k, v in first["settings"].items() if k != "preprocessing"}
-    params = {"source": first["source"], **settings, **second["made_from"]["settings"]}
-    metrics = {
-        "photos": first["photos"],
-        "labels": first["labels"],
-        "rejected": sum(first["rejected"].values()),
-        "photos_computed": first["times"]["computed"],
-        "photos_per_second": first["times"]["photos_per_second"],
-        "components_kept": second["components"],
-        "variance_kept": second["variance_kept"],
-        **{f"seconds_{k}": v for k, v in first["times"]["seconds"].items()},
-        **{f"seconds_{k}": v for k, v in second["times"]["seconds"].items()},
-    }
-    pictures = sorted(folder.report.glob("*.png"))
-    return record(folder, params, metrics, [*pictures, folder.manifest, folder.rejected])
+    return tracking.record(folder, *tracking.figures(records), tracking.artifacts(folder))
 
 
 def status(out: str | Path) -> dict[str, Any]:
@@ -264,6 +249,6 @@ def status(out: str | Path) -> dict[str, Any]:
         "done": done,
         "rejected": {row["error"]: row["path_count_distinct"] for row in codes},
         "todo": photos - done,
-        "finished": sorted(set(stages) - unfinished),
+        "finished": sorted(set(stages) - unfinished - {"track"}),
         "running": manifest.is_locked(folder),
     }
