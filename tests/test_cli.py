@@ -38,6 +38,7 @@ def test_run_ends_with_a_summary(pomona: Any, source: Path, tmp_path: Path) -> N
     assert code == 0, errors
     expected = ["48 (24 Training, 24 Test)", "random:0 (untrained)", "photos/s", "256.0 : 1"]
     expected += ["by 5 components", f"{out}/features", "component  variance  cumulative"]
+    expected += ["macro F1", "Test (24 photos)", f"{out}/model", f"{out}/report/report.html"]
     assert [words for words in expected if words not in told] == []
     assert "extracting features: 48 of 48" in errors
     assert "\x1b[" not in told + errors
@@ -51,7 +52,8 @@ def test_json_is_for_machines(pomona: Any, source: Path, tmp_path: Path) -> None
     assert code == 0
     assert found["extract"]["photos"] == 48
     assert found["reduce"]["variance_kept"] >= 0.5
-    assert not (tmp_path / "out" / "report").exists()
+    assert found["train"]["metrics"]["test"]["photos"] == 24
+    assert [p.name for p in (tmp_path / "out" / "report").iterdir()] == ["metrics.json"]
     status = json.loads(pomona("status", "--out", tmp_path / "out", "--json")[1])
     assert (status["done"], status["todo"], status["rejected"]) == (48, 0, {})
 

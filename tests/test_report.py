@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pomona import report, stages
+from pomona import manifest, page, report, sources, stages, training
+from pomona.errors import RequestError
 from pomona.stages import ExtractOptions, ReduceOptions, TrainOptions
 from tests.conftest import fill, photo
 from tests.test_training import varieties
@@ -91,16 +93,82 @@ def test_many_labels_and_no_test(spark: Any, tmp_path: Path) -> None:
     stages.run(source, tmp_path / "o", QUICK, ReduceOptions(5), train_options=TrainOptions())
     page = (tmp_path / "o/report/report.html").read_text()
     assert "The other 4" in page
-    assert "<th>true</th><th>predicted</th>" in page
+    assert "true</th>" in page and "predicted</th>" in page
     shutil.rmtree(source / "Test")
     stages.run(source, tmp_path / "o", QUICK, ReduceOptions(5), train_options=TrainOptions())
     page = (tmp_path / "o/report/report.html").read_text()
     assert "There are no Test photos" in page
 
 
+def test_counts_are_of_all_photos(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(out, tmp_path / "o")
+    monkeypatch.setattr(training, "SEARCH_ROWS", 20)
+    text = stages.report(tmp_path / "o").read_text()
+    assert re.search(r'<td>Fruit 0</td><td class="n">58</td>', text)  # 56, and two rejected ones
+    told = re.search(r"(\d+) of (\d+) photos, of each label", text)
+    assert told
+    assert int(told[1]) < 60
+    assert int(told[2]) == 192  # with features
+
+
+def test_names_in_rejected_stay_text(tmp_path: Path) -> None:
+    place = manifest.Out(tmp_path)
+    rows = ['"007","Training","007","empty"', '"NA\n1","Training","NA","empty"']
+    place.rejected.write_text("\n".join(['"path","split","label","error"', *rows, ""]))
+    found = page._rejected(place, lambda path, size: None)
+    assert [(row["path"], row["label"]) for row in found] == [("007", "007"), ("NA\n1", "NA")]
+
+
+@pytest.mark.parametrize("stage", ["reduce", "train"])
+def test_what_is_older_is_said(out: Path, tmp_path: Path, stage: str) -> None:
+    shutil.copytree(out, tmp_path / "o")
+    told = json.loads((tmp_path / "o" / "manifest.json").read_text())
+    if stage == "reduce":
+        told["stages"]["reduce"]["made_from"]["features"] = "another"
+    else:
+        told["stages"]["reduce"]["digests"]["training_pca"] = "another"
+    assert "run pomona" not in (tmp_path / "o/report/report.html").read_text()
+    (tmp_path / "o" / "manifest.json").write_text(json.dumps(told))
+    assert f"run pomona {stage} again" in stages.report(tmp_path / "o").read_text()
+
+
+def test_a_source_out_of_reach_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def read(path: str) -> bytes:
+        asked.append(path)
+        raise OSError("no route")
+
+    monkeypatch.setattr(sources, "reader", lambda source: read)
+    monkeypatch.setattr(report, "PATIENCE", -1.0)
+    assert report.looker(str(tmp_path))("1.jpg", 8) is None
+    assert not asked
+    monkeypatch.setattr(report, "PATIENCE", 60.0)
+    look = report.looker(str(tmp_path))
+    assert [look(f"{n}.jpg", 8) for n in range(3)] == [None] * 3
+    assert len(asked) == 3
+    clock = iter(range(0, 1000, 31))
+    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    look = report.looker(str(tmp_path))
+    assert [look(f"{n}.jpg", 8) for n in range(9)] == [None] * 9
+    assert len(asked) == 3 + 2  # 31 s each
+
+
+def test_colours_are_seen_on_both_pages() -> None:
+    for of in (2, 3, 12, 131):
+        for n in range(of):
+            code = page._colour(n, of)
+            red, green, blue = (int(code[i : i + 2], 16) / 255 for i in (1, 3, 5))
+            light = page._luminance((red, green, blue)) + 0.05
+            assert 1.05 / light > 3
+            assert light / (page._luminance((0x1D / 255, 0x23 / 255, 0x20 / 255)) + 0.05) > 3
+
+
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "find_spec", lambda name: None if name == "jinja2" else name)
-    with pytest.raises(stages.RequestError, match=r"jinja2: pip install 'pomona\[report\]'"):
+    with pytest.raises(RequestError, match=r"jinja2: pip install 'pomona\[report\]'"):
         report.check_matplotlib()
 
 
@@ -147,3 +215,20 @@ def test_it_opens_without_an_error(out: Path, browser: Any, width: int, scheme: 
     assert told == []
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
     page.close()
+
+
+def test_a_tap_shows_the_photo(out: Path, browser: Any) -> None:
+    context = browser.new_context(
+        viewport={"width": 360, "height": 800}, has_touch=True, is_mobile=True
+    )
+    page = context.new_page()
+    page.goto((out / "report" / "report.html").as_uri())
+    page.locator("#canvas").scroll_into_view_if_needed()
+    area = page.locator("#canvas").bounding_box()
+    for part in range(1, 20):  # until one lies near enough
+        for down in (0.25, 0.5, 0.75):
+            page.touchscreen.tap(
+                area["x"] + area["width"] * part / 20, area["y"] + area["height"] * down
+            )
+    assert page.locator("#shown").is_visible()
+    context.close()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import colorsys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.csv as pcsv
 
-from pomona import manifest, projection, report
+from pomona import manifest, projection, report, sources, tables
 from pomona.manifest import Out
 from pomona.report import Look
+from pomona.schema import REJECTED
 
 ON_MAP = 1000
 """Photos: t-SNE takes seconds, and their thumbnails half a megabyte."""
@@ -23,13 +26,16 @@ LABELS_SHOWN = 30
 """Above, tables show the worst, and the rest folded."""
 
 
-def write(out: Out, *photos: Any) -> Path:
+def write(out: Out, *photos: Any, source: str | None = None) -> Path:
     """Write the page from what there is in OUT, and return its path.
 
     Parameters
     ----------
     photos
-        Training and Test, with ``paths``, ``labels`` and ``z`` (`pomona.training.Photos`).
+        Training and Test, or samples, with ``paths``, ``labels``, ``z`` and ``of``
+        (`pomona.training.Photos`).
+    source
+        The source's URI with its options, if it is known: OUT knows it without them.
     """
     from jinja2 import Environment, PackageLoader
 
@@ -37,17 +43,17 @@ def write(out: Out, *photos: Any) -> Path:
         loader=PackageLoader("pomona"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"pc": lambda x: "–" if x is None else f"{100 * x:.1f} %"}
-    page = environment.get_template("report.html").render(facts(out, *photos))
+    page = environment.get_template("report.html").render(facts(out, source, *photos))
     path = out.report / "report.html"
     manifest.write_text(path, page)
     return path
 
 
-def facts(out: Out, *photos: Any) -> dict[str, Any]:
+def facts(out: Out, source: str | None, *photos: Any) -> dict[str, Any]:
     """Return all that the template shows."""
     table = manifest.read_json(out.table_file)
     stages = manifest.read_json(out.manifest).get("stages", {})
-    look = report.looker(table["source"])
+    look = report.looker(source or table["source"])
     metrics = manifest.read_json(out.metrics)
     about = manifest.read_json(out.model / "model.json") if metrics else {}
     found = projection.load(out.projection)
@@ -57,7 +63,8 @@ def facts(out: Out, *photos: Any) -> dict[str, Any]:
         "fruits_360": "fruits" in table["source"].lower() and "360" in table["source"],
         "table": table,
         "stages": stages,
-        "labels": _labels(photos),
+        "stale": _stale(out, stages),
+        "labels": _labels(out),
         "rejected": _rejected(out, look),
         "variance": report.svg(report.variance(found)),
         "projection": found,
@@ -68,17 +75,32 @@ def facts(out: Out, *photos: Any) -> dict[str, Any]:
     }
 
 
-def _labels(photos: tuple[Any, ...]) -> list[tuple[str, int]]:
-    names, counts = np.unique(np.concatenate([p.labels for p in photos]), return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return [(str(names[n]), int(counts[n])) for n in order]
+def _stale(out: Out, stages: dict[str, Any]) -> str | None:
+    """Return the first command whose result is older than what it was made from."""
+    reduced = stages.get("reduce", {})
+    if reduced.get("made_from", {}).get("features") != tables.digest(out):
+        return "reduce"
+    inputs = stages.get("train", {}).get("made_from", {}).get("digests", {})
+    return "train" if any(reduced["digests"].get(n) != d for n, d in inputs.items()) else None
+
+
+def _labels(out: Out) -> list[tuple[str, int]]:
+    """Count all photos by label, in the table of features: the PCA features may be a sample."""
+    rows = tables.index(out, out.work / "none").rows
+    counts = Counter(rows["label"].to_pylist())
+    return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
 def _rejected(out: Out, look: Look) -> list[dict[str, Any]]:
     if not out.rejected.exists():
         return []
-    rows = pcsv.read_csv(out.rejected).slice(0, REJECTED_SHOWN).to_pylist()
-    return [{**row, "picture": report.data_uri(look(str(row["path"]), PICTURE))} for row in rows]
+    table = pcsv.read_csv(
+        out.rejected,
+        parse_options=pcsv.ParseOptions(newlines_in_values=True),
+        convert_options=pcsv.ConvertOptions(column_types=REJECTED),  # a label may be 007 or NA
+    )
+    rows = table.slice(0, REJECTED_SHOWN).to_pylist()
+    return [{**row, "picture": report.data_uri(look(row["path"], PICTURE))} for row in rows]
 
 
 # --- the map -----------------------------------------------------------------------------------
@@ -106,11 +128,12 @@ def _map(photos: tuple[Any, ...], look: Look) -> dict[str, Any] | None:
     low, high = places.min(axis=0), places.max(axis=0)
     places = (places - low) / np.maximum(high - low, 1e-9)
     names, codes = np.unique(labels[chosen].astype(str), return_inverse=True)
-    thumbnails = (look(str(path), THUMBNAIL) for path in paths)
+    with ThreadPoolExecutor(sources.READ_AHEAD) as pool:
+        thumbnails = list(pool.map(lambda path: look(str(path), THUMBNAIL), paths))
     return {
         "sprite": report.sprite(thumbnails, len(chosen), THUMBNAIL, COLUMNS),
         "legend": [(str(name), _colour(n, len(names))) for n, name in enumerate(names)],
-        "photos": len(labels),
+        "photos": sum(p.of for p in parts),
         "data": {
             "size": THUMBNAIL,
             "columns": COLUMNS,
@@ -135,8 +158,23 @@ def _evenly(labels: Any, most: int) -> Any:
 
 
 def _colour(n: int, of: int) -> str:
-    red, green, blue = colorsys.hls_to_rgb(n / of, 0.5, 0.65)
-    return f"#{int(255 * red):02x}{int(255 * green):02x}{int(255 * blue):02x}"
+    """Return a hue at a luminance with a contrast of 3 on the light page and on the dark one.
+
+    Neighbours differ in luminance too, for those who see no hue.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        rgb = colorsys.hls_to_rgb(n / of, (low + high) / 2, 0.65)
+        light = _luminance(rgb) > (0.27 if n % 2 else 0.155)
+        low, high = (low, (low + high) / 2) if light else ((low + high) / 2, high)
+    red, green, blue = (round(255 * part) for part in rgb)
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def _luminance(rgb: tuple[float, float, float]) -> float:
+    """Return the relative luminance of WCAG 2."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 # --- the model ---------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,9 @@ def svg(figure: Any) -> str:
 # --- thumbnails --------------------------------------------------------------------------------
 
 Pixels = npt.NDArray[np.uint8]
+PATIENCE = 15.0
+"""Seconds that photos which don't come may cost in all: an object store out of reach takes six for
+each."""
 Look = Callable[[str, int], "Pixels | None"]
 """``look(path, size)``: a photo's pixels [size, size, 3], or None where it can't be shown."""
 
@@ -139,10 +143,17 @@ def looker(source: str) -> Look:
     if place.kind == "hadoop":
         return lambda path, size: None
 
+    waited = 0.0
+
     def look(path: str, size: int) -> Pixels | None:
+        nonlocal waited
+        if waited > PATIENCE:
+            return None
+        start = time.monotonic()
         try:
             content = read(path)
         except (OSError, SourceError):
+            waited += time.monotonic() - start
             return None
         found = images.decode(content, size).pixels
         return found if found is not None else _what_is_there(content, size)
@@ -173,7 +184,7 @@ def data_uri(pixels: Pixels | None, quality: int = 80) -> str | None:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def sprite(thumbnails: Iterator[Pixels | None], count: int, size: int, columns: int) -> str | None:
+def sprite(thumbnails: Sequence[Pixels | None], count: int, size: int, columns: int) -> str | None:
     """Return one picture of many thumbnails, row by row; grey where one is missing."""
     rows = -(-count // columns)
     sheet = np.full((rows * size, columns * size, 3), 200, np.uint8)

@@ -189,12 +189,15 @@ def run(
     elif train_options:
         records["train"] = train(out, train_options, on_tick)
     if plots:
-        report(out, on_tick)
+        report(out, on_tick, str(source))
     return records
 
 
-def report(out: str | Path, on_tick: OnTick = quiet) -> Path:
-    """Write ``OUT/report/report.html`` about what there is in OUT, and return its path."""
+def report(out: str | Path, on_tick: OnTick = quiet, source: str | None = None) -> Path:
+    """Write ``OUT/report/report.html`` about what there is in OUT, and return its path.
+
+    Thumbnails come from the source, by default the one that OUT names.
+    """
     from pomona import page
 
     folder = manifest.open_out(out, must_exist=True)
@@ -203,7 +206,7 @@ def report(out: str | Path, on_tick: OnTick = quiet) -> Path:
         training.read_photos(folder, name, training.SEARCH_ROWS)
         for name in ("training_pca", "test_pca")
     ]
-    return page.write(folder, *some)
+    return page.write(folder, *some, source=source)
 
 
 def track(out: str | Path, records: dict[str, Any]) -> str:

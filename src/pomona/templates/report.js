@@ -52,7 +52,10 @@
   }
   canvas.addEventListener("pointermove", (event) => show(nearest(event)));
   canvas.addEventListener("pointerdown", (event) => show(nearest(event)));
-  canvas.addEventListener("pointerleave", () => { box.hidden = true; current = -1; draw(); });
+  canvas.addEventListener("pointerleave", (event) => {
+    if (event.pointerType !== "mouse") return; // a finger leaves with each tap
+    box.hidden = true; current = -1; draw();
+  });
   canvas.addEventListener("keydown", (event) => {
     const by = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (by) { event.preventDefault(); step(by); }
