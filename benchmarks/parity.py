@@ -21,7 +21,7 @@ import onnxruntime as ort
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pomona import manifest, model, training
+from pomona import manifest, model, samples
 from pomona.prediction import PredictOptions, predict
 from pomona.reduction import features_of
 
@@ -66,7 +66,7 @@ def main() -> None:
 
     z: dict[str, Any] = {}
     for name in ("training_pca", "test_pca"):
-        rows = training.read_photos(out, name, 10**9)
+        rows = samples.read_photos(out, name, 10**9)
         z |= dict(zip(rows.paths, rows.z, strict=True))
     ways["Spark's PCA tables"] = found.head().classifier.probabilities(
         np.stack([z[path] for path in paths])

@@ -26,9 +26,9 @@ from pomona import (
     model,
     pyfunc,
     registry,
+    samples,
     stages,
     tracking,
-    training,
     weights,
 )
 from pomona.backbone import make_spec
@@ -87,7 +87,7 @@ def put(out: Path, top: Head, **about: Any) -> model.Model:
 
 def perfect(out: Path) -> Head:
     """A head that has learned Test by heart."""
-    photos = training.read_photos(manifest.open_out(out), "test_pca", 10**6)
+    photos = samples.read_photos(manifest.open_out(out), "test_pca", 10**6)
     labels, y = classifier.encode(photos.labels.tolist())
     head = model.load(out / "model").head()
     fitted = classifier.fit(photos.z, y, labels, 1.0)
@@ -192,7 +192,7 @@ def test_a_little_better_may_be_chance(out: Path) -> None:
 
 def one_wrong(out: Path, best: Head) -> Any:
     """Lower one label's bias until the first photo is missed."""
-    photos = training.read_photos(manifest.open_out(out), "test_pca", 10**6)
+    photos = samples.read_photos(manifest.open_out(out), "test_pca", 10**6)
     y = np.array([best.classifier.labels.index(label) for label in photos.labels])
     logits = best.classifier.logits(photos.z)
     own = logits[np.arange(len(y)), y]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pomona import manifest, model, reduction, stages, training
+from pomona import manifest, model, reduction, samples, stages
 from pomona.engine import Cluster
 from pomona.errors import MismatchError, RequestError
 from pomona.stages import ExtractOptions, ReduceOptions
@@ -105,7 +105,7 @@ def test_stage_by_stage_and_the_file_agree(spark: Any, out: Path, tmp_path: Path
     )
     pca: dict[str, Any] = {}
     for name in ("training_pca", "test_pca"):
-        rows = training.read_photos(manifest.open_out(out), name, 10**6)
+        rows = samples.read_photos(manifest.open_out(out), name, 10**6)
         pca |= dict(zip(rows.paths, rows.z, strict=True))
     got: dict[str, dict[str, Any]] = {"here": {}, "spark": {}}
     for kind, options in (
@@ -200,7 +200,7 @@ def test_more_rows_than_wanted(out: Path) -> None:
     told = figures(out)
     assert told["photos_in_table"] == 120
     assert told["photos"] == record["photos"] == 60
-    rows = training.read_photos(manifest.open_out(out), "training_pca", 60)
+    rows = samples.read_photos(manifest.open_out(out), "training_pca", 60)
     assert {label: int((rows.labels == label).sum()) for label in set(rows.labels)} == {
         f"Fruit {n}": 20 for n in range(3)
     }

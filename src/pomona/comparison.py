@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pomona import manifest, metrics, model, reduction, sources, training
+from pomona import manifest, metrics, model, reduction, samples, sources
 from pomona.errors import RequestError, SourceError
 from pomona.manifest import Out
 from pomona.model import Model
@@ -39,13 +39,13 @@ def compare(out: Out, new: Model, champion: Model, on_tick: OnTick = quiet) -> d
     RequestError
         If there are no such photos, or a model needs their files and they can't be read.
     """
-    photos = training.read_photos(out, "test_pca", training.MAX_ROWS)
+    photos = samples.read_photos(out, "test_pca", samples.MAX_ROWS)
     known = {*new.labels, *champion.labels}
     photos = photos.take(np.array([label in known for label in photos.labels], bool))
     if not len(photos.labels):
         raise RequestError("there are no Test photos with a label that one of the models knows")
     by_group = manifest.read_json(out.table_file)["label"] == "top"
-    units = training.groups_of(photos) if by_group else np.arange(len(photos.labels))
+    units = samples.groups_of(photos) if by_group else np.arange(len(photos.labels))
     a, b = (_guesses(out, one, photos.paths, on_tick) == photos.labels for one in (new, champion))
     return {
         "photos": len(a),

@@ -119,7 +119,7 @@ def _map(photos: tuple[Any, ...], look: Look) -> dict[str, Any] | None:
     z = np.concatenate([p.z for p in parts])[chosen]
     paths = np.concatenate([p.paths for p in parts])[chosen]
     split = np.concatenate([np.full(len(p.labels), n) for n, p in enumerate(parts)])[chosen]
-    with threadpool_limits(1, "blas"):  # see pomona.classifier.one_thread_each
+    with threadpool_limits(1):  # see pomona.classifier.one_thread_each
         places = TSNE(
             init="pca" if z.shape[1] >= 2 else "random",
             perplexity=min(30, (len(z) - 1) / 3),

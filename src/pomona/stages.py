@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from pomona import engine, manifest, reduction, tables, training
+from pomona import engine, manifest, reduction, samples, tables, training
 from pomona import projection as proj
 from pomona.engine import Cluster
 from pomona.errors import RequestError
@@ -203,7 +203,7 @@ def report(out: str | Path, on_tick: OnTick = quiet, source: str | None = None) 
     folder = manifest.open_out(out, must_exist=True)
     on_tick(Tick("report"))
     some = [
-        training.read_photos(folder, name, training.SEARCH_ROWS)
+        samples.read_photos(folder, name, training.SEARCH_ROWS)
         for name in ("training_pca", "test_pca")
     ]
     return page.write(folder, *some, source=source)

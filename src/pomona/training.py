@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,26 +11,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from pomona import classifier as cls
-from pomona import leakage, manifest, metrics, model, tables, unknown
+from pomona import manifest, metrics, model, tables, unknown
 from pomona import projection as proj
 from pomona.classifier import Classifier, Codes
 from pomona.errors import MismatchError, RequestError
+from pomona.evaluation import calibration, headline, judge_leakage, judge_test
 from pomona.manifest import Out
+from pomona.samples import MAX_ROWS, Photos, groups_of, read_photos
 from pomona.ticks import OnTick, Tick, quiet
 from pomona.unknown import Detector
 
 RECIPE = 1
 """Raise it when the same rows and options would give another model: then old ones are remade."""
-MAX_ROWS = 1_000_000
 SEARCH_ROWS = 50_000
 """Rows on which C is chosen and calibration is done: more change neither, and cost hours."""
-LISTED = 1000
-"""Near-copies that metrics.json lists."""
 
 
 @dataclass(frozen=True)
@@ -43,30 +37,6 @@ class TrainOptions:
     max_rows: int = MAX_ROWS
     unknown: str = "auto"
     keep: float = 0.95
-
-
-@dataclass(frozen=True)
-class Photos:
-    """Rows of a PCA table.
-
-    Attributes
-    ----------
-    paths, labels
-        Strings [n].
-    z
-        pca_features, float32 [n, k].
-    of
-        How many rows the table has.
-    """
-
-    paths: npt.NDArray[np.object_]
-    labels: npt.NDArray[np.object_]
-    z: npt.NDArray[np.float32]
-    of: int
-
-    def take(self, chosen: Any) -> Photos:
-        """Return some of the rows."""
-        return replace(self, paths=self.paths[chosen], labels=self.labels[chosen], z=self.z[chosen])
 
 
 def check(options: TrainOptions) -> None:
@@ -167,68 +137,16 @@ def _train(
     projection = proj.load(out.projection)
     head = model.head(projection, *fitted)
     steps()
-    figures["test"], test_paths = _test(out, head, options, by_group=groups is not None)
+    figures["test"], test_right = judge_test(
+        out, head, options.max_rows, by_group=groups is not None
+    )
     steps()
-    figures["leakage"] = _leakage(out, test_paths, steps)
+    figures["leakage"] = judge_leakage(out, test_right, steps)
     seconds["evaluate"] = time.time() - start - seconds["fit"]
     record = _write(out, head, figures, made_from, seconds)
     steps.done = steps.total - 1
     steps()
     return record
-
-
-# --- the tables --------------------------------------------------------------------------------
-
-_LABELS = ds.partitioning(pa.schema([("label", pa.string())]), flavor="hive")
-
-
-def read_photos(out: Out, table: str, max_rows: int) -> Photos:
-    """Read a PCA table, or, above ``max_rows``, a sample of it that is stratified by label.
-
-    Raises
-    ------
-    RequestError
-        If numbers in it aren't finite.
-    """
-    place = out.root / table
-    files = sorted(place.rglob("*.parquet")) if place.is_dir() else []
-    counts = [pq.ParquetFile(file).metadata.num_rows for file in files]
-    share = min(1.0, max_rows / max(1, sum(counts)))
-    rng = np.random.default_rng(cls.SEED)
-    parts = [_read_some(file, place, share, rng) for file in files]
-    joined = pa.concat_tables(parts) if parts else pa.table({"path": [], "label": []})
-    z = _matrix(joined) if parts else np.zeros((0, 0), np.float32)
-    paths = joined["path"].to_numpy(zero_copy_only=False)
-    bad = ~np.isfinite(z).all(axis=1)
-    if bad.any():
-        raise RequestError(
-            f"{place} holds numbers that are not finite for {bad.sum()} photos (first: "
-            f"{paths[bad][0]}): run pomona reduce again"
-        )
-    return Photos(paths, joined["label"].to_numpy(zero_copy_only=False), z, sum(counts))
-
-
-def _read_some(file: Path, place: Path, share: float, rng: np.random.Generator) -> pa.Table:
-    columns = ["path", "label", "pca_features"]
-    rows = ds.dataset(str(file), partitioning=_LABELS, partition_base_dir=str(place)).to_table(
-        columns
-    )
-    if share == 1:
-        return rows
-    most = max(1, round(rows.num_rows * share))
-    return rows.take(pa.array(np.sort(rng.permutation(rows.num_rows)[:most])))
-
-
-def _matrix(rows: pa.Table) -> npt.NDArray[np.float32]:
-    column = rows["pca_features"].combine_chunks()
-    values: npt.NDArray[np.float32] = column.flatten().to_numpy()
-    return values.reshape(rows.num_rows, -1)
-
-
-def groups_of(photos: Photos) -> Codes:
-    """Return the code of each photo's group: the folder that holds it."""
-    folders = [re.sub(r"/[^/]*$", "", path) for path in photos.paths]
-    return np.unique(folders, return_inverse=True)[1].astype(np.int64)
 
 
 # --- fitting -----------------------------------------------------------------------------------
@@ -265,7 +183,7 @@ def _fit(
             "folds": len(cut),
             "not_judged": len(ys) - len(best.rows),
             **metrics.measure(cls.softmax(best.logits / temperature), ys[best.rows], units),
-            **_calibration(best.logits, temperature, ys[best.rows]),
+            **calibration(best.logits, temperature, ys[best.rows]),
         }
     how = {
         "strength": strength,
@@ -316,104 +234,6 @@ def _best_method(compared: dict[str, Any]) -> str:
         return unknown.DEFAULT
     areas: dict[str, float] = compared["auroc"]
     return max(areas, key=lambda name: areas[name])
-
-
-def _calibration(logits: npt.NDArray[np.float64], temperature: float, y: Codes) -> dict[str, Any]:
-    before, after = cls.softmax(logits), cls.softmax(logits / temperature)
-    return {
-        "calibration_error_before": metrics.calibration_error(before, y),
-        "reliability_before": metrics.reliability(before, y),
-        "reliability": metrics.reliability(after, y),
-    }
-
-
-# --- evaluating --------------------------------------------------------------------------------
-
-
-def _test(
-    out: Out, head: model.Head, options: TrainOptions, *, by_group: bool
-) -> tuple[dict[str, Any] | None, dict[str, bool]]:
-    """Judge Test. Returns the figures, and for each photo of a known label whether it was right."""
-    photos = read_photos(out, "test_pca", options.max_rows)
-    if not len(photos.labels):
-        return None, {}
-    classifier, detector = head.classifier, head.detector
-    place = {label: n for n, label in enumerate(classifier.labels)}
-    seen = np.array([label in place for label in photos.labels])
-    logits = classifier.logits(photos.z)
-    scores = detector.score(photos.z, logits)
-    kept = scores >= detector.threshold
-    strange = sorted(set(photos.labels[~seen]))
-    figures: dict[str, Any] = {
-        "photos": int(seen.sum()),
-        "photos_in_table": photos.of,
-        "labels_never_seen": {"labels": strange, "photos": int((~seen).sum())},
-    }
-    if strange:
-        figures["labels_never_seen"]["called_unknown"] = float((~kept[~seen]).mean())
-    if not seen.any():
-        return figures, {}
-    if strange:
-        figures["labels_never_seen"]["auroc"] = metrics.auroc(scores[seen], scores[~seen])
-    known = photos.take(seen)
-    y = np.array([place[label] for label in known.labels], np.int64)
-    units = groups_of(known) if by_group else np.arange(len(y))
-    probabilities = cls.softmax(logits[seen])
-    figures |= metrics.measure(probabilities, y, units)
-    guess = probabilities.argmax(axis=1)
-    table = metrics.confusion(guess, y, len(classifier.labels))
-    figures |= {
-        "by": "group" if by_group else "photo",
-        **_calibration(logits[seen] * classifier.temperature, classifier.temperature, y),
-        "kept": float(kept[seen].mean()),
-        "per_label": metrics.per_label(table, classifier.labels),
-        "confusion": table.tolist(),
-        "mistakes": _mistakes(known, probabilities, y, classifier.labels),
-    }
-    return figures, dict(zip(known.paths, (guess == y).tolist(), strict=True))
-
-
-def _mistakes(
-    photos: Photos,
-    probabilities: npt.NDArray[np.float64],
-    y: Codes,
-    labels: tuple[str, ...],
-    most: int = 24,
-) -> list[dict[str, Any]]:
-    """Return the wrong answers that were given with the highest probability."""
-    guess, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    wrong = np.flatnonzero(guess != y)
-    wrong = wrong[np.argsort(-sure[wrong], kind="stable")][:most]
-    return [
-        {
-            "path": str(photos.paths[n]),
-            "label": labels[y[n]],
-            "predicted": labels[guess[n]],
-            "probability": float(sure[n]),
-        }
-        for n in wrong
-    ]
-
-
-def _leakage(out: Out, right: dict[str, bool], steps: Callable[[], None]) -> dict[str, Any] | None:
-    """Count near-copies between the splits, and give the accuracy with and without them."""
-    if not right:
-        return None
-    found = leakage.near_copies(out, lambda: None)
-    steps()
-    pairs = found["pairs"]
-    copies = {pair["path"] for pair in pairs}
-    looked = [path for path in found["looked_at"] if path in right]
-    rest = [right[path] for path in looked if path not in copies]
-    return {
-        "cosine": found["cosine"],
-        "looked_at": len(looked),
-        "of": len(right),
-        "near_copies": len(copies & set(looked)),
-        "accuracy_with": float(np.mean([right[path] for path in looked])) if looked else None,
-        "accuracy_without": float(np.mean(rest)) if rest else None,
-        "pairs": pairs[:LISTED],
-    }
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -501,14 +321,3 @@ def backbone_file(out: Out, table: dict[str, Any]) -> bytes:
     if {p.key: p.value for p in props}.get("weights_digest") != table["spec"]["weights_digest"]:
         raise MismatchError(f"{out.backbone} is of other weights: remove it and extract again")
     return content
-
-
-def headline(figures: dict[str, Any]) -> dict[str, Any]:
-    """Return the few figures that stand for all: by split of the data, value and interval."""
-    names = ("accuracy", "macro_f1", f"top_{metrics.TOP}", "calibration_error")
-    found = {}
-    for part in ("cross_validation", "test"):
-        rows = figures.get(part) or {}
-        if "accuracy" in rows:
-            found[part] = {name: rows[name] for name in (*names, "photos", "units", "by")}
-    return found
