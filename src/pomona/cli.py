@@ -293,6 +293,33 @@ def predict(
 
 
 @app.command()
+def export(
+    out: OutDir,
+    int8: Annotated[bool, typer.Option("--int8", help="8-bit integers too, if they pass.")] = False,
+    half: Annotated[
+        bool, typer.Option("--half", help="Half-precision weights too, if they pass.")
+    ] = False,
+    dest: Annotated[
+        str | None, typer.Option(help="The folder that takes the files. [default: OUT/export]")
+    ] = None,
+    calibration: Annotated[
+        int, typer.Option(help="Training photos that 8-bit ranges are measured on.")
+    ] = 256,
+    held_out: Annotated[
+        int, typer.Option(help="Photos that smaller files are judged by, at most.")
+    ] = 2000,
+    as_json: AsJson = False,
+) -> None:
+    """Write files for the phone; a smaller one only if it answers like the model."""
+    from pomona import console, exporting
+
+    options = exporting.ExportOptions(int8, half, dest, calibration, held_out)
+    with _progress() as on_tick, _log_to(out):
+        record = exporting.export(out, options, on_tick)
+    _print(record, as_json, console.exported)
+
+
+@app.command()
 def publish(
     out: OutDir,
     name: Annotated[str, typer.Option(help="The model's name in MLflow's registry.")] = "pomona",

@@ -265,6 +265,30 @@ def status(found: dict[str, Any]) -> Table:
     )
 
 
+def exported(record: dict[str, Any]) -> Group:
+    """Return the tables of ``pomona export``: what was judged, and the files."""
+    parts: list[Any] = []
+    if variants := record.get("variants"):
+        judges = record["held_out"]
+        table = Table("on held-out photos", box=None, pad_edge=False)
+        for column in ("MB", "accuracy", "float32", "drop", "labels agree", ""):
+            table.add_column(column, justify="right")
+        for row in variants:
+            table.add_row(
+                row["name"],
+                f"{row['bytes'] / 1e6:.2f}",
+                f"{row['accuracy']:.2%}",
+                f"{row['accuracy_float32']:.2%}",
+                f"{row['drop_points']:.2f}",
+                f"{row['agreement']:.2%}",
+                "kept" if row["kept"] else "passed" if row["passed"] else "refused",
+            )
+        parts.append(table)
+        parts.append(f"judged on {judges['photos']:,} photos of {judges['split']}")
+    files = [(name, f"{about['bytes'] / 1e6:.2f} MB") for name, about in record["files"].items()]
+    return Group(*parts, _two_columns([*files, ("folder", record["folder"])]))
+
+
 def published(record: dict[str, Any]) -> Table:
     """Return the rows of ``pomona publish``."""
     rows = [
