@@ -86,7 +86,8 @@ def test_smaller_files(out: Path, lenient: None) -> None:
     kinds = {node.op_type for node in proto.graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
     session = ort.InferenceSession(out / "export" / HALF, providers=["CPUExecutionProvider"])
-    pixels = np.stack([images.decode(photo(n), 32).pixels for n in range(4)])
+    decoded = [images.decode(photo(n), 32).pixels for n in range(4)]
+    pixels = np.stack([d for d in decoded if d is not None])
     ours, theirs = (
         s.run(["probabilities"], {"image": pixels})[0]
         for s in (session, quantisation.session((out / "export" / PHONE).read_bytes()))
