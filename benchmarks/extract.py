@@ -97,15 +97,17 @@ def in_step(number: int, work: Any, barrier: Any, ends: Any, *args: Any) -> None
         raise
 
 
-def rate_in_processes(work: Any, source: Path, spec: BackboneSpec) -> float:
-    """Return photos per second of two processes, each with every second photo."""
+def rate_in_processes(
+    work: Any, source: Path, spec: BackboneSpec, processes: int = PROCESSES
+) -> float:
+    """Return photos per second of some processes, each with its share of the photos."""
     where = sources.open_source(source)
     photos = sources.arrange(sources.list_files(where).files)
     context = multiprocessing.get_context("spawn")
-    barrier, ends = context.Barrier(PROCESSES + 1), context.Array("d", PROCESSES)
+    barrier, ends = context.Barrier(processes + 1), context.Array("d", processes)
     children = []
-    for number in range(PROCESSES):
-        share = photos.take(pa.array(range(number, photos.num_rows, PROCESSES)))
+    for number in range(processes):
+        share = photos.take(pa.array(range(number, photos.num_rows, processes)))
         args = (number, work, barrier, ends, share, where, spec)
         children.append(context.Process(target=in_step, args=args, daemon=True))
         children[-1].start()

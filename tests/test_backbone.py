@@ -200,7 +200,7 @@ def test_a_gpu_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
             asked["providers"] = providers
 
     monkeypatch.setattr("onnxruntime.InferenceSession", Session)
-    backbone._session(b"", 2, "cuda", 0.45)
+    backbone._session(b"", 2, "cuda", 0.45, 1)
     name, settings = asked["providers"][0]
     assert name == "CUDAExecutionProvider"
     assert settings["gpu_mem_limit"] == int((8 << 30) * 0.45)

@@ -7,18 +7,20 @@ process and keeps it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pomona import mobilenet
+from pomona import guard, mobilenet
 from pomona.errors import MissingError, RequestError, WeightsError
+from pomona.guard import Guard
 from pomona.images import Photo, decode
 from pomona.schema import FEATURES
 from pomona.weights import Weights
@@ -56,6 +58,10 @@ class BackboneSpec:
         CPU threads of one worker: one per task slot.
     memory_share
         Share of a GPU's memory that one worker may take.
+    gpu
+        Which GPU, where there are several.
+    guard
+        What is done about photos that end or stall the process (`pomona.guard`).
     outputs
         What `extract` adds for each photo: ``features``, or outputs of a model's file
         (`pomona.model`).
@@ -72,6 +78,8 @@ class BackboneSpec:
     batch_size: int = CPU_BATCH
     threads: int = 1
     memory_share: float = 1.0
+    gpu: int = 0
+    guard: Guard = ""
     outputs: tuple[str, ...] = (mobilenet.OUTPUT,)
     payload: bytes = field(default=b"", repr=False, compare=False)
 
@@ -95,8 +103,14 @@ def make_spec(
     backend: str = "onnx",
     device: str = "auto",
     batch_size: int | None = None,
+    elsewhere: bool = False,
 ) -> BackboneSpec:
     """Put weights, backend and device together. Runs on the driver.
+
+    Parameters
+    ----------
+    elsewhere
+        The GPUs are the workers', so that what this machine has says nothing.
 
     Raises
     ------
@@ -111,7 +125,7 @@ def make_spec(
         raise RequestError(f"--backend is onnx or torch, not {backend}")
     if batch_size is not None and batch_size < 1:
         raise RequestError(f"a batch holds at least one photo, not {batch_size}")
-    found = find_device(backend, device)
+    found = find_device(backend, device, elsewhere=elsewhere)
     return BackboneSpec(
         weights=weights.name,
         digest=weights.digest,
@@ -124,8 +138,10 @@ def make_spec(
     )
 
 
-def find_device(backend: str, device: str) -> str:
+def find_device(backend: str, device: str, *, elsewhere: bool = False) -> str:
     """Return ``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``.
+
+    With ``elsewhere`` workers have GPUs, and this machine needs none.
 
     Raises
     ------
@@ -138,7 +154,7 @@ def find_device(backend: str, device: str) -> str:
         raise RequestError(f"--device is auto, cpu or cuda, not {device}")
     if device == "cpu":
         return "cpu"
-    seen = _sees_cuda(backend)
+    seen = elsewhere or _sees_cuda(backend)
     if device == "cuda" and not seen:
         raise MissingError(
             f"--device cuda: {backend} sees no CUDA device here; install a CUDA build "
@@ -189,7 +205,7 @@ def onnx_file(spec: BackboneSpec) -> bytes:
 def _check_onnx(weights: Weights, image_size: int) -> None:
     assert weights.onnx is not None
     try:
-        session = _session(weights.onnx, 1, "cpu", 1.0)
+        session = _session(weights.onnx, 1, "cpu", 1.0, 0)
     except Exception as error:  # onnxruntime raises its own types, not exported
         raise WeightsError(f"{weights.name} is damaged, or no ONNX file") from error
     first = session.get_inputs()[0]
@@ -206,7 +222,7 @@ def _check_onnx(weights: Weights, image_size: int) -> None:
 # --- running it, on workers --------------------------------------------------------------------
 
 
-def _session(content: bytes, threads: int, device: str, memory_share: float) -> Any:
+def _session(content: bytes, threads: int, device: str, memory_share: float, gpu: int) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -216,7 +232,7 @@ def _session(content: bytes, threads: int, device: str, memory_share: float) -> 
     providers: list[Any] = ["CPUExecutionProvider"]
     if device == "cuda":
         # The arena takes what is asked for, not the next power of two, up to this worker's share.
-        cuda: dict[str, Any] = {"arena_extend_strategy": "kSameAsRequested"}
+        cuda: dict[str, Any] = {"arena_extend_strategy": "kSameAsRequested", "device_id": gpu}
         if total := _gpu_memory():
             cuda["gpu_mem_limit"] = int(total * memory_share)
         providers.insert(0, ("CUDAExecutionProvider", cuda))
@@ -252,9 +268,10 @@ def load(spec: BackboneSpec) -> Runner:
 
         state = load_safetensors(spec.payload)
         mixed = spec.precision == "mixed"
-        torch_runner = build_runner(state, spec.device, mixed, spec.threads, spec.memory_share)
+        device = f"cuda:{spec.gpu}" if spec.device == "cuda" else spec.device
+        torch_runner = build_runner(state, device, mixed, spec.threads, spec.memory_share)
         return lambda image: [torch_runner(image)]
-    session = _session(spec.payload, spec.threads, spec.device, spec.memory_share)
+    session = _session(spec.payload, spec.threads, spec.device, spec.memory_share, spec.gpu)
     name = session.get_inputs()[0].name
 
     def run(image: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
@@ -294,7 +311,7 @@ def _with_features(batch: pa.RecordBatch, spec: BackboneSpec) -> pa.RecordBatch:
         chunk = _decode(contents[start : start + spec.batch_size], spec)
         pixels = [photo.pixels for photo in chunk if photo.pixels is not None]
         if pixels:
-            parts.append(load(spec)(np.stack(pixels)))
+            parts.append(load(replace(spec, guard=""))(np.stack(pixels)))
         photos += [photo._replace(pixels=None) for photo in chunk]
     missing = [photo.error is not None for photo in photos]
     columns = {
@@ -324,11 +341,14 @@ def _column(parts: list[npt.NDArray[np.float32]], missing: list[bool], name: str
 
 
 def _decode(contents: pa.Array, spec: BackboneSpec) -> list[Photo]:
-    views = contents.to_pylist()
-    if spec.threads == 1:
-        return [decode(view, spec.image_size) for view in views]
-    # A GPU waits for pixels: Pillow releases the interpreter's lock while it decodes.
-    return list(_pool(spec.threads).map(lambda view: decode(view, spec.image_size), views))
+    views, size = contents.to_pylist(), spec.image_size
+    if spec.guard == "child":
+        return [guard.decode_apart(view, size) for view in views]
+    with guard.watched() if spec.guard else contextlib.nullcontext():
+        if spec.threads == 1:
+            return [decode(view, size) for view in views]
+        # A GPU waits for pixels: Pillow releases the interpreter's lock while it decodes.
+        return list(_pool(spec.threads).map(lambda view: decode(view, size), views))
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import shutil
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pomona.errors import BusyError, PomonaError, RequestError
+from pomona.errors import BusyError, JobError, PomonaError, RequestError
 
 app = typer.Typer(
     name="pomona",
@@ -535,6 +536,11 @@ def _log_to(out: str) -> Iterator[None]:
     except PomonaError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise JobError(
+                f"No space left on {folder.root}: free some, and run the same command again to go "
+                "on; what is done is kept"
+            ) from error
         log.exception("a bug")
         raise PomonaError(
             f"a bug in Pomona ({type(error).__name__}); the traceback is in {folder.log}"
@@ -584,6 +590,7 @@ def _interrupt(number: int, _: object) -> None:
 
 def main() -> None:
     """Run the command. Errors become one line and an exit code."""
+    logging.raiseExceptions = False  # a log that can't be written (a full disk) isn't the error
     signal.signal(signal.SIGTERM, _interrupt)  # a container's stop is a Ctrl-C
     try:
         # Typer returns the code of an Exit, and makes one of an interrupt.

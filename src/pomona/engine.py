@@ -16,17 +16,19 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from pomona import sources
+from pomona import manifest, sources
 from pomona.backbone import BackboneSpec, extract
-from pomona.errors import JobError, MissingError
+from pomona.errors import CrashError, JobError, MissingError, PomonaError
 from pomona.rows import read_chunk
 from pomona.schema import ddl
 from pomona.sources import Source
@@ -98,8 +100,10 @@ def session(cluster: Cluster) -> Iterator[SparkSession]:
         yield active
         return
     check_java()
-    # Without this, workers are whatever `python3` comes first on the PATH.
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    if cluster.master.startswith("local"):
+        # Without this, workers are whatever `python3` comes first on the PATH. On other machines
+        # that is right: the driver's own path means nothing there.
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     # Local mode gives a task one try; a worker that dies shouldn't end a long run there either.
     master = re.sub(r"^local\[([^,\]]+)\]$", rf"local[\1,{TRIES}]", cluster.master)
     builder = SparkSession.builder.master(master).appName("pomona")
@@ -204,6 +208,9 @@ def fit_spec(spec: BackboneSpec, spark: SparkSession) -> BackboneSpec:
     cpus = _task_cpus(spark)
     if spec.device == "cpu":
         return replace(spec, threads=cpus)
+    if amount := float(spark.conf.get(GPU_AMOUNT, "0") or 0):
+        # Spark hands out the GPUs: so many tasks share one.
+        return replace(spec, threads=max(2, cpus), memory_share=0.9 * min(1.0, amount))
     local = (spark.conf.get("spark.master", "") or "").startswith("local")
     workers = slots(spark)
     cores = os.cpu_count() or 1
@@ -212,6 +219,20 @@ def fit_spec(spec: BackboneSpec, spark: SparkSession) -> BackboneSpec:
         cores = int(spark.conf.get("spark.executor.cores", str(cpus)) or cpus)
         workers = max(1, cores // cpus)
     return replace(spec, threads=max(2, cores // workers), memory_share=0.9 / workers)
+
+
+GPU_AMOUNT = "spark.task.resource.gpu.amount"
+"""Spark's setting for the GPUs of a task: a number, or the share of one."""
+
+
+def gives_gpus(cluster: Cluster) -> bool:
+    """Tell whether Spark gives GPUs to tasks, by its settings: the driver needn't have one."""
+    from pyspark.sql import SparkSession
+
+    active = SparkSession.getActiveSession()
+    if active is not None:
+        return float(active.conf.get(GPU_AMOUNT, "0") or 0) > 0
+    return float(dict(cluster.conf).get(GPU_AMOUNT, "0") or 0) > 0
 
 
 GPU_WORKERS = 2
@@ -273,28 +294,196 @@ def answer(value: Answer) -> pa.RecordBatch:
 
 def collect(frame: DataFrame, poll: Poll | None) -> list[Answer]:
     """Run the job on another thread, so that this one can show progress and take Ctrl-C."""
-    result: list[Answer] = []
-    failure: list[BaseException] = []
+    rows = _wait([frame.collect], frame.sparkSession, 1, poll)
+    return [json.loads(row["answer"]) for row in rows[0]]
 
-    def work() -> None:
+
+def _wait(
+    jobs: Sequence[Callable[[], Any]], spark: SparkSession, at_once: int, poll: Poll | None
+) -> list[Any]:
+    """Run jobs, some of them at once, and return what they return.
+
+    Whatever ends the wait ends the jobs: in a session of the user's nothing would stop them.
+    """
+    tag = f"pomona-{uuid.uuid4().hex}"
+
+    def tagged(job: Callable[[], Any]) -> Any:
+        spark.addTag(tag)
         try:
-            result.extend(json.loads(row["answer"]) for row in frame.collect())
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
-            failure.append(error)
+            return job()
+        finally:
+            spark.removeTag(tag)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        if poll:
-            poll()
-    if failure:
-        log.error("Spark gave up", exc_info=failure[0])
-        raise JobError(
-            f"Spark gave up: {root_cause(failure[0])}. What is done is kept: run the same command "
-            "again to go on; the log file holds the whole story"
-        ) from failure[0]
-    return result
+    pool = ThreadPoolExecutor(at_once, thread_name_prefix="pomona")
+    futures = [pool.submit(tagged, job) for job in jobs]
+    waiting: set[Future[Any]] = set(futures)
+    try:
+        while waiting:
+            done, waiting = wait(waiting, POLL_SECONDS, FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            if poll:
+                poll()
+    except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(Exception):  # the session may be gone, and its jobs with it
+            spark.interruptTag(tag)
+        if not isinstance(error, Exception) or isinstance(error, PomonaError):
+            raise
+        raise _gave_up(error) from error
+    pool.shutdown(wait=False)
+    return [future.result() for future in futures]
+
+
+CRASH = "Python worker exited unexpectedly"
+"""Spark's words for a worker that is gone: killed, out of memory, or crashed in native code."""
+
+
+def _gave_up(error: Exception) -> JobError:
+    log.error("Spark gave up", exc_info=error)
+    kind = CrashError if CRASH in str(error) else JobError
+    return kind(
+        f"Spark gave up: {root_cause(error)}. What is done is kept: run the same command again to "
+        "go on; the log file holds the whole story"
+    )
+
+
+def at_task(spec: BackboneSpec) -> BackboneSpec:
+    """Fit a spec to the task that it is used in: which GPU, and how to guard. Runs on workers.
+
+    The first try of a task is watched, and later ones decode in a child process (`pomona.guard`):
+    a photo that ends workers costs itself.
+    """
+    if "pyspark" not in sys.modules:  # not on Spark, where a task has no second try
+        return spec
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    if context is None:
+        return spec
+    later = context.attemptNumber() > 0 or spec.guard == "child"
+    gpus = context.resources().get("gpu")
+    number = gpus.addresses[0] if gpus and gpus.addresses else ""
+    gpu = int(number) if number.isdecimal() else spec.gpu
+    return replace(spec, guard="child" if later else "watch", gpu=gpu)
+
+
+# --- chunks of a list become files -------------------------------------------------------------
+
+
+class ChunkTask(Protocol):
+    """Turn chunks of a list into files of one folder. Picklable; called on workers.
+
+    Attributes
+    ----------
+    chunks
+        The list, as `pomona.rows.write_chunks` leaves it.
+    folder
+        Where the files belong.
+    """
+
+    @property
+    def chunks(self) -> str: ...  # noqa: D102
+    @property
+    def folder(self) -> str: ...  # noqa: D102
+    def write(self, photos: pa.RecordBatch, number: int, folder: str) -> Answer:
+        """Write the files of chunk ``number`` into ``folder``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Chunks by their place in a list, where workers see the folder. Picklable."""
+
+    task: ChunkTask
+    numbers: tuple[int, ...]
+
+    def __call__(self, place: int) -> Answer:
+        """Do the chunk at this place."""
+        number = self.numbers[place]
+        return self.task.write(read_chunk(self.task.chunks, number), number, self.task.folder)
+
+
+def run_chunks(
+    spark: SparkSession,
+    task: ChunkTask,
+    numbers: Sequence[int],
+    *,
+    shared: bool,
+    poll: Poll | None = None,
+) -> None:
+    """Do chunks on executors.
+
+    Where they see the driver's folders (``shared``), a task reads its chunk there and leaves its
+    files there. Elsewhere the chunk goes out with the task, and the files come back through Spark:
+    many small jobs, a few at once, so that what is done is on the driver's disk soon.
+    """
+    if shared:
+        run_tasks(spark, Shared(task, tuple(numbers)), len(numbers), poll)
+        return
+    width, at_once = waves(slots(spark))
+    jobs = [
+        functools.partial(_wave, spark, task, tuple(numbers[start : start + width]))
+        for start in range(0, len(numbers), width)
+    ]
+    _wait(jobs, spark, at_once, poll)
+
+
+def waves(slots: int) -> tuple[int, int]:
+    """Return how many tasks a job has, and how many jobs run at once, so that no slot waits.
+
+    >>> waves(2), waves(64), waves(1000)
+    ((2, 2), (32, 4), (32, 16))
+    """
+    width = max(1, min(slots, 32))
+    return width, max(2, min(16, -(-2 * slots // width)))
+
+
+FILES = pa.schema([("name", pa.string()), ("content", pa.binary())])
+
+
+def _wave(spark: SparkSession, task: ChunkTask, numbers: tuple[int, ...]) -> None:
+    chunks = [_to_bytes(read_chunk(task.chunks, number)) for number in numbers]
+    on_worker = functools.partial(_chunks_on_worker, task, numbers, chunks)
+    frame = spark.range(0, len(numbers), 1, len(numbers)).mapInArrow(on_worker, ddl(FILES))
+    for batch in frame.toArrow().to_batches():
+        for name, content in zip(batch["name"].to_pylist(), batch["content"], strict=True):
+            with manifest.aside(Path(task.folder, name)) as part:
+                part.write_bytes(content.as_buffer())
+
+
+def _to_bytes(batch: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return bytes(sink.getvalue())
+
+
+def _chunks_on_worker(
+    task: ChunkTask,
+    numbers: tuple[int, ...],
+    chunks: list[bytes],
+    batches: Iterator[pa.RecordBatch],
+) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        for place in batch["id"].to_pylist():
+            photos = pa.ipc.open_stream(chunks[place]).read_next_batch()
+            with tempfile.TemporaryDirectory(prefix="pomona-") as folder:
+                task.write(photos, numbers[place], folder)
+                for path in sorted(Path(folder).iterdir()):
+                    row = {"name": path.name, "content": path.read_bytes()}
+                    yield pa.RecordBatch.from_pylist([row], FILES)
+
+
+def run_here(task: Callable[[int], Answer], count: int, poll: Poll | None = None) -> list[Answer]:
+    """Call ``task(0) … task(count - 1)`` on the driver: for what only the driver sees."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        answers = []
+        for found in pool.map(task, range(count)):
+            answers.append(found)
+            if poll:
+                poll()
+    return answers
 
 
 def partition() -> int:
@@ -334,17 +523,22 @@ def root_cause(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class ExtractTask:
-    """Extract one chunk of a list of photos into a part. Picklable; called on workers."""
+    """Extract chunks of a list of photos into parts. A `ChunkTask`."""
 
     chunks: str
     source: Source
     spec: BackboneSpec
     part: PartFile
 
-    def __call__(self, number: int) -> Answer:
-        """Do chunk ``number``."""
-        photos = read_chunk(self.chunks, number)
-        size = self.spec.batch_size
+    @property
+    def folder(self) -> str:
+        """Where the parts belong."""
+        return self.part.folder
+
+    def write(self, photos: pa.RecordBatch, number: int, folder: str) -> Answer:
+        """Write the part of chunk ``number``."""
+        spec = at_task(self.spec)
+        size = spec.batch_size
         batches = (photos.slice(start, size) for start in range(0, photos.num_rows, size))
-        rows = extract(sources.read(batches, self.source), self.spec)
-        return write_part(self.part, number, rows)._asdict()
+        rows = extract(sources.read(batches, self.source), spec)
+        return write_part(self.part._replace(folder=folder), number, rows)._asdict()

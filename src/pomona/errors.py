@@ -10,6 +10,7 @@
     │   ├── BusyError           another run is at work on the same OUT                         (2)
     │   └── MissingError        something that must be installed isn't (Java, torch, …)        (2)
     └── JobError                Spark gave up; the log file holds the whole story              (1)
+        └── CrashError          … because its Python workers died                              (1)
 
 A photo that can't be used is not an exception: it is a row with a code from `pomona.schema`.
 """
@@ -49,3 +50,7 @@ class MissingError(RequestError):
 
 class JobError(PomonaError):
     """The Spark job failed for a reason that isn't a photo."""
+
+
+class CrashError(JobError):
+    """The Spark job failed because its Python workers died."""

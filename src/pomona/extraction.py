@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,10 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pomona import engine, frames, manifest, sources, tables
+from pomona import engine, executors, frames, manifest, sources, tables
 from pomona.backbone import BackboneSpec, make_spec, onnx_file
 from pomona.engine import Cluster
-from pomona.errors import MismatchError, RequestError, SourceError
+from pomona.errors import CrashError, MismatchError, RequestError, SourceError
 from pomona.manifest import Out
 from pomona.rows import even_bounds, write_chunks
 from pomona.schema import SPLITS, UNREADABLE
@@ -24,6 +25,8 @@ from pomona.sources import Listing, Source
 from pomona.ticks import OnTick, Tick, quiet
 from pomona.weights import OnBytes
 from pomona.weights import load as load_weights
+
+log = logging.getLogger("pomona")
 
 GetSpark = Callable[[], Any]
 
@@ -80,9 +83,10 @@ def extract(
     _refuse_nesting(where, str(out))
     if options.reader == "spark":
         where = replace(where, kind="hadoop")
-    spec = _spec(options, on_tick)
+    cluster = cluster or Cluster()
+    spec = _spec(options, cluster, on_tick)
     folder = manifest.open_out(out)
-    cluster = replace(cluster or Cluster(), log_file=folder.log)
+    cluster = replace(cluster, log_file=folder.log)
     cluster = replace(cluster, master=engine.local_master(cluster.master, spec.device))
     with manifest.lock(folder), contextlib.ExitStack() as mine:
         spark = (keep or mine).enter_context(engine.lazy_session(cluster))
@@ -108,7 +112,7 @@ def _refuse_nesting(where: Source, out: str) -> None:
         raise RequestError(f"the source lies inside --out {out}: choose another folder")
 
 
-def _spec(options: ExtractOptions, on_tick: OnTick) -> BackboneSpec:
+def _spec(options: ExtractOptions, cluster: Cluster, on_tick: OnTick) -> BackboneSpec:
     on_bytes: OnBytes = lambda done, total: on_tick(Tick("weights", done, total))  # noqa: E731
     return make_spec(
         load_weights(options.weights, on_bytes),
@@ -116,6 +120,7 @@ def _spec(options: ExtractOptions, on_tick: OnTick) -> BackboneSpec:
         backend=options.backend,
         device=options.device,
         batch_size=options.batch_size,
+        elsewhere=options.device != "cpu" and engine.gives_gpus(cluster),
     )
 
 
@@ -234,17 +239,24 @@ def _compute(job: Job, todo: pa.Table, parts: Path, total: int) -> None:
     run = tables.new_run()
     parts.mkdir(parents=True, exist_ok=True)
     manifest.write_json(job.out.work / "plan.json", {"photos": total, "before": before, "run": run})
-    session = job.spark()
 
     def poll() -> None:
         done = tables.count_parts(parts, run)
         job.on_tick(Tick("extract", before + done.done, total, done.rejected))
 
     poll()
+    session = job.spark()
+    executors.check(session, job.spec.backend, job.source, todo["path"][:5].to_pylist())
+    shared = executors.share(session, job.out.root)
     fitted = engine.fit_spec(job.spec, session)
     part = tables.PartFile(str(parts), run)
     per_task = photos_per_task(todo.num_rows, engine.slots(session))
     if job.source.kind == "hadoop":
+        if not shared:
+            raise RequestError(
+                f"the executors don't see {job.out.root}, and photos of {job.source.name} need "
+                "that: choose an --out on storage that driver and executors share"
+            )
         photos = frames.HadoopPhotos(job.source.root, todo)
         frames.run_hadoop(session, photos, per_task, fitted, part, poll)
         found = tables.match(todo, tables.index(job.out, parts))
@@ -255,8 +267,22 @@ def _compute(job: Job, todo: pa.Table, parts: Path, total: int) -> None:
         chunks = job.out.work / "todo.arrow"
         write_chunks(chunks, todo, bounds)
         task = engine.ExtractTask(str(chunks), job.source, fitted, part)
-        engine.run_tasks(session, task, len(bounds) - 1, poll)
+        _run_chunks(session, task, len(bounds) - 1, poll, shared)
     poll()
+
+
+def _run_chunks(
+    session: Any, task: engine.ExtractTask, count: int, poll: engine.Poll, shared: bool
+) -> None:
+    """Do all chunks; where a task has one try (an active local session), they get a second."""
+    try:
+        engine.run_chunks(session, task, range(count), shared=shared, poll=poll)
+    except CrashError:
+        there = {tables.task_of(path.name) for path in Path(task.folder).glob(f"{task.part.run}-*")}
+        rest = [number for number in range(count) if number not in there]
+        log.warning("workers died; the other %d tasks decode in child processes", len(rest))
+        careful = replace(task, spec=replace(task.spec, guard="child"))
+        engine.run_chunks(session, careful, rest, shared=shared, poll=poll)
 
 
 def _compact(job: Job, rows: pa.Table, found: tables.Index, table: dict[str, Any]) -> None:
@@ -270,7 +296,8 @@ def _compact(job: Job, rows: pa.Table, found: tables.Index, table: dict[str, Any
         task = tables.WriteFile(
             str(chunks), str(job.out.root), tuple(found.files), tuple(plan.names), str(staged)
         )
-        results = engine.run_tasks(job.spark(), task, len(plan.names))
+        run_tasks = executors.runner(job.spark(), job.out.root)
+        results = run_tasks(task, len(plan.names))
         job.on_tick(Tick("table", plan.plan.num_rows, plan.plan.num_rows))
     tables.commit_compaction(job.out, plan, results, staged, table)
 

@@ -13,13 +13,14 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pomona import sources
+from pomona import executors, sources
 from pomona.backbone import BackboneSpec, extract
 from pomona.engine import (
     ANSWERS,
     Answer,
     Poll,
     answer,
+    at_task,
     collect,
     modified_in_hadoop,
     partition,
@@ -140,7 +141,7 @@ def run_hadoop(
 def _hadoop_on_worker(
     photos: HadoopPhotos, spec: BackboneSpec, part: PartFile, batches: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
-    rows = extract(photos(batches), spec)
+    rows = extract(photos(batches), at_task(spec))
     yield answer(write_part(part, partition(), rows)._asdict())
 
 
@@ -224,6 +225,7 @@ def load_images(spark: SparkSession, path: str, split: str | None = None) -> Dat
     >>> sorted({row["label"] for row in photos.select("label").collect()})
     ['Apple Red 1', 'Banana']
     """
+    executors.ship(spark)
     source = sources.open_source(path)
     listing = list_hadoop(spark, source) if source.kind == "hadoop" else sources.list_files(source)
     photos = sources.arrange(listing.files, root=source.folder)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pomona import manifest, model, sources
-from pomona.errors import MismatchError, RequestError, SourceError
+from pomona.errors import CrashError, MismatchError, RequestError, SourceError
 from pomona.model import ANSWERS, Model, Recogniser
 from pomona.rows import even_bounds, read_chunk, write_chunks
 from pomona.sources import Source
@@ -115,19 +115,21 @@ def _one(source: Source, name: str, shown: str) -> Wanted:
 
 @dataclass(frozen=True)
 class PredictTask:
-    """Answer one chunk of photos into a Parquet file. Picklable; called on workers."""
+    """Answer chunks of photos into Parquet files. A `pomona.engine.ChunkTask`."""
 
     chunks: str
     sources: tuple[Source | None, ...]
     recogniser: Recogniser
     folder: str
 
-    def __call__(self, number: int) -> dict[str, Any]:
-        """Write ``part-NUMBER.parquet``."""
-        photos = read_chunk(self.chunks, number)
-        path = Path(self.folder, part_name(number))
+    def write(self, photos: pa.RecordBatch, number: int, folder: str) -> dict[str, Any]:
+        """Write the answers of chunk ``number``."""
+        from pomona.engine import at_task
+
+        fitted = replace(self.recogniser, spec=at_task(self.recogniser.spec))
+        path = Path(folder, part_name(number))
         with manifest.aside(path) as part, pq.ParquetWriter(part, ROWS) as writer:
-            for batch in answers(photos, self.sources[number], self.recogniser):
+            for batch in answers(photos, self.sources[number], fitted):
                 writer.write_batch(batch)
         return {}
 
@@ -327,18 +329,6 @@ def _claim(folder: Path, request: dict[str, Any]) -> None:
         raise RequestError(f"--out {folder} can't be written: {error.strerror}") from error
 
 
-@dataclass(frozen=True)
-class Some:
-    """A task for some of the numbers. Picklable."""
-
-    task: PredictTask
-    numbers: tuple[int, ...]
-
-    def __call__(self, number: int) -> dict[str, Any]:
-        """Do the task's number that stands at this place."""
-        return self.task(self.numbers[number])
-
-
 def _run(
     task: PredictTask,
     todo: list[int],
@@ -352,9 +342,10 @@ def _run(
         fitted = model.with_threads(task.recogniser, os.cpu_count() or 1)
         for number in todo:
             poll()
-            replace(task, recogniser=fitted)(number)
+            photos = read_chunk(task.chunks, number)
+            replace(task, recogniser=fitted).write(photos, number, task.folder)
         return
-    from pomona import engine
+    from pomona import engine, executors
 
     on_tick(Tick("spark"))
     cluster = engine.Cluster(
@@ -362,5 +353,12 @@ def _run(
     )
     with engine.session(cluster) as spark:
         fitted = replace(task.recogniser, spec=engine.fit_spec(task.recogniser.spec, spark))
-        some = Some(replace(task, recogniser=fitted), tuple(todo))
-        engine.run_tasks(spark, some, len(todo), poll)
+        shared = executors.share(spark, folder)
+        task = replace(task, recogniser=fitted)
+        try:
+            engine.run_chunks(spark, task, todo, shared=shared, poll=poll)
+        except CrashError:  # a session of the user's, where a task has one try
+            rest = [number for number in todo if not (folder / part_name(number)).exists()]
+            spec = replace(fitted.spec, guard="child")
+            careful = replace(task, recogniser=replace(fitted, spec=spec))
+            engine.run_chunks(spark, careful, rest, shared=shared, poll=poll)

@@ -14,7 +14,8 @@ EMPTY = "empty"
 NOT_AN_IMAGE = "not_an_image"
 TRUNCATED = "truncated"
 TOO_LARGE = "too_large"
-ERRORS = (UNREADABLE, EMPTY, NOT_AN_IMAGE, TRUNCATED, TOO_LARGE)
+CRASHED = "crashed"
+ERRORS = (UNREADABLE, EMPTY, NOT_AN_IMAGE, TRUNCATED, TOO_LARGE, CRASHED)
 """The codes of a photo that has no features. A code, never an exception's text."""
 
 FILES = pa.schema(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -12,7 +11,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from pomona import engine, manifest, reduction, samples, tables, training
+from pomona import engine, executors, manifest, reduction, samples, tables, training
 from pomona import projection as proj
 from pomona.engine import Cluster
 from pomona.errors import RequestError
@@ -111,7 +110,7 @@ def _reduce(
         on_tick(Tick("reduce", done, steps))
 
     tick(0)
-    run_tasks = functools.partial(engine.run_tasks, spark())
+    run_tasks = executors.runner(spark(), out.root)
     moments = reduction.moments(out, groups, options.power, run_tasks, tick)
     projection = proj.fit(
         moments,

@@ -42,6 +42,11 @@ PART_FORMAT = "{run}-{task:06d}-{rows}-{rejected}.parquet"
 """A part's name tells its counts, so that progress is one look at a folder."""
 
 
+def task_of(name: str) -> int:
+    """Return the number of the task that a part's name tells."""
+    return int(name.split("-")[1])
+
+
 # --- what there is -----------------------------------------------------------------------------
 
 

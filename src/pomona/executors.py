@@ -1,0 +1,180 @@
+"""What a cluster's executors have and see: Pomona's code, the source, the folder OUT.
+
+On one machine they have and see what the driver does, and nothing here is needed. On a cluster the
+code goes to them, and one small job looks for the rest before the long one starts.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import importlib.util
+import logging
+import shutil
+import tempfile
+import uuid
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pomona import engine, sources
+from pomona.errors import JobError, RequestError, SourceError
+from pomona.sources import Source
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+log = logging.getLogger("pomona")
+
+NEEDED = ("numpy", "PIL", "pyarrow", "safetensors")
+"""Modules that a worker imports, beside the backend's."""
+BACKENDS = {"onnx": "onnxruntime", "torch": "torch"}
+
+
+def on_this_machine(spark: SparkSession) -> bool:
+    """Tell whether the session's workers are processes of this machine, started by its JVM."""
+    connect = type(spark).__module__.startswith("pyspark.sql.connect")
+    return not connect and (spark.conf.get("spark.master", "") or "").startswith("local")
+
+
+# --- the code ----------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def ship(spark: SparkSession) -> None:
+    """Give the executors this very Pomona, ahead of any that is installed there."""
+    package = Path(__file__).parent
+    if on_this_machine(spark) or not package.is_dir():  # in an archive: it was shipped already
+        return
+    folder = Path(tempfile.mkdtemp(prefix="pomona-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    spark.addArtifacts(str(pack(package, folder)), pyfile=True)
+
+
+def pack(package: Path, folder: Path) -> Path:
+    """Write a package's modules into an archive, which is named by its content."""
+    files = sorted(package.rglob("*.py"))
+    sha = hashlib.sha256()
+    for file in files:
+        sha.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    archive = folder / f"{package.name}-{sha.hexdigest()[:12]}.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for file in files:
+            packed.write(file, file.relative_to(package.parent).as_posix())
+    return archive
+
+
+# --- looking -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look:
+    """Tell what a worker has and sees. Picklable; called on workers.
+
+    Attributes
+    ----------
+    token
+        A file that the driver has just written.
+    modules
+        Modules to look for.
+    source, path
+        A photo that the driver can read.
+    """
+
+    token: str = ""
+    modules: tuple[str, ...] = ()
+    source: Source | None = None
+    path: str = ""
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Return ``sees`` (the token), ``missing`` (modules), ``trouble`` (with the photo)."""
+        missing = [name for name in self.modules if importlib.util.find_spec(name) is None]
+        trouble = ""
+        if self.source is not None and not missing:
+            trouble = _trouble(self.source, self.path)
+        return {"sees": Path(self.token).is_file(), "missing": missing, "trouble": trouble}
+
+
+def _trouble(source: Source, path: str) -> str:
+    try:
+        sources.reader(source)(path)
+    except OSError as error:
+        return sources.first_line(error)
+    return ""
+
+
+def _look(spark: SparkSession, look: Look) -> list[dict[str, Any]]:
+    ship(spark)
+    try:
+        return engine.run_tasks(spark, look, engine.slots(spark))
+    except JobError as error:
+        raise RequestError(
+            f"the executors can't run Pomona: {engine.root_cause(error.__cause__ or error)}; they "
+            "need the same Python version as the driver and Pomona's dependencies "
+            "(PYSPARK_PYTHON names their Python)"
+        ) from error
+
+
+def check(spark: SparkSession, backend: str, source: Source, paths: list[str]) -> None:
+    """See that executors have what a run needs and can read the source.
+
+    Parameters
+    ----------
+    paths
+        A few photos; the first that the driver itself can read is tried.
+
+    Raises
+    ------
+    RequestError
+        If they lack a module, or can't run Python code of Pomona's.
+    SourceError
+        If they can't read what the driver can.
+    """
+    if on_this_machine(spark):
+        return
+    path = next((p for p in paths if not _trouble(source, p)), None)
+    modules = (*NEEDED, BACKENDS[backend])
+    tried = source if path is not None and source.kind != "hadoop" else None
+    for found in _look(spark, Look("", modules, tried, path or "")):
+        if found["missing"]:
+            raise RequestError(
+                f"the executors' Python has no {', '.join(found['missing'])}: install Pomona's "
+                "dependencies there, or name their Python in PYSPARK_PYTHON"
+            )
+        if found["trouble"]:
+            raise SourceError(
+                f"the executors can't read {source.name} ({found['trouble']}): a source is a "
+                "folder that driver and executors both see, or a URI that both may read"
+            )
+
+
+@functools.lru_cache(maxsize=8)
+def share(spark: SparkSession, folder: Path) -> bool:
+    """Tell whether executors see a folder of the driver's."""
+    if on_this_machine(spark):
+        return True
+    token = folder / f".look-{uuid.uuid4().hex}"
+    token.touch()
+    try:
+        shared = all(found["sees"] for found in _look(spark, Look(str(token))))
+    finally:
+        token.unlink()
+    log.info("executors %s %s", "see" if shared else "don't see", folder)
+    return shared
+
+
+RunTasks = Callable[..., list[dict[str, Any]]]
+
+
+def runner(spark: SparkSession, folder: Path) -> RunTasks:
+    """Return ``run_tasks(task, count, poll)`` for tasks that read and write in a folder.
+
+    They run on the executors if those see the folder, and else here on the driver: they take
+    0.2 ms for a photo, against 5 to 10 in `extract`.
+    """
+    if share(spark, folder):
+        return functools.partial(engine.run_tasks, spark)
+    return engine.run_here

@@ -1,0 +1,201 @@
+"""A Spark standalone cluster of real processes, for the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+SPARK_CLASS = Path(sysconfig.get_paths()["purelib"], "pyspark", "bin", "spark-class")
+FAST = {
+    # Failures show within seconds, not minutes.
+    "spark.network.timeout": "15s",
+    "spark.executor.heartbeatInterval": "2s",
+    "spark.worker.timeout": "5",
+    "spark.executor.memory": "600m",
+    "spark.driver.memory": "600m",
+    "spark.executor.memoryOverhead": "0",
+}
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as some:
+        some.bind((host, 0))
+        return int(some.getsockname()[1])
+
+
+def python_without_pomona(folder: Path) -> Path:
+    """An interpreter with Pomona's dependencies and without Pomona, as executors have."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = folder / "bin" / "python"
+    inside = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    # A line of a .pth adds a folder, and not what that folder's own .pth files (editable installs)
+    # would add.
+    Path(inside, "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    bare = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    words = [str(python), "-c", "import pomona"]
+    found = subprocess.run(words, env=bare, check=False, cwd=folder, capture_output=True)
+    if found.returncode == 0:
+        pytest.skip("Pomona is installed beside its dependencies, not editable")
+    return python
+
+
+@dataclass
+class Cluster:
+    """Master and workers, each with a folder, a home and a cache of its own."""
+
+    root: Path
+    python: Path
+    host: str = "127.0.0.1"
+    port: int = 0
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"spark://{self.host}:{self.port}"
+
+    def environment(self, name: str, extra: dict[str, str]) -> dict[str, str]:
+        folder = self.root / name
+        for part in ("home", "cache", "work", "tmp"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        gone = ("PYTHONPATH", "PYSPARK_PYTHON", "POMONA_WEIGHTS")
+        kept = {key: value for key, value in os.environ.items() if key not in gone}
+        java = " ".join(f"-D{key}={value}" for key, value in FAST.items() if "worker" in key)
+        return {
+            **kept,
+            "HOME": str(folder / "home"),
+            "POMONA_CACHE": str(folder / "cache"),
+            "TMPDIR": str(folder / "tmp"),
+            "SPARK_MASTER_OPTS": java,
+            "SPARK_WORKER_OPTS": java,
+            "SPARK_DAEMON_MEMORY": "256m",
+            "SPARK_LOCAL_DIRS": str(folder / "tmp"),
+            **extra,
+        }
+
+    def start(
+        self,
+        name: str,
+        words: Sequence[str],
+        extra: dict[str, str] | None = None,
+        before: Sequence[str] = (),
+    ) -> None:
+        environment = self.environment(name, extra or {})
+        with (self.root / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [*before, str(SPARK_CLASS), *words],
+                cwd=self.root / name,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def log(self, name: str) -> str:
+        return (self.root / f"{name}.log").read_text(errors="replace")
+
+    def wait_for(self, done: Callable[[], bool], what: str, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not done():
+            logs = "".join(f"\n--- {n}\n{self.log(n)[-2000:]}" for n in self.processes)
+            assert time.monotonic() < end, what + logs
+            time.sleep(0.2)
+
+    def start_master(self, before: Sequence[str] = ()) -> None:
+        self.port = free_port(self.host) if not before else 7077
+        words = ["org.apache.spark.deploy.master.Master", "--host", self.host]
+        self.start("master", [*words, "--port", str(self.port), "--webui-port", "0"], None, before)
+        self.wait_for(lambda: "I have been elected leader" in self.log("master"), "no master")
+
+    def start_worker(
+        self,
+        name: str,
+        host: str = "127.0.0.1",
+        extra: dict[str, str] | None = None,
+        before: Sequence[str] = (),
+        cores: int = 1,
+    ) -> None:
+        words = ["org.apache.spark.deploy.worker.Worker", "--host", host, "--webui-port", "0"]
+        words += [
+            "--cores",
+            str(cores),
+            "--memory",
+            "1g",
+            "--work-dir",
+            str(self.root / name / "work"),
+        ]
+        known = self.log(name).count(REGISTERED) if (self.root / f"{name}.log").exists() else 0
+        self.start(name, [*words, self.url], extra, before)
+        self.wait_for(lambda: self.log(name).count(REGISTERED) > known, f"no {name}")
+
+    def executors(self, name: str) -> list[psutil.Process]:
+        """The executors' JVMs of a worker."""
+        return [p for p in self._below(name) if "CoarseGrained" in " ".join(cmdline(p))]
+
+    def python_workers(self, name: str) -> list[psutil.Process]:
+        """Spark's Python workers of a worker's executors: children of the daemon."""
+        daemons = [p for p in self._below(name) if "pyspark.daemon" in " ".join(cmdline(p))]
+        return [p for p in daemons if not p.children() and p.parent() in daemons]
+
+    def _below(self, name: str) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return list(psutil.Process(self.processes[name].pid).children(recursive=True))
+        return []
+
+    def stop(self, name: str, number: int = signal.SIGKILL) -> None:
+        process = self.processes.pop(name)
+        below = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            below = psutil.Process(process.pid).children(recursive=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        for child in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.wait(timeout=30)
+
+    def close(self) -> None:
+        for name in list(self.processes):
+            self.stop(name)
+
+
+REGISTERED = "Successfully registered with master"
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return list(process.cmdline())
+    return []
+
+
+@contextlib.contextmanager
+def cluster(root: Path, host: str = "127.0.0.1", before: Sequence[str] = ()) -> Iterator[Cluster]:
+    """A master; workers are started by the test."""
+    if shutil.which("java") is None:
+        pytest.skip("there is no Java")
+    found = Cluster(root, python_without_pomona(root / "python"), host)
+    try:
+        found.start_master(before)
+        yield found
+    finally:
+        found.close()
+
+
+__all__ = ["Cluster", "cluster"]

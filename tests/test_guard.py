@@ -1,0 +1,106 @@
+"""The child process that decodes, and what is sent to executors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pomona import executors, guard
+from pomona.images import decode
+from tests.conftest import photo
+
+
+@pytest.fixture(autouse=True)
+def _no_child_left() -> Iterator[None]:
+    guard._child.cache_clear()
+    yield
+    if guard._child.cache_info().currsize:
+        guard._child().end()
+    guard._child.cache_clear()
+
+
+def test_a_child_decodes_as_the_parent_does() -> None:
+    for content in (photo(3), photo(4, (640, 480)), photo(5, kind="PNG"), b"no photo", b"", None):
+        here, there = decode(content, 32), guard.decode_apart(content, 32)
+        assert (there.width, there.height, there.error) == (here.width, here.height, here.error)
+        if here.pixels is None:
+            assert there.pixels is None
+        else:
+            assert there.pixels is not None
+            assert np.array_equal(here.pixels, there.pixels)
+
+
+def worse(pipe: Connection) -> None:
+    """A child whose decoder crashes on one photo and stalls on another."""
+    pipe.send(guard.READY)
+    while True:
+        content, size = pipe.recv()
+        if content == b"crash":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if content == b"hang":
+            time.sleep(1000)
+        pipe.send(tuple(decode(content, size)))
+
+
+def test_one_photo_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "_serve", worse)
+    monkeypatch.setenv("POMONA_DECODE_SECONDS", "2")
+    good = photo(3)
+    found = [guard.decode_apart(c, 32).error for c in (good, b"crash", good, b"hang", good)]
+    assert found == [None, "crashed", None, "crashed", None]
+
+
+def dies(pipe: Connection) -> None:
+    pipe.close()
+
+
+def test_a_child_that_doesnt_start_is_no_fault_of_the_photo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guard, "_serve", dies)
+    with pytest.raises(RuntimeError, match="doesn't start"):
+        guard.decode_apart(photo(3), 32)
+
+
+def test_the_watch_ends_a_process_that_stalls() -> None:
+    script = "import time\nfrom pomona.guard import watched\nwith watched(): time.sleep(30)"
+    start = time.monotonic()
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"POMONA_DECODE_SECONDS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 1
+    assert "Timeout" in told.stderr
+    assert time.monotonic() - start < 25
+
+
+def test_the_archive_is_the_package(tmp_path: Path) -> None:
+    package = Path(executors.__file__).parent
+    archive = executors.pack(package, tmp_path)
+    (tmp_path / "again").mkdir()
+    assert executors.pack(package, tmp_path / "again").name == archive.name
+    with zipfile.ZipFile(archive) as packed:
+        assert "pomona/engine.py" in packed.namelist()
+    script = "import pomona.engine; print(pomona.engine.__file__)"
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(archive)},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert told.stdout.startswith(str(archive))
