@@ -22,6 +22,7 @@ SPARK_CLASS = Path(sysconfig.get_paths()["purelib"], "pyspark", "bin", "spark-cl
 FAST = {
     # Failures show within seconds, not minutes.
     "spark.network.timeout": "15s",
+    "spark.network.timeoutInterval": "5s",
     "spark.executor.heartbeatInterval": "2s",
     "spark.worker.timeout": "5",
     "spark.executor.memory": "600m",
@@ -111,7 +112,7 @@ class Cluster:
     def log(self, name: str) -> str:
         return (self.root / f"{name}.log").read_text(errors="replace")
 
-    def wait_for(self, done: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    def wait_for(self, done: Callable[[], bool], what: str, seconds: float = 300) -> None:
         end = time.monotonic() + seconds
         while not done():
             logs = "".join(f"\n--- {n}\n{self.log(n)[-2000:]}" for n in self.processes)

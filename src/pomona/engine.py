@@ -514,7 +514,8 @@ def root_cause(error: BaseException) -> str:
         if re.match(r"(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b", line.strip())
     ]
     causes = [line for line in text.splitlines() if line.startswith("Caused by:")]
-    lines = python or causes or text.splitlines() or [type(error).__name__]
+    java = [line[2:] for line in text.splitlines() if line.startswith(": ")]  # Py4J's second line
+    lines = python or causes or java or text.splitlines() or [type(error).__name__]
     return lines[-1 if python else 0].strip()[:300]
 
 
