@@ -47,7 +47,7 @@ def test_commands_and_options_exist(page: Path) -> None:
     """Each `pomona …` line in a shell block parses: its command and its options are known."""
     known = text()
     for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if not words or words[0] != "pomona":
                 continue
