@@ -98,7 +98,13 @@ def main() -> int:
     if given.gpu_rate:
         name = f"GPU, {given.gpu_rate:g} photos/s (not measured here)"
         bills[name] = gpu(given.photos, prices, given.gpu_rate, given.used)
-    head = (f"{given.photos / 1e6:g} million photos", "hours", "compute EUR", "reads EUR", "EUR")
+    head = (
+        f"{given.photos / 1e6:g} million photos",
+        "vCPU or GPU hours",
+        "compute EUR",
+        "reads EUR",
+        "EUR",
+    )
     rows = [
         (name, *(f"{value:.2f}" for value in (bill.hours, bill.compute, bill.reads, bill.total)))
         for name, bill in bills.items()
