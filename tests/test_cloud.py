@@ -16,6 +16,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -471,6 +472,31 @@ def test_teardown_of_a_cluster() -> None:
     assert not left & set(stack.groups)
 
 
+def test_teardown_of_what_stands_still() -> None:
+    """An application that was stopped, a job that is being cancelled, a cluster that idled out."""
+    stack = cloud.find(deploy("serverless"))
+    job = cloud.submit(stack, cloud.Job(PHOTOS, RESULTS, weights="random:0"))["job"]
+    run, seen = run_of(stack, job), []
+    run.state = "CANCELLING"
+    client("emr-serverless").stop_application(applicationId=stack.compute)
+
+    def on_step(step: str) -> None:
+        seen.append(step)
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def finish(_: float) -> None:
+            run.state = "CANCELLED"
+
+        patch.setattr(time, "sleep", finish)
+        cloud.teardown(stack, delete_data=True, on_step=on_step)
+    assert seen == ["emptying the stack's buckets", "deleting the stack"]
+    on_ec2, seen = cloud.find(deploy("ec2")), []
+    client("emr").terminate_job_flows(JobFlowIds=[on_ec2.compute])
+    cloud.teardown(on_ec2, on_step=on_step)
+    assert seen == ["deleting the stack"]
+
+
 def test_a_log_that_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """moto deletes at once, so that CloudFormation's answer is given by hand."""
     stack, told = cloud.find(deploy("prepare")), iter(["the bucket is not empty", ""])
@@ -551,7 +577,7 @@ def test_a_job_takes_the_session_of_spark_submit(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
         check=False,
     )
     assert told.returncode == 0, told.stderr[-2000:]

@@ -303,12 +303,15 @@ def _conf(stack: Stack, job: Job) -> dict[str, str]:
         conf |= {
             "spark.emr-serverless.driverEnv.PYSPARK_DRIVER_PYTHON": PYTHON,
             "spark.emr-serverless.driverEnv.PYSPARK_PYTHON": PYTHON,
-            "spark.emr-serverless.driver.disk": "100g",  # OUT is worked on there
+            # OUT is worked on there before it goes to the bucket.
+            "spark.emr-serverless.driverEnv.POMONA_CACHE": "/tmp/pomona",
+            "spark.emr-serverless.driver.disk": "100g",
         }
     else:
         conf |= {
             "spark.yarn.appMasterEnv.PYSPARK_PYTHON": PYTHON,
-            "spark.yarn.appMasterEnv.TMPDIR": "/mnt/tmp",  # the large volume: OUT lies there
+            # The large volume: OUT is worked on there before it goes to the bucket.
+            "spark.yarn.appMasterEnv.POMONA_CACHE": "/mnt/tmp/pomona",
         }
     return conf | dict(job.conf)
 
@@ -538,6 +541,10 @@ TRIES = 3
 """Of deleting the stack: a log that comes late fills its bucket again."""
 
 
+STILL = ("CREATED", "STOPPED", "TERMINATED")
+"""States of an application that can be deleted."""
+
+
 def holdings(stack: Stack) -> dict[str, Any]:
     """Tell what a teardown would end and delete.
 
@@ -629,16 +636,19 @@ def _end_compute(stack: Stack, jobs: Sequence[str], tell: Callable[[str], None])
     if stack.mode == "serverless":
         client = stack.client("emr-serverless")
         for job in jobs:
-            tell(f"cancelling {job}")
-            client.cancel_job_run(applicationId=stack.compute, jobRunId=job)
+            if status(stack, job)["state"] != "CANCELLING":
+                tell(f"cancelling {job}")
+                client.cancel_job_run(applicationId=stack.compute, jobRunId=job)
         _until(lambda: not [run for run in _runs(stack) if run["state"] not in OVER])
-        tell("stopping the application")
-        client.stop_application(applicationId=stack.compute)
-        _until(lambda: _application_state(client, stack) in ("STOPPED", "CREATED", "TERMINATED"))
+        if _application_state(client, stack) not in (*STILL, "STOPPING"):
+            tell("stopping the application")
+            client.stop_application(applicationId=stack.compute)
+        _until(lambda: _application_state(client, stack) in STILL)
     elif stack.mode == "ec2":
         client = stack.client("emr")
-        tell(f"ending the cluster and its {len(jobs)} unfinished jobs")
-        client.terminate_job_flows(JobFlowIds=[stack.compute])
+        if not _cluster_state(client, stack).startswith("TERMINAT"):
+            tell(f"ending the cluster and its {len(jobs)} unfinished jobs")
+            client.terminate_job_flows(JobFlowIds=[stack.compute])
         _until(lambda: _cluster_state(client, stack).startswith("TERMINATED"))
 
 

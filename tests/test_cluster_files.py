@@ -136,7 +136,7 @@ def test_regions_and_costs(template: dict[str, Any]) -> None:
 def test_images_and_nodes_fit_the_commands(template: dict[str, Any]) -> None:
     """One Python, one release, one entry in template, images, bootstrap script and command."""
     label = template["Parameters"]["ReleaseLabel"]["Default"]
-    emr, kubernetes, script = read("emr", "Dockerfile"), read("kubernetes", "Dockerfile"), None
+    emr, kubernetes = read("emr", "Dockerfile"), read("kubernetes", "Dockerfile")
     script = read("emr", "bootstrap.sh")
     assert f"/{label}:" in emr
     for text in (emr, kubernetes, script):
@@ -144,9 +144,11 @@ def test_images_and_nodes_fit_the_commands(template: dict[str, Any]) -> None:
         assert "requirements.py train report" in text
     for text, user in ((emr, "hadoop:hadoop"), (kubernetes, "185")):
         assert text.strip().splitlines()[-1] == f"USER {user}"
+        ignored = read("emr" if text == emr else "kubernetes", "Dockerfile.dockerignore")
         for line in re.findall(r"^COPY (.+) \S+$", text, re.M):
             for source in line.split():
                 assert source.startswith("dist/") or (ROOT / source).exists(), source
+                assert f"\n!{source}\n" in ignored, source
     assert f"s3://${{DataBucket}}/packages/{Path('emr/bootstrap.sh').name}" in TEMPLATE
     assert (
         subprocess.run(["bash", "-n", DEPLOY / "emr" / "bootstrap.sh"], check=False).returncode == 0
