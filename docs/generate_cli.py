@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import typer
 import typer.main
 from typer.testing import CliRunner
 
@@ -22,14 +24,23 @@ def text() -> str:
     """Return the page."""
     runner = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"})
     parts = [HEAD]
-    for command in app.registered_commands:
-        assert command.callback is not None
-        name = command.callback.__name__
-        shown = runner.invoke(app, [name, "--help"], prog_name="pomona").output
+    for words in _commands(app):
+        shown = runner.invoke(app, [*words, "--help"], prog_name="pomona").output
         plain = re.sub(r"\x1b\[[\d;]*m", "", shown)
         shown = "\n".join(line.rstrip() for line in plain.splitlines())
-        parts.append(f"## pomona {name}\n\n```text\n{shown.strip()}\n```\n")
+        parts.append(f"## pomona {' '.join(words)}\n\n```text\n{shown.strip()}\n```\n")
     return "\n".join(parts)
+
+
+def _commands(group: typer.Typer) -> Iterator[list[str]]:
+    """Give the words of each command, groups of commands last."""
+    for command in group.registered_commands:
+        assert command.callback is not None
+        yield [command.name or command.callback.__name__]
+    for inner in group.registered_groups:
+        assert inner.name is not None and inner.typer_instance is not None
+        for words in _commands(inner.typer_instance):
+            yield [inner.name, *words]
 
 
 if __name__ == "__main__":

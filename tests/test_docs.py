@@ -47,13 +47,18 @@ def test_commands_and_options_exist(page: Path) -> None:
     """Each `pomona …` line in a shell block parses: its command and its options are known."""
     known = text()
     for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if not words or words[0] != "pomona":
                 continue
-            section = known.split(f"## pomona {words[1]}\n", 1)[1].split("\n## ", 1)[0]
-            for option in (word.split("=")[0] for word in words[2:] if word.startswith("--")):
-                assert f"{option}" in section, line
+            names = [words[1:end] for end in (4, 2)]  # pomona cloud emr submit; pomona run
+            name = next(n for n in names if f"## pomona {' '.join(n)}\n" in known)
+            section = known.split(f"## pomona {' '.join(name)}\n", 1)[1].split("\n## ", 1)[0]
+            own, _, further = " ".join(words).partition(" -- ")  # further options: pomona run's
+            for option in re.findall(r"(?<= )--[\w-]+", own):
+                assert option in section, line
+            for option in re.findall(r"--[\w-]+", further):
+                assert option in known.split("## pomona run\n", 1)[1].split("\n## ", 1)[0], line
 
 
 def test_make_targets_exist() -> None:

@@ -333,3 +333,52 @@ def inspection(found: dict[str, Any]) -> Group:
     for (big, many), (small, few) in zip(found["largest"], found["smallest"], strict=True):
         labels.add_row(big, f"{many:,}", small, f"{few:,}")
     return Group(_two_columns(rows), labels)
+
+
+# --- the cloud ---------------------------------------------------------------------------------
+
+
+def cloud_state(record: dict[str, Any]) -> str:
+    """Return one line: a job's state and, once it is over, how long it took.
+
+    >>> cloud_state({"job": "00f1", "state": "SUCCESS", "ok": True, "seconds": 3723})
+    '00f1 SUCCESS after 1:02:03'
+    """
+    took = f" after {_duration(record['seconds'])}" if record["ok"] is not None else ""
+    return f"{record['job']} {record['state']}{took}"
+
+
+def _duration(seconds: float) -> str:
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def cloud_job(record: dict[str, Any]) -> Table:
+    """Return the rows of ``pomona cloud emr submit`` and ``status JOB``."""
+    names = ("job", "state", "why", "started")
+    rows = [(name, str(record[name])) for name in names if record[name]]
+    if record["seconds"]:
+        rows.append(("took", _duration(record["seconds"])))
+    rows += [(name, f"{used:.3f}") for name, used in (record["billed"] or {}).items()]
+    if "command" in record:
+        rows.append(("command", f"pomona {' '.join(record['command'])}"))
+    return _two_columns(rows)
+
+
+def cloud_jobs(found: dict[str, Any]) -> Table | str:
+    """Return the table of ``pomona cloud emr status``."""
+    if not found["jobs"]:
+        return f"{found['stack']} ({found['mode']}) has no jobs yet"
+    table = Table("job", "state", "started", "took", box=None, pad_edge=False)
+    for job in found["jobs"]:
+        table.add_row(job["job"], job["state"], job["started"] or "", _duration(job["seconds"]))
+    return table
+
+
+def cloud_holdings(held: dict[str, Any]) -> str:
+    """Say what ``pomona cloud emr teardown`` is about to delete."""
+    lines = [f"the stack {held['stack']} in {held['region']}, with"]
+    if held["compute"]:
+        lines.append(f"  {held['compute']}, where {len(held['jobs'])} jobs are not over")
+    lines += [f"  s3://{name}, {count:,} objects" for name, count in held["objects"].items()]
+    return "\n".join(lines)

@@ -127,6 +127,17 @@ def session(cluster: Cluster) -> Iterator[SparkSession]:
             _stop_gateway()
 
 
+def adopt() -> None:
+    """Make the session that spark-submit or a platform set up the active one, with its settings.
+
+    `session` then takes it, whatever master the command line names.
+    """
+    from pyspark.sql import SparkSession
+
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    SparkSession.builder.appName("pomona").getOrCreate()
+
+
 @contextlib.contextmanager
 def lazy_session(cluster: Cluster) -> Iterator[Callable[[], SparkSession]]:
     """Give a function that starts the session when it is first called: a run may need none."""

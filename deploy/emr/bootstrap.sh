@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Installs Pomona on a node of an EMR cluster: bootstrap.sh s3://BUCKET/packages/
+# The node reaches nothing but S3, so all wheels must lie in that folder (docs/cloud.md tells how).
+set -euo pipefail
+packages=${1:?usage: bootstrap.sh s3://BUCKET/packages/}
+
+sudo dnf install --assumeyes --quiet python3.11 python3.11-pip
+aws s3 cp --recursive --only-show-errors "$packages" /tmp/packages
+
+sudo python3.11 -m venv /opt/pomona
+pip=(sudo /opt/pomona/bin/pip install --quiet --no-index --find-links /tmp/packages)
+"${pip[@]}" --no-deps /tmp/packages/pomona-*.whl
+# PySpark is EMR's own: the rest of what Pomona needs.
+/opt/pomona/bin/python /tmp/packages/requirements.py train report > /tmp/requirements.txt
+"${pip[@]}" --requirement /tmp/requirements.txt
+
+sudo install --directory --mode 1777 /mnt/tmp # the driver works on OUT there
+rm -r /tmp/packages

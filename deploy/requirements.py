@@ -1,0 +1,29 @@
+"""Print what the installed Pomona needs beside PySpark: ``python requirements.py [EXTRA ...]``.
+
+On a cluster PySpark is Spark's own, of the version that the cluster runs; a second one from the
+package index would be 400 MB that must never be imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import requires
+
+# pip is what reads the list, so its own parser is at hand where nothing else is installed yet.
+from pip._vendor.packaging.requirements import Requirement
+
+
+def wanted(extras: Sequence[str]) -> Iterator[str]:
+    """Give the requirements of the core and of some extras, as pip takes them."""
+    for line in requires("pomona") or []:
+        requirement = Requirement(line)
+        marker = requirement.marker
+        if requirement.name == "pyspark":
+            continue
+        if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            yield f"{requirement.name}{requirement.specifier}"
+
+
+if __name__ == "__main__":
+    print("\n".join(wanted(sys.argv[1:])))
