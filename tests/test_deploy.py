@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_ports_are_this_machines_and_nothing_runs_as_root(services: dict[str, An
     stages = re.split(r"^FROM ", (DEPLOY / "Dockerfile").read_text(), flags=re.M)[1:]
     final = {stage.split()[2]: stage for stage in stages}
     for target in {service["build"]["target"] for service in services.values()}:
-        assert re.findall(r"^USER (\w+)", final[target], re.M) == ["pomona"]
+        assert re.findall(r"^USER (\w+)", final[target], re.M) == ["1000"]
 
 
 def test_profiles(services: dict[str, Any]) -> None:
@@ -131,7 +132,9 @@ def server(
     command = [sys.executable, "-m", *given]
     with (
         (folder / "log").open("wb") as log,
-        subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT) as process,
+        subprocess.Popen(
+            command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
     ):
         try:
             for _ in range(240):
@@ -141,7 +144,7 @@ def server(
             assert answers(port, "/health") == 200, (folder / "log").read_text()
             yield f"http://127.0.0.1:{port}", port
         finally:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)  # the server's own child too
 
 
 def answers(port: int, path: str, host: str | None = None) -> int:
