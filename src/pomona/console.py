@@ -76,7 +76,8 @@ def describe(tick: Any, per_second: float) -> str:
 def progress(stream: IO[str]) -> Iterator[Callable[[Any], None]]:
     """Give a function that shows ticks: a bar on a terminal, elsewhere a line every few seconds."""
     if not stream.isatty():
-        yield _lines(Console(file=stream))
+        # Of a notebook, rich would show each line as HTML; the stream is what was asked for.
+        yield _lines(Console(file=stream, force_jupyter=False))
         return
     # While Spark starts, the process's own output goes to the log: the bar needs a way of its own.
     console = Console(file=os.fdopen(os.dup(stream.fileno()), "w", encoding="utf-8"))
