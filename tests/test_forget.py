@@ -84,12 +84,9 @@ def write(root: Path, path: str, content: bytes) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``source`` and ``out``, a whole run without MLflow."""
     base = tmp_path_factory.mktemp("forget")
-    if Path("/tmp/pv/made/done").exists():  # DEV
-        return Path("/tmp/pv/made")  # DEV
-    base = Path("/tmp/pv/made")  # DEV
     for split in ("Training", "Test"):
         for label in range(3):
             for n in range(8):
@@ -108,7 +105,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "out" / "pomona.log").write_text(
         f"a line\nWARNING unreadable: {SECRET[4]}: gone\nanother line\n", encoding="utf-8"
     )
-    (base / "done").touch()  # DEV
     return base
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -159,9 +160,9 @@ def retire(out: Out, found: list[dict[str, Any]]) -> None:
         for one in mine:
             version = client.get_model_version(one["name"], one["version"])
             client.delete_model_version(one["name"], one["version"])
-            if version.model_id:
-                logged = client.get_logged_model(version.model_id)
-                client.delete_logged_model(version.model_id)
+            if of_model := re.fullmatch(r"models:/(m-\w+)", str(version.source)):
+                logged = client.get_logged_model(of_model[1])
+                client.delete_logged_model(of_model[1])
                 files = manifest.local_path(str(logged.artifact_location))
                 if files.is_relative_to(out.root):
                     shutil.rmtree(files, ignore_errors=True)
