@@ -387,6 +387,8 @@ def forget(
     as_json: AsJson = False,
 ) -> None:
     """Erase photos from all of OUT, and never take them in again. See docs/privacy.md."""
+    from dataclasses import replace
+
     from pomona import console, forgetting
 
     named = (*(photos or ()), *(forgetting.read_list(listed) if listed else ()))
@@ -398,22 +400,14 @@ def forget(
     options = forgetting.ForgetOptions(
         named[len(photos or ()) :], not no_rebuild, retire, missing_ok, dry_run
     )
-
-    def confirm(plan: dict[str, Any]) -> bool:
-        _print(plan, False, console.forget_plan)
-        return typer.confirm("This can't be undone. Forget them?", err=True)
-
+    if named and not (yes or dry_run):  # before the bar, which would write over the question
+        plan = forgetting.forget(out, photos or (), replace(options, dry_run=True))
+        if not as_json:
+            _print(plan, False, console.forget_plan)
+        typer.confirm("This can't be undone. Forget them?", abort=True, err=True)
     with _progress() as on_tick, _log_to(out):
-        record = forgetting.forget(
-            out,
-            photos or (),
-            options,
-            _cluster(master, spark_conf),
-            on_tick,
-            None if yes else confirm,
-        )
-    if record.get("cancelled"):
-        raise typer.Abort
+        cluster = _cluster(master, spark_conf)
+        record = forgetting.forget(out, photos or (), options, cluster, on_tick)
     _print(record, as_json, console.forget_plan if dry_run else console.forgotten)
 
 

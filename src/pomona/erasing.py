@@ -28,10 +28,10 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
-from pomona import manifest, reduction, sources, tables
+from pomona import manifest, reduction, tables
 from pomona.errors import RequestError
 from pomona.manifest import Move, Out
-from pomona.naming import Names
+from pomona.naming import A_PHOTO, Names
 from pomona.rows import gather, open_parquet
 from pomona.schema import FEATURES_TABLE, REJECTED, SPLITS, without
 from pomona.tables import Index
@@ -118,7 +118,7 @@ def find(out: Out, paths: frozenset[str], index: Index) -> Found:
     others = index.rows.filter(pa.array(~gone))["filename"]
     files = pa.array(sorted({path.rpartition("/")[2] for path in paths}), pa.string())
     only = files.filter(pc.invert(pc.is_in(files, pc.unique(others))))
-    names = Names([*paths, *only.to_pylist(), *_lost_labels(index.rows, gone)])
+    names = Names(paths, [*only.to_pylist(), *_lost_labels(index.rows, gone)])
     pca = {name: pc.sum(pc.is_in(p, wanted)).as_py() or 0 for name, p in pca_paths(out).items()}
     return Found(paths, index, gone, names, pca, _is_stale(out, names))
 
@@ -209,11 +209,6 @@ def _left_aside(root: Path) -> Iterator[Path]:
     yield from (path for path in root.rglob(".*.part") if _ASIDE.fullmatch(path.name))
 
 
-_A_PHOTO = re.compile(
-    b"|".join(re.escape(suffix.encode()) for suffix in sources.SUFFIXES), re.IGNORECASE
-)
-
-
 def _clean_log(log: Path, names: Names) -> int:
     """Take the lines out that name any photo, for a name may be cut or escaped in ways of its own.
 
@@ -222,7 +217,7 @@ def _clean_log(log: Path, names: Names) -> int:
     if not log.exists():
         return 0
     lines = log.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if not _A_PHOTO.search(line) and not names.are_in(line)]
+    kept = [line for line in lines if not A_PHOTO.search(line) and not names.are_in(line)]
     if len(kept) < len(lines):
         with log.open("r+b") as file:
             file.write(b"".join(kept))
@@ -292,12 +287,14 @@ def _clean_run(folder: Path, names: Names, tainted: Any, done: Copies) -> None:
 def _clean_file(path: Path, names: Names, done: Copies) -> None:
     if path.name == "rejected.csv":
         rows = _read_rejected(path)
-        named = [names.are_in(name.encode()) for name in rows["path"].to_pylist()]
+        named = pc.is_in(rows["path"], pa.array(sorted(names.paths), pa.string()))
         with manifest.aside(path) as part:
-            pcsv.write_csv(rows.filter(pa.array([not n for n in named])), part)
-    elif path.suffix == ".json":
+            pcsv.write_csv(rows.filter(pc.invert(named)), part)
+        done.rewritten += 1
+        return
+    if path.suffix == ".json":
         manifest.write_json(path, names.pruned(manifest.read_json(path)))
-    if path.suffix != ".html" and not names.are_in_file(path):
+    if path.suffix == ".json" and not names.are_in_file(path):
         done.rewritten += 1
         return
     path.unlink()  # a page: its thumbnails lie in one picture

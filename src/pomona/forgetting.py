@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,7 +34,6 @@ from pomona.tombstones import Tombstones
 
 ERASE, REBUILD = "erase", "rebuild"
 STDIN = "-"
-Confirm = Callable[[dict[str, Any]], bool]
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,6 @@ def forget(
     options: ForgetOptions | None = None,
     cluster: Cluster | None = None,
     on_tick: OnTick = quiet,
-    confirm: Confirm | None = None,
 ) -> dict[str, Any]:
     """Erase photos from OUT and put a tombstone in each one's place. Returns the receipt.
 
@@ -75,8 +73,6 @@ def forget(
     photos
         Paths as in the table, or patterns (`matcher`). With none at all, a forget that isn't
         finished is ended.
-    confirm
-        Gets the plan; if it returns False nothing happens, and ``{"cancelled": True}`` comes back.
 
     Returns
     -------
@@ -97,18 +93,18 @@ def forget(
     with manifest.lock(folder):
         before = tombstones.pending(folder)
         if before.get("phase") == ERASE and not options.dry_run:
-            _erase(folder, frozenset(), before, on_tick)
+            # Of this very command: what is in no table is known by its name alone.
+            stones = tombstones.read(folder)
+            same = frozenset(path for path in named if stones.id_of(path) in stones.ids)
+            _erase(folder, same, before, on_tick)
         paths: frozenset[str] = frozenset()
         if named:
             paths = _wanted(folder, photos, options, ended=bool(before))
         elif not before:
             raise RequestError("forget takes photos: paths as in the table, patterns, or --list")
         if paths and not (before and _is_done(folder, paths)):
-            plan = _plan(folder, paths)
             if options.dry_run:
-                return plan
-            if confirm and not confirm(plan):
-                return {"cancelled": True}
+                return _plan(folder, paths)
             _erase(folder, paths, _begin(folder, paths, options), on_tick)
         elif options.dry_run:
             return {"photos": 0, "pending": before}
@@ -337,6 +333,7 @@ def _begin(out: Out, paths: frozenset[str], options: ForgetOptions) -> dict[str,
         "receipt": name,
         "receipts": [*old.get("receipts", []), name],
         "todo": old.get("todo", []),
+        "plots": old.get("plots", False) or (out.report / "pca_variance.png").exists(),
     }
     # Both or none: a tombstone alone would let extract drop the row, and leave the copies.
     staged = out.work / f"begin-{tables.new_run()}"
@@ -434,9 +431,10 @@ def _rebuild(out: Out, cluster: Cluster | None, on_tick: OnTick) -> dict[str, An
     made: dict[str, str] = {}
     waits = (out.work / "plan.json").exists()
     for stage in pending["todo"]:
-        made[stage] = (
-            "no: extract isn't finished" if waits else _again(out, stage, cluster, on_tick)
-        )
+        if waits:
+            made[stage] = "no: extract isn't finished"
+        else:
+            made[stage] = _again(out, stage, pending["plots"], cluster, on_tick)
     with manifest.lock(out):
         for name in pending["receipts"]:
             file = out.forgotten / name
@@ -456,14 +454,15 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _again(out: Out, stage: str, cluster: Cluster | None, on_tick: OnTick) -> str:
+def _again(out: Out, stage: str, plots: bool, cluster: Cluster | None, on_tick: OnTick) -> str:
     """Make one stage's outputs again. Returns ``yes``, or why it can't be; then its record goes."""
     made = manifest.read_json(out.manifest).get("stages", {})
     if ("reduce" if stage == "report" else stage) not in made:
         return "no: what it is made from is not there"
     try:
         if stage == "reduce":
-            options = stages.ReduceOptions(**made["reduce"]["made_from"]["settings"])
+            settings = made["reduce"]["made_from"]["settings"]
+            options = stages.ReduceOptions(**settings, plots=plots)
             stages.reduce(out.root, options, cluster, on_tick)
         elif stage == "train":
             settings = made["train"]["made_from"]["settings"]

@@ -11,20 +11,39 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from pomona.sources import SUFFIXES
+
 GONE = "(forgotten)"
 """What stands in the place of a name."""
+MANY = 200
+"""A report of a megabyte takes seconds to search for so many."""
+
+_HOW = re.IGNORECASE | re.DOTALL
+ANY_PHOTO = rf".*(?:{'|'.join(re.escape(suffix) for suffix in SUFFIXES)}).*"
+A_PHOTO = re.compile(b"|".join(re.escape(s.encode()) for s in SUFFIXES), re.IGNORECASE)
+"""Finds the name of any photo in bytes."""
 
 
 class Names:
     """Find and replace some names in text.
 
+    Above `MANY` names it is enough that a text names any photo at all: an alternation of so many
+    is slow, and copies may lose more than they must, never less.
+
     Parameters
     ----------
-    names
-        Paths, and file names that no other photo has.
+    paths
+        Of the photos.
+    others
+        File names that no other photo has, and other words that go.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, paths: Iterable[str], others: Iterable[str] = ()) -> None:
+        self.paths = frozenset(paths)
+        names = [*self.paths, *others]
+        if len(names) > MANY:
+            self._text, self._bytes = re.compile(ANY_PHOTO, _HOW), A_PHOTO
+            return
         written = {form for name in names if name for form in forms(name)}
         pattern = "|".join(_pattern(form) for form in sorted(written, key=len, reverse=True))
         self._text = re.compile(pattern or r"(?!)")
