@@ -156,6 +156,7 @@ def run(
 
     options = None if no_train else stages.TrainOptions(class_weight, max_rows, unknown, keep)
     with _progress() as on_tick, _log_to(out):
+        _end_forget(out, on_tick)
         records = stages.run(
             source,
             out,
@@ -165,6 +166,7 @@ def run(
             on_tick,
             options,
         )
+        _end_forget(out, on_tick, _cluster(master, spark_conf))
         records["mlflow"] = "off" if no_mlflow else stages.track(out, records)
     _print_run(records, out, as_json)
     _exit_by(records["extract"], max_error_rate)
@@ -193,6 +195,7 @@ def extract(
     from pomona import stages
 
     with _progress() as on_tick, _log_to(out):
+        _end_forget(out, on_tick)
         record = stages.extract(
             source, out, _extract_options(locals()), _cluster(master, spark_conf), on_tick
         )
@@ -217,6 +220,7 @@ def reduce(
 
     options = _reduce_options(components, no_scale, whiten, power, no_plots)
     with _progress() as on_tick, _log_to(out):
+        _end_forget(out, on_tick)
         record = stages.reduce(out, options, _cluster(master, spark_conf), on_tick)
     _print_run({"reduce": record}, out, as_json)
 
@@ -236,6 +240,7 @@ def train(
 
     options = stages.TrainOptions(class_weight, max_rows, unknown, keep)
     with _progress() as on_tick, _log_to(out):
+        _end_forget(out, on_tick)
         record = stages.train(out, options, on_tick)
         if not no_plots:
             stages.report(out, on_tick)
@@ -248,6 +253,7 @@ def report(out: OutDir) -> None:
     from pomona import stages
 
     with _progress() as on_tick, _log_to(out):
+        _end_forget(out, on_tick)
         path = stages.report(out, on_tick)
     typer.echo(path)
 
@@ -316,6 +322,7 @@ def export(
 
     options = exporting.ExportOptions(int8, half, dest, calibration, held_out)
     with _progress() as on_tick, _log_to(out):
+        _end_forget(out, on_tick)
         record = exporting.export(out, options, on_tick)
     _print(record, as_json, console.exported)
 
@@ -334,6 +341,7 @@ def publish(
 
     options = registry.PublishOptions(name, promote)
     with _progress() as on_tick, _log_to(out):
+        _end_forget(out, on_tick)
         record = registry.publish(out, options, on_tick)
     _print(record, as_json, console.published)
 
@@ -491,6 +499,83 @@ def _confirm(question: str) -> None:
         agreed = False
     if not agreed:
         raise RequestError("nothing was touched: answer y, or say --yes")
+
+
+@app.command()
+def forget(
+    out: OutDir,
+    photos: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Paths as in the column path, or patterns in quotes: * stays within a folder, ** "
+            "crosses folders. Without any, a forget that was killed is ended."
+        ),
+    ] = None,
+    listed: Annotated[
+        str | None,
+        typer.Option("--list", help="A file with one exact path a line; - for standard input."),
+    ] = None,
+    allow: Annotated[
+        bool, typer.Option("--allow", help="The other way: extract may take these photos again.")
+    ] = False,
+    no_rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--no-rebuild", help="Remove what was made from the photos; don't make it again."
+        ),
+    ] = False,
+    retire: Annotated[
+        bool,
+        typer.Option(
+            "--retire", help="Delete the versions in OUT/mlflow.db that were trained with them."
+        ),
+    ] = False,
+    missing_ok: Annotated[
+        bool,
+        typer.Option("--missing-ok", help="Take exact paths that are in no table and no source."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would go, and change nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    master: Master = "local[*]",
+    spark_conf: SparkConf = None,
+    as_json: AsJson = False,
+) -> None:
+    """Erase photos from all of OUT, and never take them in again. See docs/privacy.md."""
+    from dataclasses import replace
+
+    from pomona import console, forgetting
+
+    named = (*(photos or ()), *(forgetting.read_list(listed) if listed else ()))
+    if allow:
+        _print(forgetting.allow(out, named), as_json, console.allowed)
+        return
+    if named and not (yes or dry_run or (sys.stdin.isatty() and listed != forgetting.STDIN)):
+        raise RequestError("forget can't be undone, and there is nobody to ask: add --yes")
+    options = forgetting.ForgetOptions(
+        named[len(photos or ()) :], not no_rebuild, retire, missing_ok, dry_run
+    )
+    if named and not (yes or dry_run):  # before the bar, which would write over the question
+        plan = forgetting.forget(out, photos or (), replace(options, dry_run=True))
+        if not as_json:
+            _print(plan, False, console.forget_plan)
+        typer.confirm("This can't be undone. Forget them?", abort=True, err=True)
+    with _progress() as on_tick, _log_to(out):
+        cluster = _cluster(master, spark_conf)
+        record = forgetting.forget(out, photos or (), options, cluster, on_tick)
+    _print(record, as_json, console.forget_plan if dry_run else console.forgotten)
+
+
+def _end_forget(out: str, on_tick: Any, cluster: Any = None) -> None:
+    """End a forget that was killed: its rows, and with ``cluster`` what is made from the rest."""
+    from pomona.manifest import Out, local_path
+
+    found = Out(local_path(out))
+    if (found.forgotten / "pending.json").exists() or found.journal.exists():
+        from pomona import forgetting
+
+        forgetting.finish(out, cluster, on_tick, rebuild=cluster is not None)
 
 
 def _model(name: str) -> Any:

@@ -25,6 +25,7 @@ WORDS = {
     "predict": "answering",
     "export": "exporting",
     "publish": "publishing",
+    "forget": "forgetting",
     "synthesize": "rendering",
     "inspect": "looking at photos",
 }
@@ -157,8 +158,9 @@ def _extract_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     settings = record["settings"]
     untrained = " (untrained)" if settings["weights"].startswith("random:") else ""
     speed = f"{times['photos_per_second']:.0f} photos/s" if times["computed"] else "nothing to do"
+    left = f"; {n:,} forgotten ones left out" if (n := record.get("forgotten")) else ""
     return [
-        ("photos", f"{record['photos']:,} ({splits})"),
+        ("photos", f"{record['photos']:,} ({splits}){left}"),
         ("labels", f"{record['labels']:,}"),
         ("rejected", _codes(record["rejected"])),
         ("weights", f"{settings['weights']}{untrained}"),
@@ -253,17 +255,21 @@ def _two_columns(rows: list[tuple[str, str]]) -> Table:
 
 def status(found: dict[str, Any]) -> Table:
     """Return the rows of ``pomona status``."""
-    return _two_columns(
-        [
-            ("source", found["source"]),
-            ("photos", f"{found['photos']:,}"),
-            ("done", f"{found['done']:,}"),
-            ("rejected", _codes(found["rejected"])),
-            ("to do", f"{found['todo']:,}"),
-            ("finished", ", ".join(found["finished"]) or "nothing yet"),
-            ("running now", "yes" if found["running"] else "no"),
-        ]
-    )
+    rows = [
+        ("source", found["source"]),
+        ("photos", f"{found['photos']:,}"),
+        ("done", f"{found['done']:,}"),
+        ("rejected", _codes(found["rejected"])),
+        ("to do", f"{found['todo']:,}"),
+        ("finished", ", ".join(found["finished"]) or "nothing yet"),
+        ("running now", "yes" if found["running"] else "no"),
+    ]
+    if found["forgotten"]:
+        words = f"{found['forgotten']:,}, of which the last listing held {found['left_out']:,}"
+        rows.append(("forgotten", words))
+    if found["forgetting"]:
+        rows.append(("forget", "not finished: pomona forget --out OUT alone ends it"))
+    return _two_columns(rows)
 
 
 def exported(record: dict[str, Any]) -> Group:
@@ -305,6 +311,63 @@ def published(record: dict[str, Any]) -> Table:
             ("p-value", f"{figures['p_value']:.3g}"),
         ]
     return _two_columns([*rows, ("store", record["store"])])
+
+
+def forget_plan(plan: dict[str, Any]) -> Table:
+    """Return the rows of ``pomona forget --dry-run``."""
+    if "rows" not in plan:
+        return _two_columns([("forget", "one that was killed would be ended first")])
+    shown = plan["paths"][:SHOWN]
+    more = f" … and {plan['photos'] - SHOWN:,} more" if plan["photos"] > SHOWN else ""
+    rows = [("photos", f"{plan['photos']:,}: {', '.join(shown)}{more}")]
+    rows += [(f"rows of {name}", f"{count:,}") for name, count in plan["rows"].items() if count]
+    rows.append(("removed, and made again if it can be", ", ".join(plan["derived"]) or "nothing"))
+    return _two_columns([*rows, *_saw(plan)])
+
+
+SHOWN = 20
+
+
+def _saw(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows about published models."""
+    rows = [
+        (
+            "trained with them" if one["trained_with"] == "yes" else "perhaps trained with them",
+            f"{one['name']} version {one['version']}"
+            f"{' (' + ', '.join(one['aliases']) + ')' if one['aliases'] else ''} in {one['store']}"
+            f"{': holds vectors of them' if one['holds_vector'] else ''}"
+            f"{'; deleted' if one['retired'] else ''}",
+        )
+        for one in found["models"]
+    ]
+    return [*rows, *(("can't be asked", line) for line in found["out_of_reach"])]
+
+
+def forgotten(receipt: dict[str, Any]) -> Table:
+    """Return the rows of ``pomona forget``."""
+    rows = [("photos", f"{receipt['photos']:,} ({receipt['tombstones_added']:,} new tombstones)")]
+    rows += [(f"rows of {name}", f"{n:,}") for name, n in receipt["rows"].items() if n]
+    copies = receipt["copies"]
+    words = {
+        "log_lines": "lines of the log",
+        "values": "values in MLflow's database",
+        "removed": "files of MLflow's runs removed",
+        "rewritten": "files of MLflow's runs cleaned",
+        "answers": "answers",
+    }
+    rows += [(text, f"{copies[name]:,}") for name, text in words.items() if copies[name]]
+    rows += [("made again: " + name, told) for name, told in receipt["made_again"].items()]
+    if receipt["export_removed"]:
+        rows.append(("export", "removed: pomona export --out OUT makes it again"))
+    rows += [("still names a photo", name) for name in copies["left"]]
+    return _two_columns([*rows, *_saw(receipt), ("receipt", receipt["file"])])
+
+
+def allowed(record: dict[str, Any]) -> Table:
+    """Return the rows of ``pomona forget --allow``."""
+    return _two_columns(
+        [("allowed", f"{record['allowed']:,}"), ("tombstones left", f"{record['tombstones']:,}")]
+    )
 
 
 def inspection(found: dict[str, Any]) -> Group:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pomona import engine, executors, frames, manifest, sources, tables
+from pomona import engine, executors, frames, manifest, sources, tables, tombstones
 from pomona.backbone import BackboneSpec, make_spec, onnx_file
 from pomona.engine import Cluster
 from pomona.errors import CrashError, MismatchError, RequestError, SourceError
@@ -89,17 +89,20 @@ def extract(
     cluster = replace(cluster, log_file=folder.log)
     cluster = replace(cluster, master=engine.local_master(cluster.master, spec.device))
     with manifest.lock(folder), contextlib.ExitStack() as mine:
+        tombstones.refuse_erasing(folder)
         spark = (keep or mine).enter_context(engine.lazy_session(cluster))
         job = Job(folder, where, spec, options, spark, on_tick)
         table = _table(job)
         started = time.time()
-        photos = _list(job)
+        photos, forgotten = tombstones.leave_out(folder, _list(job))
+        if not photos.num_rows:
+            raise SourceError(f"all {forgotten} photos of {where.name} are forgotten")
         if not folder.table_file.exists():
             manifest.write_json(folder.table_file, table)
         if not folder.backbone.exists():
             with manifest.aside(folder.backbone) as part:
                 part.write_bytes(onnx_file(spec))
-        return _extract(job, photos, table, {"list": time.time() - started})
+        return _extract(job, photos, table, {"list": time.time() - started}, forgotten)
 
 
 def _refuse_nesting(where: Source, out: str) -> None:
@@ -182,7 +185,7 @@ def list_source(source: Source, spark: GetSpark, on_tick: OnTick = quiet) -> Lis
 
 
 def _extract(
-    job: Job, photos: pa.Table, table: dict[str, Any], seconds: dict[str, float]
+    job: Job, photos: pa.Table, table: dict[str, Any], seconds: dict[str, float], forgotten: int
 ) -> dict[str, Any]:
     parts = tables.parts_folder(job.out, job.spec.fingerprint())
     found = tables.index(job.out, parts)
@@ -204,7 +207,7 @@ def _extract(
     seconds["extract"], start = time.time() - start, time.time()
     _compact(job, rows, found, table)
     seconds["table"] = time.time() - start
-    record = _record(job, photos)
+    record = {**_record(job, photos), "forgotten": forgotten}
     record["times"] = {
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},

@@ -83,6 +83,11 @@ class Out:
         return self.root / "pomona.log"
 
     @property
+    def forgotten(self) -> Path:
+        """Tombstones of forgotten photos, and receipts."""
+        return self.root / "forgotten"
+
+    @property
     def work(self) -> Path:
         """What isn't finished: gone when nothing is under way."""
         return self.root / "_work"

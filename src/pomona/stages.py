@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from pomona import engine, executors, manifest, reduction, samples, tables, training
+from pomona import engine, executors, manifest, reduction, samples, tables, tombstones, training
 from pomona import projection as proj
 from pomona.engine import Cluster
 from pomona.errors import RequestError
@@ -222,7 +222,8 @@ def status(out: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``photos``, ``done``, ``rejected`` (by code), ``todo``, ``finished`` (stages), ``running``.
+        ``photos``, ``done``, ``rejected`` (by code), ``todo``, ``finished`` (stages), ``running``,
+        ``forgotten`` (tombstones), ``left_out`` (of the last listing), ``forgetting`` (unfinished).
     """
     folder = manifest.open_out(out, must_exist=True)
     table = manifest.read_json(folder.table_file)
@@ -253,4 +254,7 @@ def status(out: str | Path) -> dict[str, Any]:
         "todo": photos - done,
         "finished": sorted(set(stages) - unfinished - {"track"}),
         "running": manifest.is_locked(folder),
+        "forgotten": tombstones.total(folder),
+        "left_out": stages.get("extract", {}).get("forgotten", 0),
+        "forgetting": bool(tombstones.pending(folder)),
     }

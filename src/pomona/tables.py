@@ -290,7 +290,7 @@ def plan_compaction(rows: pa.Table, found: Index) -> Compaction:
     plan = rows.filter(pa.array(~np.isin(numbers, list(kept)))).select(
         [*PHOTOS.names, "file", "row"]
     )
-    bounds, names = _new_files(plan, _next_generation(found))
+    bounds, names = _new_files(plan, next_generation(found))
     gone = set(range(found.table_files)) - kept
     obsolete = [found.files[n].removeprefix("features/") for n in sorted(gone)]
     return Compaction(plan, bounds, names, obsolete)
@@ -300,7 +300,8 @@ def _table_sizes(found: Index) -> Any:
     return np.bincount(found.rows["file"].to_numpy(), minlength=len(found.files))
 
 
-def _next_generation(found: Index) -> int:
+def next_generation(found: Index) -> int:
+    """Return the number that new files of the table carry in their names."""
     old = [int(Path(name).stem.split("-")[1]) for name in found.files[: found.table_files]]
     return max(old, default=-1) + 1
 
@@ -393,10 +394,14 @@ def commit_compaction(
 
 def write_rejected(out: Out) -> dict[str, int]:
     """Write ``OUT/rejected.csv`` and return how many there are of each code."""
-    found = index(out, out.work / "none").rows
-    bad = found.filter(pc.is_valid(found["error"])).select(REJECTED.names)
+    return list_rejected(index(out, out.work / "none").rows, out.rejected)
+
+
+def list_rejected(rows: pa.Table, path: Path) -> dict[str, int]:
+    """Write the rows that have an error as CSV, and return how many there are of each code."""
+    bad = rows.filter(pc.is_valid(rows["error"])).select(REJECTED.names)
     bad = bad.sort_by([("split", "ascending"), ("path", "ascending")])
-    with manifest.aside(out.rejected) as part:
+    with manifest.aside(path) as part:
         pcsv.write_csv(bad, part)
     counted = bad.group_by("error").aggregate([("path", "count")]).to_pylist()
     return {row["error"]: row["path_count"] for row in sorted(counted, key=lambda r: r["error"])}

@@ -265,6 +265,7 @@ def _write(
             "source": Path(table["source"]).name,
             "photos": figures["photos"],
             "label": table["label"],
+            "features": tables.digest(out),  # by it `forget` knows the models of a photo
         },
     }
     model.save(staged / "model", backbone_file(out, table), head, about)

@@ -1,0 +1,488 @@
+"""The stage ``forget``: erase photos from OUT, and never take them in again.
+
+::
+
+    begin    tombstones and ``pending.json`` (phase ``erase``): it is decided
+    erase    copies are cleaned, then table and lists change in one commit; the derived go
+    rebuild  reduce, train and report again, with the settings in the manifest (phase ``rebuild``)
+    receipt  what was done, without a path
+
+A forget that was killed is ended by `finish`: the rows that must go are those with a tombstone.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pomona import erasing, lineage, manifest, sources, stages, tables, tombstones
+from pomona.engine import Cluster
+from pomona.erasing import Change, Found
+from pomona.errors import BusyError, JobError, MissingError, PomonaError, RequestError, SourceError
+from pomona.manifest import Out
+from pomona.ticks import OnTick, Tick, quiet
+from pomona.tombstones import Tombstones
+
+ERASE, REBUILD = "erase", "rebuild"
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class ForgetOptions:
+    """How photos are forgotten; see ``pomona forget --help``.
+
+    Attributes
+    ----------
+    listed
+        Exact paths, beside the photos and patterns that are named.
+    rebuild
+        Make again what was made from the photos.
+    retire
+        Delete the versions in ``OUT/mlflow.db`` that were trained with the photos.
+    missing_ok
+        Take exact paths that neither the tables nor the source hold.
+    """
+
+    listed: tuple[str, ...] = ()
+    rebuild: bool = True
+    retire: bool = False
+    missing_ok: bool = False
+    dry_run: bool = False
+
+
+def forget(
+    out: str | Path,
+    photos: Sequence[str] = (),
+    options: ForgetOptions | None = None,
+    cluster: Cluster | None = None,
+    on_tick: OnTick = quiet,
+) -> dict[str, Any]:
+    """Erase photos from OUT and put a tombstone in each one's place. Returns the receipt.
+
+    Parameters
+    ----------
+    photos
+        Paths as in the table, or patterns (`matcher`). With none at all, a forget that isn't
+        finished is ended.
+
+    Returns
+    -------
+    dict
+        As in ``OUT/forgotten/receipt-….json``, and ``file``, its name. With ``dry_run`` the plan.
+
+    Raises
+    ------
+    RequestError
+        And its kinds: a pattern matches nothing, a path is nowhere, another run is at work. Nothing
+        has changed then, but for a forget that was killed, which goes on first.
+    """
+    options = options or ForgetOptions()
+    folder = manifest.open_out(out, must_exist=True)
+    if not folder.table_file.exists():
+        raise RequestError(f"{out} holds nothing of Pomona's: there is nothing to forget")
+    named = [*photos, *options.listed]
+    with manifest.lock(folder):
+        before = tombstones.pending(folder)
+        if before.get("phase") == ERASE and not options.dry_run:
+            # Of this very command: what is in no table is known by its name alone.
+            stones = tombstones.read(folder)
+            same = frozenset(path for path in named if stones.id_of(path) in stones.ids)
+            _erase(folder, same, before, on_tick)
+        paths: frozenset[str] = frozenset()
+        if named:
+            paths = _wanted(folder, photos, options, ended=bool(before))
+        elif not before:
+            raise RequestError("forget takes photos: paths as in the table, patterns, or --list")
+        if paths and not (before and _is_done(folder, paths)):
+            if options.dry_run:
+                return _plan(folder, paths)
+            _erase(folder, paths, _begin(folder, paths, options), on_tick)
+        elif options.dry_run:
+            return {"photos": 0, "pending": before}
+    return _rebuild(folder, cluster, on_tick)
+
+
+def finish(
+    out: str | Path,
+    cluster: Cluster | None = None,
+    on_tick: OnTick = quiet,
+    *,
+    rebuild: bool = True,
+) -> dict[str, Any] | None:
+    """End a forget that was killed, if there is one. Without ``rebuild`` only rows are erased."""
+    folder = Out(manifest.local_path(str(out)))
+    if not is_pending(folder):
+        return None
+    with manifest.lock(folder):
+        before = tombstones.pending(folder)
+        if not before:  # the journal was another's
+            return None
+        if before.get("phase") == ERASE:
+            _erase(folder, frozenset(), before, on_tick)
+    return _rebuild(folder, cluster, on_tick) if rebuild else None
+
+
+def is_pending(out: Out) -> bool:
+    """Tell whether a forget may have been killed: the journal may hold its beginning."""
+    return tombstones.pending_file(out).exists() or out.journal.exists()
+
+
+def allow(out: str | Path, photos: Sequence[str]) -> dict[str, Any]:
+    """Take tombstones away, so that the next ``extract`` takes these photos in again.
+
+    Raises
+    ------
+    RequestError
+        If one of them has none. Nothing has changed then.
+    """
+    folder = manifest.open_out(out, must_exist=True)
+    with manifest.lock(folder):
+        found = tombstones.read(folder)
+        strange = [path for path in photos if found.id_of(path) not in found.ids]
+        if strange or not photos:
+            raise RequestError(
+                f"{_first(strange)} is not forgotten in {folder.root}: --allow takes exact paths"
+                if photos
+                else "--allow takes the exact paths of forgotten photos"
+            )
+        tombstones.write(tombstones.place(folder), found.lacking(photos))
+    return {"allowed": len(photos), "tombstones": tombstones.total(folder)}
+
+
+def _is_done(out: Out, paths: frozenset[str]) -> bool:
+    """Tell whether all have tombstones and none has a row: the same command, after a kill."""
+    stones = tombstones.read(out)
+    rows = pc.is_in(_known(out), pa.array(sorted(paths), pa.string()))
+    return all(stones.id_of(p) in stones.ids for p in paths) and not pc.any(rows).as_py()
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" (and {len(names) - 1:,} more)" if len(names) > 1 else ""
+    return f"{names[0]}{more}" if names else ""
+
+
+# --- which photos ------------------------------------------------------------------------------
+
+
+def read_list(file: str) -> tuple[str, ...]:
+    """Return the lines of a file, or of standard input (``-``).
+
+    Raises
+    ------
+    RequestError
+        If it can't be read, isn't UTF-8, or holds none.
+    """
+    try:
+        content = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
+        lines = [line for line in re.split(r"\r?\n", content.decode()) if line]
+    except OSError as error:
+        raise RequestError(f"--list {file} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--list {file} is not UTF-8") from error
+    if not lines:
+        raise RequestError(f"--list {file} holds no paths: one on each line")
+    return tuple(lines)
+
+
+def matcher(pattern: str) -> str:
+    r"""Return a pattern as a regular expression over whole paths, upper and lower case distinct.
+
+    ``*`` and ``?`` stay within a folder, ``**`` crosses folders, ``[…]`` is one of some characters.
+
+    >>> matcher("Training/*/a?.jpg")
+    'Training/[^/]*/a[^/]\\.jpg'
+    >>> matcher("**/x[0-9].png")
+    '(?:.*/)?x[0-9]\\.png'
+    """
+    found = ""
+    for part in re.findall(r"\*\*/|\*\*|\*|\?|\[[!^]?\]?[^\]]+\]|.", pattern, re.S):
+        if part in _WILD:
+            found += _WILD[part]
+        elif part.startswith("[") and len(part) > 1:
+            inside = re.sub(r"([\\[&~|])", r"\\\1", part[1:-1]).replace("--", r"-\-")
+            found += "[" + re.sub("^!", "^", inside) + "]"
+        else:
+            found += re.escape(part)
+    return found
+
+
+def _matching(pattern: str, known: pa.Array) -> list[str]:
+    try:
+        found = re.compile(matcher(pattern), re.DOTALL)
+    except re.error as error:
+        raise RequestError(f"{pattern} is not a pattern: {error}") from error
+    return [path for path in known.to_pylist() if found.fullmatch(path)]
+
+
+_WILD = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
+def _wanted(
+    out: Out, photos: Sequence[str], options: ForgetOptions, *, ended: bool
+) -> frozenset[str]:
+    """Return the paths that are meant; ``ended``: a pattern's photos may have gone just now."""
+    known = pc.unique(_known(out))
+    start = f"{manifest.read_json(out.table_file)['source'].rstrip('/')}/"
+    patterns = {path.removeprefix(start) for path in photos}
+    exact = patterns | {path.removeprefix(start) for path in options.listed}
+    here = set(known.filter(pc.is_in(known, pa.array(sorted(exact), pa.string()))).to_pylist())
+    found = set(here)
+    stones = tombstones.read(out)
+    absent = []
+    for path in sorted(exact - here):
+        if stones.id_of(path) in stones.ids or options.missing_ok:
+            found.add(path)
+        elif path in patterns and re.search(r"[*?\[]", path):
+            matches = _matching(path, known)
+            if not matches and not ended:
+                raise RequestError(
+                    f"{path} matches no photo in {out.root}: * stays within a folder, ** crosses "
+                    "folders, case counts"
+                )
+            found.update(matches)
+        else:
+            absent.append(path)
+    inside = _in_source(out, absent)
+    if missing := [path for path in absent if path not in inside]:
+        raise RequestError(
+            f"{_first(missing)} is neither in the tables of {out.root} nor in its source: give "
+            "paths as in the column path, or --missing-ok to take them anyway"
+        )
+    return frozenset(found | inside)
+
+
+def _known(out: Out) -> pa.ChunkedArray:
+    """Return all paths in features, parts and PCA tables."""
+    columns = [erasing.look(out).rows["path"], *erasing.pca_paths(out).values()]
+    return pa.chunked_array([c for column in columns for c in column.chunks], pa.string())
+
+
+def _in_source(out: Out, paths: Iterable[str]) -> set[str]:
+    """Return the paths that lie in the source; none where it is out of reach."""
+    found: set[str] = set()
+    try:
+        source = sources.open_source(manifest.read_json(out.table_file)["source"])
+        read = sources.reader(source)
+    except SourceError:
+        return found
+    if source.kind == "hadoop":
+        return found
+    for path in paths:
+        try:
+            if ".." not in Path(path).parts and not Path(path).is_absolute():
+                read(path)
+                found.add(path)
+        except (OSError, SourceError):
+            continue
+    return found
+
+
+# --- begin and erase ---------------------------------------------------------------------------
+
+
+def _plan(out: Out, paths: frozenset[str]) -> dict[str, Any]:
+    """Return what would go, for a person to decide on; it is written nowhere."""
+    found = erasing.find(out, paths, erasing.look(out))
+    derived = [name for name in (*erasing.DERIVED, "export") if (out.root / name).exists()]
+    report = [f"report/{n}" for n in erasing.REPORT if (out.report / n).exists()]
+    versions, silent = lineage.versions(out, _lineage(out, found))
+    return {
+        "photos": len(paths),
+        "paths": sorted(paths),
+        "rows": found.rows,
+        "derived": [*derived, *report] if found.in_derived else [],
+        "models": versions,
+        "out_of_reach": silent,
+    }
+
+
+def _lineage(out: Out, found: Found) -> lineage.Lineage:
+    rows = found.index.rows.filter(pa.array(found.gone))["path"].to_pylist()
+    unseen = any(not path.startswith("Test/") for path in found.paths - set(rows))
+    return lineage.of(
+        out,
+        in_pca=bool(found.pca["training_pca"]),
+        unseen=unseen and not found.pca["training_pca"],
+        vectors=erasing.training_features(out, found),
+    )
+
+
+def _begin(out: Out, paths: frozenset[str], options: ForgetOptions) -> dict[str, Any]:
+    """Write tombstones and `tombstones.pending_file`: from here on it is decided."""
+    old = tombstones.pending(out)
+    stones = tombstones.read(out)
+    new = stones.having(paths)
+    now = datetime.now(timezone.utc)
+    name = f"receipt-{now:%Y%m%dT%H%M%SZ}-{tables.new_run()}.json"
+    pending = {
+        "format": manifest.FORMAT,
+        "phase": ERASE,
+        "rebuild": options.rebuild,
+        "retire": options.retire,
+        "ids": sorted(stones.id_of(path).hex() for path in paths),
+        "added": len(new.ids) - len(stones.ids),
+        "receipt": name,
+        "receipts": [*old.get("receipts", []), name],
+        "todo": old.get("todo", []),
+        "plots": old.get("plots", False) or (out.report / "pca_variance.png").exists(),
+    }
+    # Both or none: a tombstone alone would let extract drop the row, and leave the copies.
+    staged = out.work / f"begin-{tables.new_run()}"
+    tombstones.write(staged / "tombstones.json", new)
+    manifest.write_json(staged / "pending.json", pending)
+    here = staged.relative_to(out.root).as_posix()
+    names = ("tombstones.json", "pending.json")
+    manifest.commit(out, [(f"{here}/{name}", f"forgotten/{name}") for name in names])
+    return pending
+
+
+def _erase(out: Out, paths: frozenset[str], pending: dict[str, Any], on_tick: OnTick) -> None:
+    """Erase ``paths`` and all photos in the tables that have a tombstone."""
+    on_tick(Tick("forget", 0, 3))
+    index = erasing.look(out)
+    stones = tombstones.read(out)
+    known = pc.unique(_known(out))
+    found = erasing.find(
+        out, paths | frozenset(known.filter(stones.held(known)).to_pylist()), index
+    )
+    before = _digests(out)
+    wanted = _lineage(out, found)
+    versions, silent = lineage.versions(out, wanted)
+    if pending["retire"]:
+        lineage.retire(out, versions)
+    on_tick(Tick("forget", 1, 3))
+    copies = erasing.clean_copies(out, found, lambda about: wanted.saw(about) is not None)
+    on_tick(Tick("forget", 2, 3))
+    change = Change(out, out.work / f"forget-{tables.new_run()}")
+    rebuild = pending["rebuild"]
+    todo = _todo(out) if found.in_derived and rebuild else []
+    exported = found.in_derived and (out.root / "export").exists()
+    erasing.stage(out, found, change, forget_settings=not rebuild)
+    receipt = _receipt(stones, pending, found, change, copies)
+    receipt |= {
+        "models": versions,
+        "out_of_reach": silent,
+        "export_removed": exported,
+        "digests": {"before": before},
+    }
+    todo = [name for name in ("reduce", "train", "report") if name in {*todo, *pending["todo"]}]
+    after = {**pending, "phase": REBUILD, "todo": todo}
+    manifest.write_json(change.put(f"forgotten/{pending['receipt']}"), receipt)
+    manifest.write_json(change.put("forgotten/pending.json"), after)
+    manifest.commit(out, change.moves)
+    on_tick(Tick("forget", 3, 3))
+
+
+def _receipt(
+    stones: Tombstones,
+    pending: dict[str, Any],
+    found: Found,
+    change: Change,
+    copies: erasing.Copies,
+) -> dict[str, Any]:
+    from pomona import __version__
+
+    return {
+        "format": manifest.FORMAT,
+        "pomona": __version__,
+        "finished": None,
+        "erased": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "photos": len(pending["ids"]),
+        "tombstones": pending["ids"],
+        "tombstones_added": pending["added"],
+        "rows": found.rows,
+        "files": dict(change.counts),
+        "copies": asdict(copies),
+        "made_again": {},
+    }
+
+
+def _digests(out: Out) -> dict[str, str]:
+    """Return what the tables and the model are."""
+    stages_ = manifest.read_json(out.manifest).get("stages", {})
+    found = {"features": tables.digest(out)}
+    for stage in ("reduce", "train"):
+        found |= stages_.get(stage, {}).get("digests", {})
+    return found
+
+
+def _todo(out: Out) -> list[str]:
+    """Return what had been made from the photos."""
+    made = manifest.read_json(out.manifest).get("stages", {})
+    found = [stage for stage in ("reduce", "train") if stage in made]
+    return [*found, *(["report"] if (out.report / "report.html").exists() else [])]
+
+
+# --- rebuild -----------------------------------------------------------------------------------
+
+
+def _rebuild(out: Out, cluster: Cluster | None, on_tick: OnTick) -> dict[str, Any]:
+    """Make again what had been made, and complete the receipts. Returns the last one."""
+    pending = tombstones.pending(out)
+    made: dict[str, str] = {}
+    waits = (out.work / "plan.json").exists()
+    for stage in pending["todo"]:
+        if waits:
+            made[stage] = "no: extract isn't finished"
+        else:
+            made[stage] = _again(out, stage, pending["plots"], cluster, on_tick)
+    with manifest.lock(out):
+        for name in pending["receipts"]:
+            file = out.forgotten / name
+            receipt = manifest.read_json(file)
+            receipt |= {"made_again": made, "finished": _now()}
+            receipt["digests"]["after"] = _digests(out)
+            manifest.write_json(file, receipt)
+        tombstones.pending_file(out).unlink()
+        for place in (*out.work.glob("begin-*"), *out.work.glob("forget-*")):
+            shutil.rmtree(place)  # of one that was killed
+        if out.work.is_dir() and not any(out.work.iterdir()):
+            out.work.rmdir()
+    return {**receipt, "file": f"forgotten/{pending['receipt']}"}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _again(out: Out, stage: str, plots: bool, cluster: Cluster | None, on_tick: OnTick) -> str:
+    """Make one stage's outputs again. Returns ``yes``, or why it can't be; then its record goes."""
+    made = manifest.read_json(out.manifest).get("stages", {})
+    if ("reduce" if stage == "report" else stage) not in made:
+        return "no: what it is made from is not there"
+    try:
+        if stage == "reduce":
+            settings = made["reduce"]["made_from"]["settings"]
+            options = stages.ReduceOptions(**settings, plots=plots)
+            stages.reduce(out.root, options, cluster, on_tick)
+        elif stage == "train":
+            settings = made["train"]["made_from"]["settings"]
+            stages.train(out.root, stages.TrainOptions(**settings), on_tick)
+        elif not (out.report / "report.html").exists():
+            stages.report(out.root, on_tick)
+    except (BusyError, MissingError, JobError) as error:
+        raise type(error)(
+            f"the photos are erased, but {stage} isn't made again yet ({error}): pomona forget "
+            "--out … alone goes on"
+        ) from error
+    except PomonaError as error:
+        _drop(out, stage)
+        return f"no: {sources.first_line(error)}"
+    return "yes"
+
+
+def _drop(out: Out, stage: str) -> None:
+    """Take a stage's record out of the manifest: its outputs are gone, and stay so."""
+    with manifest.lock(out):
+        about = manifest.read_json(out.manifest)
+        about.get("stages", {}).pop(stage, None)
+        manifest.write_json(out.manifest, about)
