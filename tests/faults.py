@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import re
 import socket
 import struct
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,6 +56,8 @@ class Proxy(ThreadingHTTPServer):
         self.plan: Plan = lambda *_: None
         self.asked: Counter[tuple[str, str]] = Counter()
         self.faults: Counter[str] = Counter()
+        self.log: list[tuple[str, str]] = []
+        self.users: set[str] = set()
         self.guard = threading.Lock()
         self.ended = threading.Event()
 
@@ -64,9 +66,12 @@ class Proxy(ThreadingHTTPServer):
         with self.guard:
             before = self.asked[method, path]
             self.asked[method, path] += 1
-            if found := self.plan(method, path, before):
+            self.log.append((method, path))
+            plan = self.plan
+        if found := plan(method, path, before):  # it may take its time
+            with self.guard:
                 self.faults[found] += 1
-            return found
+        return found
 
     def reset(self, plan: Plan | None = None) -> None:
         """Forget what was asked, and follow another plan."""
@@ -74,6 +79,8 @@ class Proxy(ThreadingHTTPServer):
             self.plan = plan or (lambda *_: None)
             self.asked.clear()
             self.faults.clear()
+            self.log.clear()
+            self.users.clear()
 
     @property
     def options(self) -> str:
@@ -93,6 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         body = self._body()
+        signed = re.search("Credential=([^/]+)/", self.headers.get("Authorization", ""))
+        self.server.users.add(signed[1] if signed else "nobody")
         fault = self.server.fault(self.command, unquote(self.path))
         if fault in ERRORS:
             self._error(*ERRORS[fault])
@@ -108,6 +117,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._forward(body, cut=fault == "cut")
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _answer  # noqa: N815
+
+    def handle_expect_100(self) -> bool:
+        going = super().handle_expect_100()
+        self.wfile.flush()  # or the client waits a second before it sends the body
+        return going
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -168,4 +182,3 @@ def proxy(options: str) -> Iterator[Proxy]:
         server.shutdown()
         server.server_close()
         thread.join()
-        time.sleep(0)

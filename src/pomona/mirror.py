@@ -96,7 +96,8 @@ class Mirror:
             self.sizes = place.sizes()
         if record.get("format", manifest.FORMAT) > manifest.FORMAT:
             raise MismatchError(f"{place} was pushed by a newer Pomona: update")
-        self.record: dict[str, Entry] = record.get("files", {})
+        files = record.get("files", {}).items()
+        self.record: dict[str, Entry] = {name: e for name, e in files if _is_plain(name)}
         self.revision: str | None = record.get("revision")
         known = manifest.read_json(out.places).get("places", {}).get(place.name, {})
         self.revisions: list[str] = known.get("revisions", [])
@@ -298,7 +299,7 @@ class Mirror:
             return {name: {"size": self.sizes[name]} for name in names}
         there = {}
         for name, entry in self.record.items():
-            if name in self.sizes and _is_plain(name):
+            if name in self.sizes:
                 there[name] = {**entry, "size": self.sizes[name]}
             elif "sha256" in entry:
                 raise MismatchError(

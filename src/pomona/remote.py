@@ -242,10 +242,11 @@ def pull(place: str, out: str | Path, on_tick: OnTick = quiet) -> dict[str, Any]
     source = open_place(place)
     if is_held_or_unreadable(source):
         raise BusyError(f"another pomona run is at work on {source}: pull when it has ended")
+    existed = manifest.local_path(str(out)).exists()
     folder = manifest.open_out(out)
     _refuse_nesting(folder, source)
     started = time.monotonic()
-    with manifest.lock(folder):
+    with contextlib.nullcontext() if existed else _tidy(folder), manifest.lock(folder):
         both = Mirror(folder, source)
         _refuse_nothing(both)
         if not both.pulling and (changed := both.changed_here()):
@@ -265,8 +266,6 @@ def is_held_or_unreadable(place: Place) -> bool:
 
 def _refuse_nothing(both: Mirror) -> None:
     if not ({"manifest.json", "features/_table.json"} & (both.record.keys() | both.sizes.keys())):
-        with contextlib.suppress(OSError):
-            both.out.root.rmdir()  # if it was made for this
         raise RequestError(
             f"{both.place} holds nothing of Pomona's: pomona extract SOURCE --out {both.place}, or "
             "pomona push, puts it there"
@@ -386,7 +385,7 @@ def _looking(place: Place, folder: Path, on_tick: OnTick) -> Iterator[Home]:
 def _writing(place: Place, folder: Path, on_tick: OnTick, *, must_exist: bool) -> Iterator[Home]:
     folder.mkdir(parents=True, exist_ok=True)
     out = manifest.open_out(folder)
-    with held(place, on_tick) as holder, _tidy(out):
+    with _tidy(out), held(place, on_tick) as holder:
         with manifest.lock(out):
             both = Mirror(out, place)
             if both.is_behind:
