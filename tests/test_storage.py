@@ -404,6 +404,9 @@ def test_what_another_out_pushed_is_kept(bucket: str, tmp_path: Path) -> None:
     assert there(bucket) == tree(other)
     with pytest.raises(RequestError, match="another machine since"):
         remote.push(tmp_path / "a", bucket)
+    shutil.copytree(other, tmp_path / "copy", ignore=shutil.ignore_patterns(".places.json"))
+    assert remote.push(tmp_path / "copy", bucket, replace=True)["uploaded"] == 0
+    assert remote.push(tmp_path / "copy", bucket)["uploaded"] == 0, "it is its own now"
 
 
 def test_push_takes_only_a_finished_out(tmp_path: Path) -> None:

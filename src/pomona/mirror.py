@@ -148,6 +148,8 @@ class Mirror:
             whole = self._upload(todo, on_tick, seconds)
             if whole and gone:
                 self._delete(gone)
+            if not self.is_known:  # taken over as it was
+                self._note()
         went = [name for name in todo if "sha256" in self.record.get(name, {})]
         return {
             "place": self.place.name,
@@ -186,7 +188,10 @@ class Mirror:
         there = self.record.get(name, {})
         if "sha256" not in there or not there["size"] == self.sizes.get(name) == stat.st_size:
             return False
-        return bool(there["sha256"] == self._sha256(name, stat))
+        if there["sha256"] != self._sha256(name, stat):
+            return False
+        self.common[name] = {**there, "modified": stat.st_mtime_ns}
+        return True
 
     def _sha256(self, name: str, stat: os.stat_result) -> str | None:
         """Return a local file's digest, the one that is known if size and time are as they were."""
@@ -239,6 +244,7 @@ class Mirror:
 
     def _note(self) -> None:
         """Write the record. OUT knows the new revision first, so that a kill between is no harm."""
+        self.pulling = False
         if self.revision != self._new:
             self.revisions = [*([self.revision] if self.revision else []), self._new]
         self._remember()
@@ -313,14 +319,13 @@ class Mirror:
         return sha is not None and sha == self._sha256(name, stat)
 
     def changed_here(self) -> list[str]:
-        """Return the files of OUT that aren't as they were when it last met the place."""
-        here = scan(self.out, work=False)
-        return [
-            name
-            for name, stat in sorted(here.items())
-            if name != "pomona.log"
-            and self.common.get(name, {}).get("sha256") != self._sha256(name, stat)
-        ]
+        """Return the files of OUT that are neither as the place has them nor as it had them."""
+        changed = []
+        for name, stat in sorted(scan(self.out, work=False).items()):
+            known = [files.get(name, {}).get("sha256") for files in (self.common, self.record)]
+            if name != self.out.log.name and self._sha256(name, stat) not in known:
+                changed.append(name)
+        return changed
 
     def _download(self, todo: dict[str, Entry], on_tick: OnTick) -> None:
         total, done = sum(entry["size"] for entry in todo.values()), 0
