@@ -83,7 +83,7 @@ def test_too_many_rejected_is_3(pomona: Any, source: Path, tmp_path: Path) -> No
         (["run", "{source}", "--out", "{out}", "--spark-conf", "x"], "KEY=VALUE"),
         (["run", "{source}", "--out", "{out}", "--reader", "x"], "auto or spark"),
         (["run", "{source}", "--out", "{out}", "--max-error-rate", "7"], "between 0 and 1"),
-        (["run", "{source}", "--out", "s3://b/out"], "driver and executors share"),
+        (["run", "{source}", "--out", "hdfs://n/out"], "a folder, s3://… or gs://…, not hdfs://n/out"),
         (["reduce", "--out", "{no}"], "pomona extract"),
         (["status", "--out", "{no}"], "pomona extract"),
         (["subset", "{source}", "{source}/x"], "inside the source"),

@@ -31,7 +31,11 @@ TOO_MANY_REJECTED = 3
 Source = Annotated[
     str, typer.Argument(help="A folder of photos, or a URI (s3://, gs://, hdfs://).")
 ]
-OutDir = Annotated[str, typer.Option("--out", help="The folder that takes the results.")]
+OutDir = Annotated[
+    str,
+    typer.Option("--out", help="What takes the results: a folder, or a URI (s3://, gs://)."),
+]
+LocalOut = Annotated[str, typer.Option("--out", help="The folder that takes the results.")]
 Weights = Annotated[
     str | None,
     typer.Option(
@@ -155,20 +159,20 @@ def run(
     from pomona import stages
 
     options = None if no_train else stages.TrainOptions(class_weight, max_rows, unknown, keep)
-    with _progress() as on_tick, _log_to(out):
-        _end_forget(out, on_tick)
+    with _progress() as on_tick, _at(out, on_tick, source) as home:
         records = stages.run(
             source,
-            out,
+            home.folder,
             _extract_options(locals()),
             _reduce_options(components, no_scale, whiten, power, no_plots),
             _cluster(master, spark_conf),
             on_tick,
             options,
+            home.after,
         )
-        _end_forget(out, on_tick, _cluster(master, spark_conf))
-        records["mlflow"] = "off" if no_mlflow else stages.track(out, records)
-    _print_run(records, out, as_json)
+        _end_forget(home.folder, on_tick, _cluster(master, spark_conf))
+        records["mlflow"] = "off" if no_mlflow else stages.track(home.folder, records)
+    _print_run(records, home, as_json)
     _exit_by(records["extract"], max_error_rate)
 
 
@@ -194,12 +198,11 @@ def extract(
     """Turn photos into features. Killed, it goes on where it stopped."""
     from pomona import stages
 
-    with _progress() as on_tick, _log_to(out):
-        _end_forget(out, on_tick)
-        record = stages.extract(
-            source, out, _extract_options(locals()), _cluster(master, spark_conf), on_tick
-        )
-    _print_run({"extract": record}, out, as_json)
+    given = _extract_options(locals())
+    with _progress() as on_tick, _at(out, on_tick, source) as home:
+        cluster = _cluster(master, spark_conf)
+        record = stages.extract(source, home.folder, given, cluster, on_tick)
+    _print_run({"extract": record}, home, as_json)
     _exit_by(record, max_error_rate)
 
 
@@ -219,10 +222,9 @@ def reduce(
     from pomona import stages
 
     options = _reduce_options(components, no_scale, whiten, power, no_plots)
-    with _progress() as on_tick, _log_to(out):
-        _end_forget(out, on_tick)
-        record = stages.reduce(out, options, _cluster(master, spark_conf), on_tick)
-    _print_run({"reduce": record}, out, as_json)
+    with _progress() as on_tick, _at(out, on_tick) as home:
+        record = stages.reduce(home.folder, options, _cluster(master, spark_conf), on_tick)
+    _print_run({"reduce": record}, home, as_json)
 
 
 @app.command()
@@ -239,12 +241,12 @@ def train(
     from pomona import stages
 
     options = stages.TrainOptions(class_weight, max_rows, unknown, keep)
-    with _progress() as on_tick, _log_to(out):
-        _end_forget(out, on_tick)
-        record = stages.train(out, options, on_tick)
+    with _progress() as on_tick, _at(out, on_tick) as home:
+        record = stages.train(home.folder, options, on_tick)
         if not no_plots:
-            stages.report(out, on_tick)
-    _print_run({"train": record}, out, as_json)
+            home.after("train")
+            stages.report(home.folder, on_tick)
+    _print_run({"train": record}, home, as_json)
 
 
 @app.command()
@@ -252,10 +254,9 @@ def report(out: OutDir) -> None:
     """Write OUT/report/report.html again, from what there is in OUT."""
     from pomona import stages
 
-    with _progress() as on_tick, _log_to(out):
-        _end_forget(out, on_tick)
-        path = stages.report(out, on_tick)
-    typer.echo(path)
+    with _progress() as on_tick, _at(out, on_tick) as home:
+        path = stages.report(home.folder, on_tick)
+    typer.echo(home.shown(path))
 
 
 @app.command()
@@ -265,7 +266,8 @@ def predict(
         typer.Argument(help="Photos, folders, URIs (s3://, gs://), or - for standard input."),
     ],
     model: Annotated[
-        str, typer.Option(help="A model's folder, such as OUT/model, or models:/NAME@champion.")
+        str,
+        typer.Option(help="A model: OUT/model, its URI (s3://, gs://), or models:/NAME@champion."),
     ],
     top: Annotated[int, typer.Option(help="How many labels to give for each photo.")] = 3,
     out: Annotated[
@@ -282,8 +284,10 @@ def predict(
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV with a header.")] = False,
 ) -> None:
     """Tell what is on photos. Killed, with --out, it goes on where it stopped."""
-    from pomona import answers, prediction
+    from pomona import answers, manifest, prediction
 
+    if out:
+        manifest.refuse_uri(out, "--out")
     if as_json and as_csv:
         raise RequestError("--json or --csv, not both")
     _check_rate(max_error_rate)
@@ -321,10 +325,9 @@ def export(
     from pomona import console, exporting
 
     options = exporting.ExportOptions(int8, half, dest, calibration, held_out)
-    with _progress() as on_tick, _log_to(out):
-        _end_forget(out, on_tick)
-        record = exporting.export(out, options, on_tick)
-    _print(record, as_json, console.exported)
+    with _progress() as on_tick, _at(out, on_tick) as home:
+        record = exporting.export(home.folder, options, on_tick)
+    _print({**record, "folder": home.shown(record["folder"])}, as_json, console.exported)
 
 
 @app.command()
@@ -340,9 +343,8 @@ def publish(
     from pomona import console, registry
 
     options = registry.PublishOptions(name, promote)
-    with _progress() as on_tick, _log_to(out):
-        _end_forget(out, on_tick)
-        record = registry.publish(out, options, on_tick)
+    with _progress() as on_tick, _at(out, on_tick) as home:
+        record = registry.publish(home.folder, options, on_tick)
     _print(record, as_json, console.published)
 
 
@@ -548,22 +550,23 @@ def forget(
     from pomona import console, forgetting
 
     named = (*(photos or ()), *(forgetting.read_list(listed) if listed else ()))
-    if allow:
-        _print(forgetting.allow(out, named), as_json, console.allowed)
-        return
-    if named and not (yes or dry_run or (sys.stdin.isatty() and listed != forgetting.STDIN)):
+    if named and not (allow or yes or dry_run or (sys.stdin.isatty() and listed != "-")):
         raise RequestError("forget can't be undone, and there is nobody to ask: add --yes")
     options = forgetting.ForgetOptions(
         named[len(photos or ()) :], not no_rebuild, retire, missing_ok, dry_run
     )
-    if named and not (yes or dry_run):  # before the bar, which would write over the question
-        plan = forgetting.forget(out, photos or (), replace(options, dry_run=True))
-        if not as_json:
-            _print(plan, False, console.forget_plan)
-        typer.confirm("This can't be undone. Forget them?", abort=True, err=True)
-    with _progress() as on_tick, _log_to(out):
-        cluster = _cluster(master, spark_conf)
-        record = forgetting.forget(out, photos or (), options, cluster, on_tick)
+    with _opened(out, lambda tick: None) as home:
+        if allow:
+            _print(forgetting.allow(home.folder, named), as_json, console.allowed)
+            return
+        if named and not (yes or dry_run):  # before the bar, which would write over the question
+            plan = forgetting.forget(home.folder, photos or (), replace(options, dry_run=True))
+            if not as_json:
+                _print(plan, False, console.forget_plan)
+            typer.confirm("This can't be undone. Forget them?", abort=True, err=True)
+        with _progress() as on_tick, _log_to(home.folder):
+            cluster = _cluster(master, spark_conf)
+            record = forgetting.forget(home.folder, photos or (), options, cluster, on_tick)
     _print(record, as_json, console.forget_plan if dry_run else console.forgotten)
 
 
@@ -581,6 +584,10 @@ def _end_forget(out: str, on_tick: Any, cluster: Any = None) -> None:
 def _model(name: str) -> Any:
     from pomona import model
 
+    if name.startswith(("s3://", "gs://", "gcs://")):
+        from pomona.remote import fetch_model
+
+        return model.load(fetch_model(name))
     if name.startswith(("models:/", "runs:/")):
         from pomona.registry import fetch
 
@@ -593,8 +600,41 @@ def status(out: OutDir, as_json: AsJson = False) -> None:
     """Show how far OUT is: photos, done, rejected by code, what is still to do."""
     from pomona import console, stages
 
-    found = stages.status(out)
+    with _progress() as on_tick, _opened(out, on_tick, look_only=True) as home:
+        found = stages.status(home.folder)
+    found["running"] |= home.running
     _print(found, as_json, console.status)
+
+
+@app.command()
+def push(
+    out: Annotated[str, typer.Argument(help="The folder of a finished run.")],
+    place: Annotated[str, typer.Argument(help="Where to: a URI (s3://, gs://), or a folder.")],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="The place may hold what another OUT pushed.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Copy OUT to an object store: only what isn't there. Killed, it goes on."""
+    from pomona import console, remote
+
+    with _progress() as on_tick:
+        record = remote.push(out, place, on_tick, replace=replace)
+    _print(record, as_json, console.moved)
+
+
+@app.command()
+def pull(
+    place: Annotated[str, typer.Argument(help="Where OUT was pushed to.")],
+    out: Annotated[str, typer.Argument(help="The folder that takes it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Copy OUT from where it was pushed to, and check every file. Killed, it goes on."""
+    from pomona import console, remote
+
+    with _progress() as on_tick:
+        record = remote.pull(place, out, on_tick)
+    _print(record, as_json, console.moved)
 
 
 @app.command()
@@ -659,15 +699,17 @@ def synthesize(
 
 @app.command()
 def demo(
-    out: OutDir = "demo",
+    out: LocalOut = "demo",
     classes: Annotated[int, typer.Option(help="How many labels to render.")] = 12,
     images: Annotated[int, typer.Option(help="How many photos to render.")] = 600,
     master: Master = "local[*]",
     as_json: AsJson = False,
 ) -> None:
     """Render photos, some of them damaged, and run. Needs no network and no downloaded weights."""
-    from pomona import stages, synthetic
+    from pomona import manifest, stages, synthetic
+    from pomona.remote import Home
 
+    manifest.refuse_uri(out, "--out")
     photos, results = Path(out) / "photos", Path(out) / "out"
     with _progress() as on_tick, _log_to(str(results)):
         synthetic.synthesize(
@@ -689,7 +731,7 @@ def demo(
             stages.TrainOptions(),
         )
         records["mlflow"] = stages.track(results, records)
-    _print_run(records, str(results), as_json)
+    _print_run(records, Home(str(results), str(results)), as_json)
 
 
 # --- between the command line and the stages ---------------------------------------------------
@@ -754,6 +796,20 @@ def _progress() -> Iterator[Any]:
         yield on_tick
 
 
+def _opened(out: str, on_tick: Any, source: str | None = None, *, look_only: bool = False) -> Any:
+    from pomona import remote
+
+    return remote.opened(out, on_tick, source=source, look_only=look_only)
+
+
+@contextlib.contextmanager
+def _at(out: str, on_tick: Any, source: str | None = None) -> Iterator[Any]:
+    """Give the folder to work in, wherever OUT is, with a log in it."""
+    with _opened(out, on_tick, source) as home, _log_to(home.folder):
+        _end_forget(home.folder, on_tick)
+        yield home
+
+
 @contextlib.contextmanager
 def _log_to(out: str) -> Iterator[None]:
     """Keep a log in OUT; a bug leaves its traceback there and one line on the terminal."""
@@ -801,10 +857,10 @@ def _print(found: dict[str, Any], as_json: bool, to_text: Any) -> None:
     console.print(to_text(found), markup=False, highlight=False)
 
 
-def _print_run(records: dict[str, Any], out: str, as_json: bool) -> None:
+def _print_run(records: dict[str, Any], home: Any, as_json: bool) -> None:
     from pomona import console
 
-    _print(records, as_json, lambda found: console.summary(found, out))
+    _print(records, as_json, lambda found: console.summary(found, home.name, home.folder))
 
 
 def _exit_by(record: dict[str, Any], max_error_rate: float) -> None:

@@ -27,6 +27,9 @@ WORDS = {
     "publish": "publishing",
     "forget": "forgetting",
     "synthesize": "rendering",
+    "push": "pushing (bytes)",
+    "pull": "pulling (bytes)",
+    "lock": "waiting whether another run is alive (seconds)",
     "inspect": "looking at photos",
 }
 LINE_EVERY = 5.0
@@ -133,8 +136,8 @@ def _lines(console: Console) -> Callable[[Any], None]:
 # --- summaries ---------------------------------------------------------------------------------
 
 
-def summary(records: dict[str, Any], out: str) -> Group:
-    """Return what a run did, and where its results lie."""
+def summary(records: dict[str, Any], out: str, folder: str) -> Group:
+    """Return what a run did, and where its results lie: OUT, in this folder of the machine."""
     parts: list[Any] = []
     rows: list[tuple[str, str]] = []
     if first := records.get("extract"):
@@ -148,7 +151,7 @@ def summary(records: dict[str, Any], out: str) -> Group:
             parts.append(_figures(third["metrics"]))
     if records.get("mlflow"):
         rows.append(("mlflow", records["mlflow"]))
-    rows += _places(records, out)
+    rows += _places(records, out, folder)
     return Group(*parts, _two_columns(rows))
 
 
@@ -229,7 +232,7 @@ def _components(record: dict[str, Any]) -> Table:
     return table
 
 
-def _places(records: dict[str, Any], out: str) -> list[tuple[str, str]]:
+def _places(records: dict[str, Any], out: str, folder: str) -> list[tuple[str, str]]:
     rows = []
     if "extract" in records:
         rows += [("features", f"{out}/features"), ("rejected photos", f"{out}/rejected.csv")]
@@ -241,8 +244,8 @@ def _places(records: dict[str, Any], out: str) -> list[tuple[str, str]]:
     if "digests" in records.get("train", {}):
         rows += [("model", f"{out}/model"), ("metrics", f"{out}/report/metrics.json")]
     for what, name in (("picture", "pca_variance.png"), ("report", "report.html")):
-        path = Path(out, "report", name)
-        rows += [(what, str(path))] if path.exists() else []
+        exists = Path(folder, "report", name).exists()
+        rows += [(what, f"{out}/report/{name}")] if exists else []
     return [*rows, ("manifest", f"{out}/manifest.json")]
 
 
@@ -251,6 +254,19 @@ def _two_columns(rows: list[tuple[str, str]]) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def moved(record: dict[str, Any]) -> Table:
+    """Return the rows of ``pomona push`` and ``pomona pull``."""
+    went = "uploaded" if "uploaded" in record else "downloaded"
+    return _two_columns(
+        [
+            ("place", record["place"]),
+            ("files", f"{record['files']:,}"),
+            (went, f"{record[went]:,}, {record['bytes'] / 1e6:,.1f} MB"),
+            ("removed", f"{record['deleted']:,}"),
+        ]
+    )
 
 
 def status(found: dict[str, Any]) -> Table:

@@ -93,6 +93,11 @@ class Out:
         return self.root / "_work"
 
     @property
+    def places(self) -> Path:
+        """Where OUT was pushed to or pulled from (`pomona.mirror`)."""
+        return self.root / ".places.json"
+
+    @property
     def journal(self) -> Path:
         """A change that has been decided and may be half done."""
         return self.work / "journal.json"
@@ -107,14 +112,14 @@ def open_out(path: str | Path, *, must_exist: bool = False) -> Out:
         If it isn't a local folder, can't be made, or (``must_exist``) isn't there.
     """
     text = str(path)
-    if "://" in text and not text.startswith("file://"):
-        raise RequestError(f"--out is a folder that driver and executors share, not {text}")
+    refuse_uri(text, "--out")
     root = local_path(text)
     if must_exist and not root.is_dir():
         raise RequestError(f"there is no {text}: pomona extract SOURCE --out {text} makes it")
     out = Out(root)
     foreign = [name for name in OWN_FOLDERS if (root / name).exists()]
-    if foreign and not any(path.exists() for path in (out.table_file, out.manifest, out.journal)):
+    ours = (out.table_file, out.manifest, out.journal, out.places)
+    if foreign and not any(path.exists() for path in ours):
         raise RequestError(
             f"--out {text} holds a {foreign[0]} that isn't Pomona's, and it would be replaced: "
             "choose a new folder"
@@ -124,6 +129,32 @@ def open_out(path: str | Path, *, must_exist: bool = False) -> Out:
     except OSError as error:
         raise RequestError(f"--out {text} can't be made: {error.strerror}") from error
     return out
+
+
+_URI = re.compile(
+    r"(?!file:)([a-z][a-z0-9+.-]*://|(dbfs|s3[an]?|gs|gcs|hdfs|abfss?|wasbs?|adl|viewfs):)", re.I
+)
+
+
+def refuse_uri(text: str, what: str) -> None:
+    """Refuse a URI where a folder is needed.
+
+    Raises
+    ------
+    RequestError
+        With what to do instead.
+    """
+    if not _URI.match(text):
+        return
+    if re.match("(s3|gs|gcs)://", text, re.I):
+        raise RequestError(
+            f"{what} is a folder here, not {text}: run, extract, reduce, train, report, export and "
+            "status take object stores; elsewhere pomona pull and pomona push copy OUT"
+        )
+    raise RequestError(
+        f"{what} is a folder, s3://… or gs://…, not {text}: write s3:// for s3a://, or the path "
+        "where it is mounted, such as /dbfs/… or /Volumes/…"
+    )
 
 
 def local_path(text: str) -> Path:

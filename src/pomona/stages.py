@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -164,8 +165,14 @@ def run(
     cluster: Cluster | None = None,
     on_tick: OnTick = quiet,
     train_options: TrainOptions | None = None,
+    after: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Do every stage; without ``train_options`` there is no training.
+
+    Parameters
+    ----------
+    after
+        Called with the name of each stage that has ended, when nothing holds OUT.
 
     Returns
     -------
@@ -182,11 +189,14 @@ def run(
         training.check(train_options)
     with contextlib.ExitStack() as keep:  # one session for all stages: reduce finds it active
         first = extract(source, out, extract_options, cluster, on_tick, keep)
+        after("extract")
         records = {"extract": first, "reduce": reduce(out, reduce_options, cluster, on_tick)}
+        after("reduce")
     if train_options and first["labels"] < 2:
         records["train"] = {"skipped": "all photos have the same label"}
     elif train_options:
         records["train"] = train(out, train_options, on_tick)
+        after("train")
     if plots:
         report(out, on_tick, str(source))
     return records
