@@ -162,7 +162,8 @@ def share(spark: SparkSession, folder: Path) -> bool:
         shared = all(found["sees"] for found in _look(spark, Look(str(token))))
     finally:
         token.unlink()
-    log.info("executors %s %s", "see" if shared else "don't see", folder)
+    if not shared:
+        log.warning("executors don't see %s: what they make comes back through Spark", folder)
     return shared
 
 
