@@ -24,7 +24,7 @@ FAST = {
     "spark.network.timeout": "15s",
     "spark.network.timeoutInterval": "5s",
     "spark.executor.heartbeatInterval": "2s",
-    "spark.worker.timeout": "5",
+    "spark.worker.timeout": "10",
     "spark.executor.memory": "600m",
     "spark.driver.memory": "600m",
     "spark.executor.memoryOverhead": "0",
@@ -85,7 +85,6 @@ class Cluster:
             "POMONA_CACHE": str(folder / "cache"),
             "TMPDIR": str(folder / "tmp"),
             "SPARK_MASTER_OPTS": java,
-            "SPARK_WORKER_OPTS": java,
             "SPARK_DAEMON_MEMORY": "256m",
             "SPARK_LOCAL_DIRS": str(folder / "tmp"),
             **extra,
@@ -97,8 +96,10 @@ class Cluster:
         words: Sequence[str],
         extra: dict[str, str] | None = None,
         before: Sequence[str] = (),
+        java: str = "",
     ) -> None:
         environment = self.environment(name, extra or {})
+        environment["SPARK_WORKER_OPTS"] = f"{environment['SPARK_MASTER_OPTS']} {java}"
         with (self.root / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [*before, str(SPARK_CLASS), *words],
@@ -132,6 +133,7 @@ class Cluster:
         extra: dict[str, str] | None = None,
         before: Sequence[str] = (),
         cores: int = 1,
+        java: str = "",
     ) -> None:
         words = ["org.apache.spark.deploy.worker.Worker", "--host", host, "--webui-port", "0"]
         words += [
@@ -143,7 +145,7 @@ class Cluster:
             str(self.root / name / "work"),
         ]
         known = self.log(name).count(REGISTERED) if (self.root / f"{name}.log").exists() else 0
-        self.start(name, [*words, self.url], extra, before)
+        self.start(name, [*words, self.url], extra, before, java)
         self.wait_for(lambda: self.log(name).count(REGISTERED) > known, f"no {name}")
 
     def executors(self, name: str) -> list[psutil.Process]:

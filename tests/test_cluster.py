@@ -294,7 +294,7 @@ def test_a_photo_that_ends_or_stalls_its_worker(
 def test_the_disk_is_full(source: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1300k", "none", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=10500k", "none", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("a small disk needs root and mount")
     try:
@@ -355,7 +355,7 @@ def test_tasks_use_the_gpus_that_spark_gives_them(tmp_path: Path) -> None:
     with cluster(tmp_path / "c") as found:
         prefix = "-Dspark.worker.resource.gpu."
         has = f"{prefix}amount=2 {prefix}discoveryScript={script}"
-        found.start_worker("gpus", extra={"SPARK_WORKER_OPTS": has}, cores=2)
+        found.start_worker("gpus", cores=2, java=has)
         conf = FAST | {
             "spark.driver.host": found.host,
             "spark.executor.resource.gpu.amount": "2",
