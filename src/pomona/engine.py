@@ -1,4 +1,4 @@
-"""Spark: the session, tasks on executors, and Hadoop's files. The only module that imports PySpark.
+"""Spark: the session, tasks on executors, and Hadoop's files. Beside `sparkml`, all of PySpark.
 
 All work on executors goes through ``mapInArrow``, which Spark Connect has too. A task gets a
 number, reads its share from storage that driver and executors share, and answers with a few bytes;
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pomona import sources
+from pomona import connect, sources
 from pomona.backbone import BackboneSpec, extract
 from pomona.errors import JobError, MissingError
 from pomona.rows import read_chunk
@@ -76,7 +76,8 @@ class Cluster:
     Attributes
     ----------
     master
-        As Spark writes it; used only when no session is active.
+        As Spark writes it, or ``sc://HOST:PORT`` of a Spark Connect server; used only when no
+        session is active.
     conf
         Further settings of Spark.
     log_file
@@ -97,12 +98,17 @@ def session(cluster: Cluster) -> Iterator[SparkSession]:
     if active is not None:
         yield active
         return
-    check_java()
-    # Without this, workers are whatever `python3` comes first on the PATH.
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    # Local mode gives a task one try; a worker that dies shouldn't end a long run there either.
-    master = re.sub(r"^local\[([^,\]]+)\]$", rf"local[\1,{TRIES}]", cluster.master)
-    builder = SparkSession.builder.master(master).appName("pomona")
+    if connect.is_server(cluster.master):
+        connect.check_server(cluster.master)
+        builder = SparkSession.builder.remote(cluster.master)
+    else:
+        check_java()
+        # Without this, workers are whatever `python3` comes first on the PATH.
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        # Local mode gives a task one try; a worker that dies shouldn't end a long run there either.
+        master = re.sub(r"^local\[([^,\]]+)\]$", rf"local[\1,{TRIES}]", cluster.master)
+        builder = SparkSession.builder.master(master)
+    builder = builder.appName("pomona")
     for key, value in {**_defaults(cluster.master), **dict(cluster.conf)}.items():
         builder = builder.config(key, value)
     try:
@@ -111,8 +117,9 @@ def session(cluster: Cluster) -> Iterator[SparkSession]:
     except Exception as error:
         log.exception("Spark did not start")
         where = f" ({cluster.log_file})" if cluster.log_file else ""
+        master = connect.shown(cluster.master)
         raise JobError(
-            f"Spark did not start on {cluster.master}: {root_cause(error)}; see the log{where}"
+            f"Spark did not start on {master}: {root_cause(error)}; see the log{where}"
         ) from error
     try:
         yield spark
@@ -131,6 +138,8 @@ def lazy_session(cluster: Cluster) -> Iterator[Callable[[], SparkSession]]:
 
 
 def _defaults(master: str) -> dict[str, str]:
+    if connect.is_server(master):
+        return {}  # the server has its own
     conf = {"spark.log.level": "WARN", "spark.ui.showConsoleProgress": "false"}
     if master.startswith("local"):
         # One machine: no name look-ups, no web server, and one thread in each worker's libraries.
