@@ -60,10 +60,10 @@ def add_features(
         If there is no such column, it holds something else, or a new name is taken.
     """
     spec = fit_spec(spec, frame.sparkSession)
-    made = {
-        features: pa.field("features", pa.list_(pa.float32())),
-        error: pa.field("error", pa.string()),
-    }
+    made = [
+        (features, pa.field("features", pa.list_(pa.float32()))),
+        (error, pa.field("error", pa.string())),
+    ]
     work = functools.partial(extract, spec=spec)
     return _add(frame, column, work, spec.batch_size, made, strict=strict)
 
@@ -116,7 +116,7 @@ def predict_images(
     work = functools.partial(models.predict, found=models.with_threads(recogniser, spec.threads))
     if column is None:
         column = "content" if "content" in frame.columns else "path"
-    made = {f"{prefix}{field.name}": field for field in ANSWERS}
+    made = [(f"{prefix}{field.name}", field) for field in ANSWERS]
     return _add(frame, column, work, spec.batch_size, made)
 
 
@@ -125,19 +125,20 @@ def _add(
     column: str,
     work: Work,
     size: int,
-    made: dict[str, pa.Field],
+    made: list[tuple[str, pa.Field]],
     *,
     strict: bool = False,
 ) -> DataFrame:
     place, are_paths = _find(frame, column)
-    names = [*frame.columns, *made]
-    _refuse_twice(frame.columns, list(made))
+    new = [name for name, _ in made]
+    _refuse_twice(frame.columns, new)
     if not are_paths:
         _check_batches(frame.sparkSession)
-    added = pa.schema([field.with_name(name) for name, field in made.items()])
+    added = pa.schema([field.with_name(name) for name, field in made])
     schema = frame.selectExpr("*", *nulls(added)).schema
-    wanted = tuple(field.name for field in made.values())
-    on_worker = OnPhotos(work, place, are_paths, size, tuple(names), wanted, strict)
+    wanted = tuple(field.name for _, field in made)
+    names = (*frame.columns, *new)
+    on_worker = OnPhotos(work, place, are_paths, size, names, wanted, strict)
     # By number: a name may hold dots, or stand there twice. The schema brings the names back.
     numbered = frame.toDF(*map(str, range(len(frame.columns))))
     return numbered.mapInArrow(on_worker, schema)
@@ -173,21 +174,22 @@ def _refuse_twice(there: list[str], new: list[str]) -> None:
         taken.add(name.lower())
 
 
-ROWS_WITHOUT_LIMIT = 500
 BYTES = "spark.sql.execution.arrow.maxBytesPerBatch"
 ROWS = "spark.sql.execution.arrow.maxRecordsPerBatch"
+MOST_ROWS = 500
+"""In a batch of photos whose size nothing limits."""
 
 
 def _check_batches(spark: SparkSession) -> None:
-    """Warn where Spark would put any number of bytes into one batch (before 4.1, or set so)."""
-    with contextlib.suppress(Exception):  # a setting that this Spark doesn't have
-        limit = spark.conf.get(BYTES)
-        if limit and not limit.startswith("-") and limit.rstrip("bB") != "0":
-            return
+    """Warn if a Spark without `BYTES` (4.0) would put any number of bytes into one batch."""
+    with contextlib.suppress(Exception):  # a setting that this Spark doesn't know raises
+        spark.conf.get(BYTES)
+        return
     rows = int(spark.conf.get(ROWS, "10000") or 0)
-    if rows <= 0 or rows > ROWS_WITHOUT_LIMIT:
+    if not 0 < rows <= MOST_ROWS:
         log.warning(
-            "Spark puts up to %s photos into one Arrow batch, whatever their size: set %s to 64",
+            "this Spark puts up to %s photos into one Arrow batch, whatever their size: set %s "
+            "to 64",
             rows if rows > 0 else "any number of",
             ROWS,
         )
