@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +30,15 @@ OPTIONS = ExtractOptions(weights="random:0", image_size=64, device="cpu")
 FEW = ReduceOptions(components=5, plots=False)
 
 
-def over_connect(source: str, work: str, trained: str, saved: str) -> dict[str, Any]:
-    """What the process does, with a server of its own; the figures are compared outside."""
+def over_connect(address: str, source: str, work: str, trained: str, saved: str) -> dict[str, Any]:
+    """What the client's process does; the figures are compared outside of it."""
     from pyspark.ml import PipelineModel
     from pyspark.sql import SparkSession
 
     import pomona
     from pomona.sparkml import MobileNetV2Features
 
-    with socket.socket() as spare:
-        spare.bind(("127.0.0.1", 0))
-        port = spare.getsockname()[1]
-    builder = SparkSession.builder.remote("local[2]").config("spark.log.level", "ERROR")
-    spark = builder.config("spark.connect.grpc.binding.port", port).getOrCreate()
+    spark = SparkSession.builder.remote(address).getOrCreate()
     told: dict[str, Any] = {"session": type(spark).__module__}
 
     records = stages.run(source, f"{work}/out", OPTIONS, FEW)
@@ -58,13 +57,6 @@ def over_connect(source: str, work: str, trained: str, saved: str) -> dict[str, 
         pipeline.stages[0].write().overwrite().save(f"{work}/stage")
     told["uid"] = MobileNetV2Features.load(f"{work}/stage").uid == pipeline.stages[0].uid
 
-    command = [sys.executable, "-m", "pomona", "extract", source, "--out", f"{work}/by_address"]
-    options = ["--weights", "random:0", "--image-size", "64", "--device", "cpu", "--json"]
-    address = f"sc://127.0.0.1:{port}"  # the token is in the environment
-    done = subprocess.run(
-        [*command, *options, "--master", address], capture_output=True, text=True, check=True
-    )
-    told["by address"] = json.loads(done.stdout)["extract"]["digests"]["features"]
     spark.stop()
     return told
 
@@ -74,7 +66,67 @@ def vectors(found: Any) -> dict[str, list[float]]:
     return {row["path"]: row["scaled"].toArray().tolist() for row in rows}
 
 
-def test_everything_over_connect(spark: Any, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A Spark Connect server in a process of its own; gives its address."""
+    import pyspark
+
+    with socket.socket() as spare:
+        spare.bind(("127.0.0.1", 0))
+        port = spare.getsockname()[1]
+    conf = {
+        "spark.connect.grpc.binding.address": "127.0.0.1",
+        "spark.connect.grpc.binding.port": port,
+        "spark.driver.host": "127.0.0.1",
+        "spark.driver.bindAddress": "127.0.0.1",
+        "spark.ui.enabled": "false",
+        "spark.executorEnv.OMP_NUM_THREADS": "1",
+    }
+    settings = [word for key, value in conf.items() for word in ("--conf", f"{key}={value}")]
+    submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
+    main = "org.apache.spark.sql.connect.service.SparkConnectServer"
+    with (tmp_path / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [submit, "--master", "local[2]", "--class", main, *settings],
+            env=clean() | {"PYSPARK_PYTHON": sys.executable},
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        for _ in range(600):
+            assert process.poll() is None, (tmp_path / "server.log").read_text()[-2000:]
+            with contextlib.suppress(RequestError):
+                connect.check_server(f"sc://127.0.0.1:{port}")
+                break
+            time.sleep(0.2)
+        yield f"sc://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def clean() -> dict[str, str]:
+    """The environment less what the classic session of this process put there."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("SPARK_", "PYSPARK_GATEWAY"))}
+
+
+def run(*command: object) -> str:
+    """Run Python and return its last line."""
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(
+        words, cwd=ROOT, env=clean(), capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.splitlines()[-1]
+
+
+def test_everything_over_connect(
+    spark: Any,
+    server: str,
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     from pyspark.ml import PipelineModel
     from pyspark.ml.feature import StandardScaler
 
@@ -88,25 +140,19 @@ def test_everything_over_connect(spark: Any, folder: Path, tmp_path: Path) -> No
     pipeline = PipelineModel([stage, scaler])
     pipeline.save(str(tmp_path / "saved"))
 
-    places = [str(source), str(tmp_path / "work"), str(folder), str(tmp_path / "saved")]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SPARK_", "PYSPARK_GATEWAY"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_connect", *places],
-        cwd=ROOT,
-        env=clean,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    places = [source, tmp_path / "work", folder, tmp_path / "saved"]
+    told = json.loads(run("-m", "tests.test_connect", server, *places))
     assert told["session"] == "pyspark.sql.connect.session"
-    assert told["features"] == told["by address"] == classic["digests"]["features"]
+    assert told["features"] == classic["digests"]["features"]
     assert told["rows"] == {"training_pca": 30, "test_pca": 30}
     assert told["answers"] == answers(source, folder)
     assert told["vectors"] == told["saved here"] == vectors(pipeline.transform(images))
     assert told["uid"]
+
+    options = ["--weights", "random:0", "--image-size", "64", "--device", "cpu", "--json"]
+    out = ["--out", tmp_path / "by_address", "--master", f"{server}/;user_id=me"]
+    told = json.loads(run("-m", "pomona", "extract", source, *out, *options))
+    assert told["extract"]["digests"]["features"] == classic["digests"]["features"]
 
 
 def answers(source: Path, trained: Path) -> list[dict[str, Any]]:

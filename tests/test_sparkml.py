@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from pomona.backbone import extract, make_spec
 from pomona.columns import OnPhotos
 from pomona.errors import MismatchError, RequestError, WeightsError
 from pomona.sparkml import MobileNetV2Features
+from pomona.synthetic import synthesize
 from tests.conftest import fill, photo
 from tests.test_model import ABOUT, SIZE, features, make_head  # noqa: F401 - a fixture
 from tests.test_sources import upload
 
+ROOT = Path(__file__).resolve().parents[1]
 SPEC = make_spec(weights.load("random:0"), image_size=32, device="cpu")
 GOOD = [photo(n) for n in range(9)]
 MIXED = [*GOOD, b"", GOOD[0][:200], None]
@@ -345,3 +348,23 @@ def test_answers_beside_paths(spark: Any, trained: Path, tmp_path: Path) -> None
         pomona.predict_images(found, trained, column="path", prefix="")
     with pytest.raises(RequestError, match="there is no model in"):
         pomona.predict_images(paths, tmp_path)
+
+
+# --- the page ----------------------------------------------------------------------------------
+
+
+def test_python_blocks_of_the_page_run(
+    spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the session that is there; Hadoop's working folder is another, so its path is whole."""
+    pytest.importorskip("sklearn")
+    synthesize(tmp_path / "photos", classes=3, images=36, workers=1)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "spark.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.S))
+    whole = code.replace('"pipeline"', repr(str(tmp_path / "pipeline")))
+    assert whole != code
+    scope: dict[str, Any] = {}
+    exec(whole, scope)
+    assert "|prediction|" in capsys.readouterr().out
+    assert scope["answers"].count() == scope["test"].count() > 0
