@@ -217,7 +217,8 @@ def test_a_pipeline_fits_is_saved_and_gives_the_same(spark: Any, tmp_path: Path)
     file = tmp_path / "mine.safetensors"
     file.write_bytes(weights.pack(weights.load("random:7")))
     images = pomona.load_images(spark, str(fill(tmp_path / "photos", each=4)), "Training")
-    images = images.unionByName(spark.createDataFrame([("x", b"", "Fruit 0", "x")], images.schema))
+    empty = spark.createDataFrame([("x", b"", "Fruit 0", "x")], images.schema)
+    images = images.unionByName(empty).coalesce(1)
     pipeline = Pipeline(
         stages=[
             StringIndexer(inputCol="label", outputCol="indexed"),
