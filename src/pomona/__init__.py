@@ -10,17 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pomona.backbone import BackboneSpec, extract
+    from pomona.columns import predict_images
     from pomona.extractor import MobileNetV2Extractor
     from pomona.frames import load_images
+    from pomona.sparkml import MobileNetV2Features
 
 __version__ = "0.1.0"
-__all__ = ["BackboneSpec", "MobileNetV2Extractor", "__version__", "extract", "load_images"]
+__all__ = [
+    "BackboneSpec",
+    "MobileNetV2Extractor",
+    "MobileNetV2Features",
+    "__version__",
+    "extract",
+    "load_images",
+    "predict_images",
+]
 
 _HOME = {
     "BackboneSpec": "pomona.backbone",
     "MobileNetV2Extractor": "pomona.extractor",
+    "MobileNetV2Features": "pomona.sparkml",
     "extract": "pomona.backbone",
     "load_images": "pomona.frames",
+    "predict_images": "pomona.columns",
 }
 
 

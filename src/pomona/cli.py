@@ -57,7 +57,9 @@ TestFraction = Annotated[
     float | None,
     typer.Option(help="Share that goes to Test, in a source without Training and Test folders."),
 ]
-Master = Annotated[str, typer.Option(help="Spark's master, unless a session is active.")]
+Master = Annotated[
+    str, typer.Option(help="Spark's master, or sc://HOST:PORT, unless a session is active.")
+]
 SparkConf = Annotated[
     list[str] | None,
     typer.Option("--spark-conf", help="A setting of Spark, KEY=VALUE; repeatable."),
@@ -276,7 +278,10 @@ def predict(
     device: Device = "auto",
     master: Annotated[
         str | None,
-        typer.Option(help="Spark's master. [default: local[*] above 2,000 photos, else no Spark]"),
+        typer.Option(
+            help="Spark's master, or sc://HOST:PORT. [default: local[*] above 2,000 photos, else "
+            "no Spark]"
+        ),
     ] = None,
     spark_conf: SparkConf = None,
     max_error_rate: MaxErrorRate = 0.05,

@@ -1,4 +1,4 @@
-"""Spark: the session, tasks on executors, and Hadoop's files. The only module that imports PySpark.
+"""Spark: the session, tasks on executors, and Hadoop's files. Beside `sparkml`, all of PySpark.
 
 All work on executors goes through ``mapInArrow``, which Spark Connect has too. A task gets a
 number, reads its share from storage that driver and executors share, and answers with a few bytes;
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from pomona import manifest, sources
+from pomona import connect, manifest, sources
 from pomona.backbone import BackboneSpec, extract
 from pomona.errors import CrashError, JobError, MissingError, PomonaError
 from pomona.rows import read_chunk
@@ -78,7 +78,8 @@ class Cluster:
     Attributes
     ----------
     master
-        As Spark writes it; used only when no session is active.
+        As Spark writes it, or ``sc://HOST:PORT`` of a Spark Connect server; used only when no
+        session is active.
     conf
         Further settings of Spark.
     log_file
@@ -99,14 +100,19 @@ def session(cluster: Cluster) -> Iterator[SparkSession]:
     if active is not None:
         yield active
         return
-    check_java()
-    if cluster.master.startswith("local"):
-        # Without this, workers are whatever `python3` comes first on the PATH. On other machines
-        # that is right: the driver's own path means nothing there.
-        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    # Local mode gives a task one try; a worker that dies shouldn't end a long run there either.
-    master = re.sub(r"^local\[([^,\]]+)\]$", rf"local[\1,{TRIES}]", cluster.master)
-    builder = SparkSession.builder.master(master).appName("pomona")
+    if connect.is_server(cluster.master):
+        connect.check_server(cluster.master)
+        builder = SparkSession.builder.remote(cluster.master)
+    else:
+        check_java()
+        if cluster.master.startswith("local"):
+            # Without this, workers are whatever `python3` comes first on the PATH. On other
+            # machines that is right: the driver's own path means nothing there.
+            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        # Local mode gives a task one try; a worker that dies shouldn't end a long run there either.
+        master = re.sub(r"^local\[([^,\]]+)\]$", rf"local[\1,{TRIES}]", cluster.master)
+        builder = SparkSession.builder.master(master)
+    builder = builder.appName("pomona")
     for key, value in {**_defaults(cluster.master), **dict(cluster.conf)}.items():
         builder = builder.config(key, value)
     try:
@@ -115,8 +121,9 @@ def session(cluster: Cluster) -> Iterator[SparkSession]:
     except Exception as error:
         log.exception("Spark did not start")
         where = f" ({cluster.log_file})" if cluster.log_file else ""
+        master = connect.shown(cluster.master)
         raise JobError(
-            f"Spark did not start on {cluster.master}: {root_cause(error)}; see the log{where}"
+            f"Spark did not start on {master}: {root_cause(error)}; see the log{where}"
         ) from error
     try:
         yield spark
@@ -146,6 +153,8 @@ def lazy_session(cluster: Cluster) -> Iterator[Callable[[], SparkSession]]:
 
 
 def _defaults(master: str) -> dict[str, str]:
+    if connect.is_server(master):
+        return {}  # the server has its own
     conf = {"spark.log.level": "WARN", "spark.ui.showConsoleProgress": "false"}
     if master.startswith("local"):
         # One machine: no name look-ups, no web server, and one thread in each worker's libraries.
@@ -198,6 +207,10 @@ def _task_cpus(spark: SparkSession) -> int:
     return int(spark.conf.get("spark.task.cpus", "1") or 1)
 
 
+SLOTS_UNKNOWN = 16
+"""Of a server's cluster that doesn't tell its size: too many only wait in Spark's queue."""
+
+
 def slots(spark: SparkSession) -> int:
     """Return how many tasks run at once."""
     cpus = _task_cpus(spark)
@@ -207,7 +220,9 @@ def slots(spark: SparkSession) -> int:
         return max(1, threads // cpus)
     with contextlib.suppress(Exception):  # Spark Connect has no SparkContext
         return max(1, int(spark.sparkContext.defaultParallelism) // cpus)
-    return 2
+    executors = int(spark.conf.get("spark.executor.instances", "0") or 0)
+    cores = int(spark.conf.get("spark.executor.cores", "1") or 1)
+    return max(1, executors * cores // cpus) if executors else SLOTS_UNKNOWN
 
 
 def fit_spec(spec: BackboneSpec, spark: SparkSession) -> BackboneSpec:

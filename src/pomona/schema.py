@@ -76,11 +76,13 @@ IMAGES = pa.schema(
 _DDL = {
     pa.string(): "string",
     pa.binary(): "binary",
+    pa.bool_(): "boolean",
     pa.int32(): "int",
     pa.int64(): "bigint",
     pa.float32(): "float",
     pa.timestamp("us", tz="UTC"): "timestamp",
     pa.list_(pa.float32()): "array<float>",
+    pa.list_(pa.string()): "array<string>",
 }
 
 
@@ -90,7 +92,25 @@ def ddl(schema: pa.Schema) -> str:
     >>> ddl(PCA_TABLE)
     '`path` string, `label` string, `filename` string, `pca_features` array<float>'
     """
-    return ", ".join(f"`{field.name}` {_DDL[field.type]}" for field in schema)
+    return ", ".join(f"{quoted(field.name)} {_DDL[field.type]}" for field in schema)
+
+
+def nulls(schema: pa.Schema) -> list[str]:
+    """Spark's expressions for columns of nulls: they add an Arrow schema's columns to a frame.
+
+    >>> nulls(pa.schema([("error", pa.string())]))
+    ['CAST(NULL AS string) AS `error`']
+    """
+    return [f"CAST(NULL AS {_DDL[field.type]}) AS {quoted(field.name)}" for field in schema]
+
+
+def quoted(name: str) -> str:
+    """Return a column's name as Spark's SQL takes it, whatever it holds.
+
+    >>> quoted("a.b")
+    '`a.b`'
+    """
+    return "`" + name.replace("`", "``") + "`"
 
 
 def without(schema: pa.Schema, *names: str) -> pa.Schema:

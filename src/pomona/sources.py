@@ -17,7 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qsl, urlsplit
@@ -55,6 +55,9 @@ GS_SECONDS = 10
 """How long the client of Google's store tries by itself; its own default is 15 minutes."""
 
 T = TypeVar("T")
+SCHEME = r"([a-zA-Z][a-zA-Z0-9+.-]+):"
+"""Of a URI; a single letter is a drive."""
+
 Reader = Callable[[str], bytes]
 OnCount = Callable[[int], None]
 
@@ -116,7 +119,7 @@ def open_source(uri: str | Path) -> Source:
         If it is a local path that doesn't exist or isn't a folder.
     """
     text = str(uri)
-    scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):", text)
+    scheme = re.match(SCHEME, text)
     if scheme is None or scheme[1].lower() == "file" or Path(text).is_dir():
         return _open_local(text)
     if scheme[1].lower() in ("s3", "gs", "gcs"):
@@ -488,21 +491,52 @@ def _read_object(source: Source, path: str) -> bytes:
         return bytes(file.read(MAX_BYTES + 1))
 
 
+def read_uri(text: str) -> bytes:
+    """Read a photo by its path or URI (local, ``file:``, ``s3://``, ``gs://``). Runs on workers.
+
+    Raises
+    ------
+    OSError
+        If it can't be read, or only Hadoop knows such URIs.
+    """
+    try:
+        scheme = re.match(SCHEME, text)
+        if scheme is None or scheme[1].lower() == "file" or Path(text).is_file():
+            path = local_path(text)
+            return reader(Source(text, "local", os.fspath(path.parent)))(path.name)
+        source = open_source(text)
+        if source.kind == "hadoop":
+            raise OSError("only Hadoop reads this URI: read it with binaryFile, and give the bytes")
+        folder, _, name = source.root.rpartition("/")
+        return reader(replace(source, root=folder))(name)
+    except (SourceError, ValueError) as error:
+        raise OSError(first_line(error)) from error
+
+
 def read(photos: Iterator[pa.RecordBatch], source: Source) -> Iterator[pa.RecordBatch]:
     """Add the column ``content``: the file's bytes, or null if they can't be read. Runs on workers.
 
     On an object store the next `READ_AHEAD` files are on their way while these are in use.
     """
-    read_one = reader(source)
+    return _read(photos, reader(source), ahead=source.kind != "local")
 
-    def content(path: str) -> bytes | None:
+
+def read_uris(photos: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Do as `read` where each ``path`` is a whole path or URI, or null. Runs on workers."""
+    return _read(photos, read_uri, ahead=True)
+
+
+def _read(
+    photos: Iterator[pa.RecordBatch], read_one: Reader, ahead: bool
+) -> Iterator[pa.RecordBatch]:
+    def content(path: str | None) -> bytes | None:
         try:
-            return read_one(path)
+            return None if path is None else read_one(path)
         except OSError as error:  # the table has the code, the log the reason
             log.warning("unreadable: %s: %s", path, first_line(error))
             return None
 
-    if source.kind == "local":
+    if not ahead:
         for batch in photos:
             yield with_content(batch, [content(path) for path in batch["path"].to_pylist()])
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -101,6 +102,50 @@ def load(name: str | None = None, on_bytes: OnBytes | None = None) -> Weights:
     if path.suffix in (".pth", ".pt"):
         return _from_state(path.name, _read_pth(path), str(path))
     raise WeightsError(f"{name}: weights are a .safetensors, .pth or .onnx file")
+
+
+def pack(weights: Weights) -> bytes:
+    """Return the bytes that `unpack` reads: an ONNX file, or safetensors."""
+    if weights.onnx is not None:
+        return weights.onnx
+    from safetensors.numpy import save
+
+    assert weights.state is not None
+    return save(dict(weights.state))
+
+
+def unpack(name: str, kind: str, content: bytes, digest: str, where: str) -> Weights:
+    """Read what `pack` wrote. Runs no code from it.
+
+    Parameters
+    ----------
+    name, digest
+        Of the weights that were packed.
+    kind
+        ``onnx`` or ``safetensors``.
+    where
+        What an error calls the place.
+
+    Raises
+    ------
+    WeightsError
+        If it is damaged: the digest isn't the one that was packed.
+    """
+    found = None
+    if kind == "onnx":
+        found = Weights(name, hashlib.sha256(content).hexdigest(), onnx=content)
+    else:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load as from_bytes
+
+        with contextlib.suppress(SafetensorError, WeightsError):
+            found = _from_state(name, from_bytes(content), where)
+    if found is None or found.digest != digest:
+        raise WeightsError(
+            f"the weights in {where} were changed or damaged: their digest isn't the one they were "
+            "saved with; copy the folder again, or save it again"
+        )
+    return found
 
 
 def _random(name: str) -> Weights:
