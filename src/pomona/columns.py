@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from pomona import model as models
 from pomona import executors, sources
+from pomona import model as models
 from pomona.backbone import BackboneSpec, extract
 from pomona.engine import at_task, fit_spec
 from pomona.errors import RequestError
