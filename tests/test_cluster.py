@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -191,22 +192,22 @@ def test_executors_without_the_dependencies(two: Cluster, source: Path, tmp_path
 # --- faults ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["python worker", "executor", "worker host"])
-def test_a_process_is_killed(
-    what: str, source: Path, whole: dict[str, Any], two: Cluster, tmp_path: Path
+def test_processes_are_killed(
+    source: Path, whole: dict[str, Any], two: Cluster, tmp_path: Path
 ) -> None:
+    """A Python worker, then an executor, then a worker host, each while the same job runs."""
     out = tmp_path / "out"
     process = start(source, out, two)
-    wait_for_parts(out, process)
-    if what == "worker host":
-        two.stop("second")
-    else:
-        find = two.executors if what == "executor" else two.python_workers
-        two.wait_for(lambda: bool(find("second") or find("first")), f"no {what}")
-        (find("second") or find("first"))[0].kill()
+    for number, find in enumerate((two.python_workers, two.executors)):
+        wait_for_parts(out, process, 1 + 2 * number)
+        found: list[psutil.Process] = []
+        while not found and process.poll() is None:
+            found = find("second") or find("first")
+        found[0].kill()
+    wait_for_parts(out, process, 5)
+    two.stop("second")
     record = done(process)
-    if what == "worker host":
-        two.start_worker("second")
+    two.start_worker("second")
     assert digest(record) == digest(whole)
     assert len(rows(out)) == PHOTOS
     assert not (out / "_work").exists()

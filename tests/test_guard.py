@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from pomona import executors, guard
@@ -58,6 +59,49 @@ def test_one_photo_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     good = photo(3)
     found = [guard.decode_apart(c, 32).error for c in (good, b"crash", good, b"hang", good)]
     assert found == [None, "crashed", None, "crashed", None]
+
+
+def test_a_child_that_died_of_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = photo(3)
+    assert guard.decode_apart(good, 32).error is None
+    guard._child().process.kill()
+    guard._child().process.join()
+    assert guard.decode_apart(good, 32).error is None, "the photo is not to blame"
+
+
+def test_a_child_that_stalls_outlives_no_parent() -> None:
+    """The parent is killed while the child decodes: nobody else would end it."""
+    script = (
+        "import os, signal, sys, threading, time\n"
+        "from pomona import guard\n"
+        "from tests import test_guard\n"
+        "if __name__ == '__main__':\n"
+        "    guard._serve = test_guard.stalls\n"
+        "    print(guard._child().process.pid, flush=True)\n"
+        "    guard._child().pipe.send((b'x', 32))\n"
+        "    time.sleep(0.5)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root = str(Path(__file__).parents[1])
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ
+        | {"POMONA_DECODE_SECONDS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        cwd=root,
+    )
+    child = int(told.stdout)
+    end = time.monotonic() + 30
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def stalls(pipe: Connection) -> None:
+    vars(guard)["decode"] = lambda content, size: time.sleep(1000)
+    guard._serve(pipe)
 
 
 def dies(pipe: Connection) -> None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from pomona import executors, sources
 from pomona import model as models
 from pomona.backbone import BackboneSpec, extract
-from pomona.engine import at_task, fit_spec
+from pomona.engine import at_task, fit_spec, gives_gpus
 from pomona.errors import RequestError
 from pomona.model import ANSWERS, Model
 from pomona.schema import nulls
@@ -111,7 +111,7 @@ def predict_images(
         If a file of the model was changed.
     """
     found = model if isinstance(model, Model) else models.load(model)
-    recogniser = models.recogniser(found, top, device=device)
+    recogniser = models.recogniser(found, top, device=device, elsewhere=gives_gpus())
     spec = fit_spec(recogniser.spec, frame.sparkSession)
     fitted = models.with_threads(recogniser, spec.threads)
     work = functools.partial(_predict_at_task, found=fitted)

@@ -32,7 +32,7 @@ from pomona.errors import CrashError, JobError, MissingError, PomonaError
 from pomona.rows import read_chunk
 from pomona.schema import ddl
 from pomona.sources import Source
-from pomona.tables import PartFile, write_part
+from pomona.tables import PartFile, task_of, write_part
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -50,6 +50,8 @@ TRIES = 4
 
 Poll = Callable[[], None]
 POLL_SECONDS = 0.5
+END_SECONDS = 5.0
+"""How long jobs that were interrupted may take to end."""
 
 
 # --- the session -------------------------------------------------------------------------------
@@ -91,12 +93,23 @@ class Cluster:
     log_file: Path | None = None
 
 
+def active_session() -> SparkSession | None:
+    """Return the user's session, also where another thread made it: to the JVM it isn't active."""
+    from pyspark.sql import SparkSession
+
+    active = SparkSession.getActiveSession()
+    if active is not None:
+        return active
+    made = getattr(SparkSession, "_instantiatedSession", None)
+    return made if made is not None and made.sparkContext._jsc is not None else None
+
+
 @contextlib.contextmanager
 def session(cluster: Cluster) -> Iterator[SparkSession]:
     """Give the active Spark session, left running afterwards, or one of our own, stopped then."""
     from pyspark.sql import SparkSession
 
-    active = SparkSession.getActiveSession()
+    active = active_session()
     if active is not None:
         yield active
         return
@@ -208,7 +221,8 @@ def _task_cpus(spark: SparkSession) -> int:
 
 
 SLOTS_UNKNOWN = 16
-"""Of a server's cluster that doesn't tell its size: too many only wait in Spark's queue."""
+"""Of a server's cluster that doesn't tell its size, and executors of one that grows on demand: too
+many tasks only wait in Spark's queue."""
 
 
 def slots(spark: SparkSession) -> int:
@@ -218,6 +232,10 @@ def slots(spark: SparkSession) -> int:
     if local:
         threads = (os.cpu_count() or 1) if local[1] == "*" else int(local[1])
         return max(1, threads // cpus)
+    if (spark.conf.get("spark.dynamicAllocation.enabled", "") or "") == "true":
+        most = int(spark.conf.get("spark.dynamicAllocation.maxExecutors", "") or SLOTS_UNKNOWN)
+        cores = int(spark.conf.get("spark.executor.cores", "1") or 1)
+        return max(1, min(most, SLOTS_UNKNOWN) * cores // cpus)
     with contextlib.suppress(Exception):  # Spark Connect has no SparkContext
         return max(1, int(spark.sparkContext.defaultParallelism) // cpus)
     executors = int(spark.conf.get("spark.executor.instances", "0") or 0)
@@ -251,14 +269,22 @@ GPU_AMOUNT = "spark.task.resource.gpu.amount"
 """Spark's setting for the GPUs of a task: a number, or the share of one."""
 
 
-def gives_gpus(cluster: Cluster) -> bool:
+def gives_gpus(cluster: Cluster | None = None) -> bool:
     """Tell whether Spark gives GPUs to tasks, by its settings: the driver needn't have one."""
-    from pyspark.sql import SparkSession
-
-    active = SparkSession.getActiveSession()
+    active = active_session()
     if active is not None:
         return float(active.conf.get(GPU_AMOUNT, "0") or 0) > 0
-    return float(dict(cluster.conf).get(GPU_AMOUNT, "0") or 0) > 0
+    return cluster is not None and float(dict(cluster.conf).get(GPU_AMOUNT, "0") or 0) > 0
+
+
+def gpus_elsewhere(cluster: Cluster, device: str) -> bool:
+    """Tell whether the workers have the GPUs, so that what this machine has says nothing.
+
+    Of a cluster that doesn't tell (a Spark Connect server before there is a session), ``cuda`` is
+    taken for an answer.
+    """
+    here = cluster.master.startswith("local")
+    return device != "cpu" and (gives_gpus(cluster) or (device == "cuda" and not here))
 
 
 GPU_WORKERS = 2
@@ -354,6 +380,7 @@ def _wait(
         pool.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(Exception):  # the session may be gone, and its jobs with it
             spark.interruptTag(tag)
+        wait(futures, END_SECONDS)  # a job that ends now still writes what it brought
         if not isinstance(error, Exception) or isinstance(error, PomonaError):
             raise
         raise _gave_up(error) from error
@@ -416,6 +443,14 @@ class ChunkTask(Protocol):
         """Write the files of chunk ``number`` into ``folder``."""
         ...
 
+    def done(self) -> set[int]:
+        """Return the chunks whose files are in place. Called on the driver."""
+        ...
+
+    def careful(self) -> ChunkTask:
+        """Return the task as it decodes photos in child processes."""
+        ...
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -447,7 +482,7 @@ def run_chunks(
     if shared:
         run_tasks(spark, Shared(task, tuple(numbers)), len(numbers), poll)
         return
-    width, at_once = waves(slots(spark))
+    width, at_once = waves(len(numbers), slots(spark))
     jobs = [
         functools.partial(_wave, spark, task, tuple(numbers[start : start + width]))
         for start in range(0, len(numbers), width)
@@ -455,14 +490,21 @@ def run_chunks(
     _wait(jobs, spark, at_once, poll)
 
 
-def waves(slots: int) -> tuple[int, int]:
-    """Return how many tasks a job has, and how many jobs run at once, so that no slot waits.
+IN_FLIGHT = 32
+"""Tasks that are on their way at least: a cluster that grows on demand must see the demand."""
 
-    >>> waves(2), waves(64), waves(1000)
-    ((2, 2), (32, 4), (32, 16))
+
+def waves(chunks: int, slots: int) -> tuple[int, int]:
+    """Return how many tasks a job has, and how many jobs run at once.
+
+    No slot waits, a short run has eight jobs or so (what is done comes back with its job), and a
+    long one few: the weights go out with each.
+
+    >>> waves(16, 2), waves(2000, 2), waves(2000, 64), waves(50_000, 1000)
+    ((2, 16), (16, 2), (32, 4), (32, 16))
     """
-    width = max(1, min(slots, 32))
-    return width, max(2, min(16, -(-2 * slots // width)))
+    width = max(1, min(32, max(slots, min(16, -(-chunks // 8)))))
+    return width, max(2, min(16, -(-max(2 * slots, IN_FLIGHT) // width)))
 
 
 FILES = pa.schema([("name", pa.string()), ("content", pa.binary())])
@@ -569,3 +611,11 @@ class ExtractTask:
         batches = (photos.slice(start, size) for start in range(0, photos.num_rows, size))
         rows = extract(sources.read(batches, self.source), spec)
         return write_part(self.part._replace(folder=folder), number, rows)._asdict()
+
+    def done(self) -> set[int]:
+        """Return the chunks whose parts are in place."""
+        return {task_of(path.name) for path in Path(self.folder).glob(f"{self.part.run}-*")}
+
+    def careful(self) -> ExtractTask:
+        """Return the task as it decodes photos in child processes."""
+        return replace(self, spec=replace(self.spec, guard="child"))

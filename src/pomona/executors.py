@@ -15,13 +15,14 @@ import shutil
 import tempfile
 import uuid
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pomona import engine, sources
-from pomona.errors import JobError, RequestError, SourceError
+from pomona.engine import ChunkTask, Poll
+from pomona.errors import CrashError, JobError, RequestError, SourceError
 from pomona.sources import Source
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Look:
 def _trouble(source: Source, path: str) -> str:
     try:
         sources.reader(source)(path)
-    except OSError as error:
+    except (OSError, SourceError) as error:
         return sources.first_line(error)
     return ""
 
@@ -135,9 +136,11 @@ def check(spark: SparkSession, backend: str, source: Source, paths: list[str]) -
     """
     if on_this_machine(spark):
         return
-    path = next((p for p in paths if not _trouble(source, p)), None)
     modules = (*NEEDED, BACKENDS[backend])
-    tried = source if path is not None and source.kind != "hadoop" else None
+    # What only Hadoop reads, Spark reads itself.
+    direct = source if source.kind != "hadoop" else None
+    path = next((p for p in paths if direct and not _trouble(direct, p)), None)
+    tried = direct if path is not None else None
     for found in _look(spark, Look("", modules, tried, path or "")):
         if found["missing"]:
             raise RequestError(
@@ -151,20 +154,74 @@ def check(spark: SparkSession, backend: str, source: Source, paths: list[str]) -
             )
 
 
-@functools.lru_cache(maxsize=8)
+_shared: dict[tuple[int, Path], bool] = {}
+"""What was found, by session and folder."""
+
+
 def share(spark: SparkSession, folder: Path) -> bool:
-    """Tell whether executors see a folder of the driver's."""
+    """Tell whether executors see a folder of the driver's.
+
+    The job that looks may meet only executors on the driver's own host; `run_chunks` and `runner`
+    take notice when others don't see it.
+    """
     if on_this_machine(spark):
         return True
-    token = folder / f".look-{uuid.uuid4().hex}"
-    token.touch()
-    try:
-        shared = all(found["sees"] for found in _look(spark, Look(str(token))))
-    finally:
-        token.unlink()
-    if not shared:
-        log.warning("executors don't see %s: what they make comes back through Spark", folder)
-    return shared
+    key = (id(spark), folder)
+    if key not in _shared:
+        token = folder / f".look-{uuid.uuid4().hex}"
+        token.touch()
+        try:
+            _shared[key] = all(found["sees"] for found in _look(spark, Look(str(token))))
+        finally:
+            token.unlink()
+        if not _shared[key]:
+            log.warning("executors don't see %s: what they make comes back through Spark", folder)
+    return _shared[key]
+
+
+def _unseen(spark: SparkSession, folder: Path, error: JobError) -> bool:
+    """Take notice if a job failed because an executor doesn't see the folder after all."""
+    told = str(error.__cause__ or error)
+    if not share(spark, folder) or not ("No such file" in told and str(folder) in told):
+        return False
+    log.warning("some executors don't see %s: what they make comes back through Spark", folder)
+    _shared[id(spark), folder] = False
+    return True
+
+
+def run_chunks(
+    spark: SparkSession,
+    task: ChunkTask,
+    numbers: Sequence[int],
+    folder: Path,
+    poll: Poll | None = None,
+) -> None:
+    """Do chunks on executors, whether they see the folder or not.
+
+    Where workers died and a task had one try (a local session of the user's), the rest is done
+    once more, with photos decoded in child processes.
+
+    Raises
+    ------
+    JobError
+        If Spark gave up.
+    """
+    careful = False
+    while True:
+        try:
+            engine.run_chunks(spark, task, numbers, shared=share(spark, folder), poll=poll)
+        except CrashError:
+            if careful:
+                raise
+            log.warning("workers died: what is left is decoded in child processes")
+            task, careful = task.careful(), True
+        except JobError as error:
+            if not _unseen(spark, folder, error):
+                raise
+        else:
+            return
+        done = task.done()
+        numbers = [number for number in numbers if number not in done]
 
 
 RunTasks = Callable[..., list[dict[str, Any]]]
@@ -176,6 +233,16 @@ def runner(spark: SparkSession, folder: Path) -> RunTasks:
     They run on the executors if those see the folder, and else here on the driver: they take
     0.2 ms for a photo, against 5 to 10 in `extract`.
     """
-    if share(spark, folder):
-        return functools.partial(engine.run_tasks, spark)
-    return engine.run_here
+
+    def run_tasks(
+        task: Callable[[int], Any], count: int, poll: Poll | None = None
+    ) -> list[dict[str, Any]]:
+        if share(spark, folder):
+            try:
+                return engine.run_tasks(spark, task, count, poll)
+            except JobError as error:
+                if not _unseen(spark, folder, error):
+                    raise
+        return engine.run_here(task, count, poll)
+
+    return run_tasks

@@ -123,7 +123,7 @@ def _spec(options: ExtractOptions, cluster: Cluster, on_tick: OnTick) -> Backbon
         backend=options.backend,
         device=options.device,
         batch_size=options.batch_size,
-        elsewhere=options.device != "cpu" and engine.gives_gpus(cluster),
+        elsewhere=engine.gpus_elsewhere(cluster, options.device),
     )
 
 
@@ -250,42 +250,46 @@ def _compute(job: Job, todo: pa.Table, parts: Path, total: int) -> None:
     poll()
     session = job.spark()
     executors.check(session, job.spec.backend, job.source, todo["path"][:5].to_pylist())
-    shared = executors.share(session, job.out.root)
     fitted = engine.fit_spec(job.spec, session)
     part = tables.PartFile(str(parts), run)
     per_task = photos_per_task(todo.num_rows, engine.slots(session))
     if job.source.kind == "hadoop":
-        if not shared:
+        if not executors.share(session, job.out.root):
             raise RequestError(
                 f"the executors don't see {job.out.root}, and photos of {job.source.name} need "
                 "that: choose an --out on storage that driver and executors share"
             )
-        photos = frames.HadoopPhotos(job.source.root, todo)
-        frames.run_hadoop(session, photos, per_task, fitted, part, poll)
-        found = tables.match(todo, tables.index(job.out, parts))
-        missing = found.filter(pc.is_null(found["file"])).select(todo.column_names)
-        frames.add_missing(missing, fitted, part, todo.num_rows)
+        _run_hadoop(job, session, todo, per_task, fitted, part, poll)
     else:
         bounds = even_bounds(todo.num_rows, per_task)
         chunks = job.out.work / "todo.arrow"
         write_chunks(chunks, todo, bounds)
         task = engine.ExtractTask(str(chunks), job.source, fitted, part)
-        _run_chunks(session, task, len(bounds) - 1, poll, shared)
+        executors.run_chunks(session, task, range(len(bounds) - 1), job.out.root, poll)
     poll()
 
 
-def _run_chunks(
-    session: Any, task: engine.ExtractTask, count: int, poll: engine.Poll, shared: bool
+def _run_hadoop(
+    job: Job,
+    session: Any,
+    todo: pa.Table,
+    per_task: int,
+    spec: BackboneSpec,
+    part: tables.PartFile,
+    poll: engine.Poll,
 ) -> None:
-    """Do all chunks; where a task has one try (an active local session), they get a second."""
+    def missing() -> pa.Table:
+        found = tables.match(todo, tables.index(job.out, Path(part.folder)))
+        return found.filter(pc.is_null(found["file"])).select(todo.column_names)
+
     try:
-        engine.run_chunks(session, task, range(count), shared=shared, poll=poll)
-    except CrashError:
-        there = {tables.task_of(path.name) for path in Path(task.folder).glob(f"{task.part.run}-*")}
-        rest = [number for number in range(count) if number not in there]
-        log.warning("workers died; the other %d tasks decode in child processes", len(rest))
-        careful = replace(task, spec=replace(task.spec, guard="child"))
-        engine.run_chunks(session, careful, rest, shared=shared, poll=poll)
+        photos = frames.HadoopPhotos(job.source.root, todo)
+        frames.run_hadoop(session, photos, per_task, spec, part, poll)
+    except CrashError:  # where a task has one try: the rest once more, in child processes
+        photos = frames.HadoopPhotos(job.source.root, missing())
+        again = part._replace(run=tables.new_run())  # the numbers of its parts start anew
+        frames.run_hadoop(session, photos, per_task, replace(spec, guard="child"), again, poll)
+    frames.add_missing(missing(), spec, part, todo.num_rows)
 
 
 def _compact(job: Job, rows: pa.Table, found: tables.Index, table: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def patience() -> float:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
+def watched(seconds: float | None = None) -> Iterator[None]:
     """End the process, with a traceback on stderr, if the block takes longer than `patience`.
 
     The watch is a thread of its own in C: it works while native code holds the interpreter's lock.
@@ -49,7 +49,7 @@ def watched() -> Iterator[None]:
     if stderr is None:
         yield
         return
-    faulthandler.dump_traceback_later(patience(), exit=True, file=stderr)
+    faulthandler.dump_traceback_later(seconds or patience(), exit=True, file=stderr)
     try:
         yield
     finally:
@@ -62,19 +62,21 @@ def decode_apart(content: bytes | None, size: int) -> Photo:
     Returns
     -------
     Photo
-        With the error ``crashed`` if the child died of it, or took longer than `patience`.
+        With the error ``crashed`` if two children in turn died of it, or took longer than
+        `patience`: one may die of something else, such as want of memory.
     """
     if not content:
         return decode(content, size)
-    child = _child()
-    try:
-        child.pipe.send((content, size))
-        if child.pipe.poll(patience()):
-            return Photo(*child.pipe.recv())
-    except (EOFError, OSError):  # it died
-        pass
-    child.end()
-    _child.cache_clear()
+    for _ in range(2):
+        child = _child()
+        try:
+            child.pipe.send((content, size))
+            if child.pipe.poll(patience()):
+                return Photo(*child.pipe.recv())
+        except (EOFError, OSError):  # it died
+            pass
+        child.end()
+        _child.cache_clear()
     return Photo(None, None, None, CRASHED)
 
 
@@ -114,4 +116,7 @@ def _serve(pipe: Connection) -> None:
         pipe.send(READY)
         while True:
             content, size = pipe.recv()
-            pipe.send(tuple(decode(content, size)))
+            # The parent ends a child that stalls, unless it was killed meanwhile.
+            with watched(2 * patience()):
+                photo = decode(content, size)
+            pipe.send(tuple(photo))

@@ -229,10 +229,18 @@ class Model:
         return str(self.about["digests"]["model.onnx"])[:12]
 
     def spec(
-        self, outputs: tuple[str, ...] = ANSWER, *, device: str = "cpu", threads: int = 1
+        self,
+        outputs: tuple[str, ...] = ANSWER,
+        *,
+        device: str = "cpu",
+        threads: int = 1,
+        elsewhere: bool = False,
     ) -> BackboneSpec:
-        """Return what `pomona.extract` needs to run the model. Crosses to workers."""
-        found = backbone.find_device("onnx", device)
+        """Return what `pomona.extract` needs to run the model. Crosses to workers.
+
+        With ``elsewhere`` the GPUs are the workers'.
+        """
+        found = backbone.find_device("onnx", device, elsewhere=elsewhere)
         return BackboneSpec(
             weights=str(self.about["weights"]["name"]),
             digest=self.about["digests"]["model.onnx"],

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pomona import manifest, model, sources
-from pomona.errors import CrashError, MismatchError, RequestError, SourceError
+from pomona.errors import MismatchError, RequestError, SourceError
 from pomona.model import ANSWERS, Model, Recogniser
 from pomona.rows import even_bounds, read_chunk, write_chunks
 from pomona.sources import Source
@@ -133,6 +133,16 @@ class PredictTask:
                 writer.write_batch(batch)
         return {}
 
+    def done(self) -> set[int]:
+        """Return the chunks whose answers are in place."""
+        names = {path.name for path in Path(self.folder).glob("part-*.parquet")}
+        return {number for number in range(len(self.sources)) if part_name(number) in names}
+
+    def careful(self) -> PredictTask:
+        """Return the task as it decodes photos in child processes."""
+        spec = replace(self.recogniser.spec, guard="child")
+        return replace(self, recogniser=replace(self.recogniser, spec=spec))
+
 
 def part_name(number: int) -> str:
     """Return the name of a chunk's answers."""
@@ -187,7 +197,8 @@ def predict(
         If Spark gave up. What is done is kept, with ``options.out``.
     """
     options = options or PredictOptions()
-    recogniser = model.recogniser(found, options.top, device=options.device)
+    elsewhere = options.master is not None and _gpus_elsewhere(options)
+    recogniser = model.recogniser(found, options.top, device=options.device, elsewhere=elsewhere)
     wanted = find(arguments, on_tick)
     count = sum(part.photos.num_rows for part in wanted)
     if options.most and count > options.most and options.out is None:
@@ -221,6 +232,13 @@ def predict(
         "model": found.version,
         "out": options.out,
     }
+
+
+def _gpus_elsewhere(options: PredictOptions) -> bool:
+    from pomona import engine
+
+    cluster = engine.Cluster(options.master or "local[*]", options.spark_conf)
+    return engine.gpus_elsewhere(cluster, options.device)
 
 
 def _directly(wanted: list[Wanted], recogniser: Recogniser) -> Iterator[pa.RecordBatch]:
@@ -353,12 +371,8 @@ def _run(
     )
     with engine.session(cluster) as spark:
         fitted = replace(task.recogniser, spec=engine.fit_spec(task.recogniser.spec, spark))
-        shared = executors.share(spark, folder)
-        task = replace(task, recogniser=fitted)
-        try:
-            engine.run_chunks(spark, task, todo, shared=shared, poll=poll)
-        except CrashError:  # a session of the user's, where a task has one try
-            rest = [number for number in todo if not (folder / part_name(number)).exists()]
-            spec = replace(fitted.spec, guard="child")
-            careful = replace(task, recogniser=replace(fitted, spec=spec))
-            engine.run_chunks(spark, careful, rest, shared=shared, poll=poll)
+        for source, number in {task.sources[n]: n for n in reversed(todo)}.items():
+            if source is not None:
+                few = read_chunk(task.chunks, number)["path"][:5].to_pylist()
+                executors.check(spark, fitted.spec.backend, source, few)
+        executors.run_chunks(spark, replace(task, recogniser=fitted), todo, folder, poll)

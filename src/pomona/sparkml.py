@@ -26,6 +26,7 @@ from pyspark.sql import DataFrame, SparkSession, functions
 from pomona import weights
 from pomona.backbone import BackboneSpec, make_spec
 from pomona.columns import add_features
+from pomona.engine import gives_gpus
 from pomona.errors import MismatchError, RequestError
 from pomona.schema import FEATURES, quoted
 from pomona.weights import Weights
@@ -247,6 +248,7 @@ class MobileNetV2Features(Transformer, HasInputCol, HasOutputCol, MLReadable, ML
                 image_size=size,
                 backend=self.getBackend(),
                 device=self.getDevice(),
+                elsewhere=gives_gpus(),
                 batch_size=batch,
             )
             self._made = (key, spec)
