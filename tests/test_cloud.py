@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ boto3 = pytest.importorskip("boto3")
 
 from moto import mock_aws  # noqa: E402
 from moto.cloudformation import parsing  # noqa: E402
+from moto.cloudformation.models import cloudformation_backends  # noqa: E402
 from moto.core import DEFAULT_ACCOUNT_ID  # noqa: E402
 from moto.core.common_models import CloudFormationModel  # noqa: E402
 from moto.ec2.models.vpcs import VPC  # noqa: E402
@@ -512,6 +514,30 @@ def test_a_log_that_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cloud, "_delete", lambda _: "a reason")
     with pytest.raises(PomonaError, match=r"could not delete .*: a reason"):
         cloud.teardown(stack, delete_data=True)
+
+
+def test_teardown_again_where_one_bucket_is_gone(emr: Any) -> None:
+    """moto can't fail halfway, so that its record of the stack is made to say so."""
+    name = deploy("prepare")
+    before = cloud.find(name)
+    put(before.logs, "late.gz", "x")
+    client("s3").delete_bucket(Bucket=before.data)
+    record = cloudformation_backends[DEFAULT_ACCOUNT_ID][EU].stacks[before.id]
+    record.resource_map._parsed_resources["DataBucket"] = SimpleNamespace(
+        logical_resource_id="DataBucket",
+        physical_resource_id="",
+        cf_resource_type="AWS::S3::Bucket",
+        delete=lambda *_: None,
+    )
+    with pytest.raises(RequestError, match="was not made by Pomona's"):
+        cloud.find(name)
+    record.status = "DELETE_FAILED"
+    again = cloud.find(name)
+    assert (again.data, again.logs) == ("", before.logs)
+    assert cloud.holdings(again)["objects"] == {before.logs: 1}
+    code, told, errors = emr("teardown", "--stack", name, "--delete-data", "--yes")
+    assert (code, f"{name} is gone" in told) == (0, True), errors
+    assert before.logs not in [each["Name"] for each in client("s3").list_buckets()["Buckets"]]
 
 
 def test_a_failed_deletion_is_told(serverless: str) -> None:
