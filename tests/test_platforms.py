@@ -212,6 +212,7 @@ def test_the_bundle_holds_together(jobs: dict[str, Any]) -> None:
     folder = DEPLOY / "databricks" / "resources"
     notebook = folder / jobs["notebook"]["tasks"][0]["notebook_task"]["notebook_path"]
     assert notebook.resolve() == ROOT / "notebooks" / "pomona.ipynb"
+    assert notebook.is_file()
     synced = [(DEPLOY / "databricks" / each).resolve() for each in bundle["sync"]["paths"]]
     assert notebook.resolve().parent in synced
 
