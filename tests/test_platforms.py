@@ -213,6 +213,10 @@ def test_the_bundle_holds_together(jobs: dict[str, Any]) -> None:
     notebook = folder / jobs["notebook"]["tasks"][0]["notebook_task"]["notebook_path"]
     assert notebook.resolve() == ROOT / "notebooks" / "pomona.ipynb"
     assert notebook.is_file()
+    (cluster,) = jobs["notebook"]["job_clusters"]
+    given = cluster["new_cluster"]["spark_env_vars"]
+    assert all(name in notebook.read_text(encoding="utf-8") for name in given)
+    assert not given["POMONA_OUT"].startswith("/Volumes")  # a volume refuses what OUT needs
     synced = [(DEPLOY / "databricks" / each).resolve() for each in bundle["sync"]["paths"]]
     assert notebook.resolve().parent in synced
 
