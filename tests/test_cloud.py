@@ -14,18 +14,21 @@ import itertools
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pomona import cloud, weights
 from pomona.errors import JobError, MissingError, PomonaError, RequestError, WeightsError
+from pomona.sources import without_secrets
 from pomona.sparkjob import local_weights
 from tests.conftest import fill
 
@@ -33,6 +36,7 @@ boto3 = pytest.importorskip("boto3")
 
 from moto import mock_aws  # noqa: E402
 from moto.cloudformation import parsing  # noqa: E402
+from moto.cloudformation.models import cloudformation_backends  # noqa: E402
 from moto.core import DEFAULT_ACCOUNT_ID  # noqa: E402
 from moto.core.common_models import CloudFormationModel  # noqa: E402
 from moto.ec2.models.vpcs import VPC  # noqa: E402
@@ -193,7 +197,8 @@ def test_a_job_on_serverless(emr: Any, serverless: str) -> None:
     spark = run_of(stack, record["job"]).job_driver["sparkSubmit"]
     region = f"?region={EU}"
     words = ["run", PHOTOS + region, "--out", RESULTS + region, "--label", "top"]
-    assert spark["entryPointArguments"] == [*words, "--weights", "random:0"] == record["command"]
+    assert spark["entryPointArguments"] == [*words, "--weights", "random:0"]
+    assert record["command"] == [word.removesuffix(region) for word in spark["entryPointArguments"]]
     settings = dict(
         pair.split("=", 1) for pair in spark["sparkSubmitParameters"].split(" ") if "=" in pair
     )
@@ -219,7 +224,25 @@ def test_a_job_on_ec2(emr: Any, on_ec2: str) -> None:
     assert f"spark.yarn.appMasterEnv.PYSPARK_PYTHON={cloud.PYTHON}" in words
     place = words.index("run")
     assert words[place - 1].startswith(f"s3://{stack.data}/jobs/")
-    assert words[place:] == told.split("pomona ", 1)[1].split()
+    told_words = told.split("pomona ", 1)[1].split()
+    assert [without_secrets(word) for word in words[place:]] == told_words
+
+
+def test_secrets_are_not_printed(emr: Any, serverless: str) -> None:
+    """EMR gets them, since the job needs them; neither the table nor the JSON shows them."""
+    places = ["s3://KEY:HUSH@photos/fruit", "--out", "s3://KEY:HU/SH@results/out?secret_key=HUSH"]
+    words = [*places, "--stack", serverless, "--weights", "s3://KEY:HUSH@w/mine.onnx?region=HUSH"]
+    for further in ([], ["--json"]):
+        code, told, errors = emr("submit", *words, *further)
+        assert code == 0, errors
+        assert "HU" not in told + errors
+        assert "KEY" not in told + errors
+    command = json.loads(told)["command"]
+    shown = ["run", PHOTOS, "--out", RESULTS, "--weights", "s3://w/mine.onnx"]
+    assert command == shown
+    _, told, errors = emr("submit", "https://KEY:HUSH@x/y", *words[1:])
+    assert "not https://x/y" in errors
+    assert "HU" not in told + errors
 
 
 def test_weights_are_uploaded_once(serverless: str, tmp_path: Path) -> None:
@@ -514,6 +537,30 @@ def test_a_log_that_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
         cloud.teardown(stack, delete_data=True)
 
 
+def test_teardown_again_where_one_bucket_is_gone(emr: Any) -> None:
+    """moto can't fail halfway, so that its record of the stack is made to say so."""
+    name = deploy("prepare")
+    before = cloud.find(name)
+    put(before.logs, "late.gz", "x")
+    client("s3").delete_bucket(Bucket=before.data)
+    record = cloudformation_backends[DEFAULT_ACCOUNT_ID][EU].stacks[before.id]
+    record.resource_map._parsed_resources["DataBucket"] = SimpleNamespace(
+        logical_resource_id="DataBucket",
+        physical_resource_id="",
+        cf_resource_type="AWS::S3::Bucket",
+        delete=lambda *_: None,
+    )
+    with pytest.raises(RequestError, match="was not made by Pomona's"):
+        cloud.find(name)
+    record.status = "DELETE_FAILED"
+    again = cloud.find(name)
+    assert (again.data, again.logs) == ("", before.logs)
+    assert cloud.holdings(again)["objects"] == {before.logs: 1}
+    code, told, errors = emr("teardown", "--stack", name, "--delete-data", "--yes")
+    assert (code, f"{name} is gone" in told) == (0, True), errors
+    assert before.logs not in [each["Name"] for each in client("s3").list_buckets()["Buckets"]]
+
+
 def test_a_failed_deletion_is_told(serverless: str) -> None:
     """With botocore's own stubber: in moto a deletion can't fail."""
     from botocore.stub import Stubber
@@ -554,6 +601,19 @@ def test_weights_come_from_a_bucket(store: str) -> None:
     words[3] = f"s3://for-jobs/nothing.onnx?{store}"
     with pytest.raises(WeightsError, match="can't be read"), local_weights(words):
         pass
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://KEY:HUSH@x:99999/y.onnx?scheme=HUSH", "s3://KEY:HU/SH@w/y.onnx?secret_key=HUSH"]
+)
+def test_an_address_of_weights_is_told_without_secrets(uri: str) -> None:
+    """Arrow repeats what it can't parse."""
+    with (
+        pytest.raises(WeightsError, match="can't be read") as told,
+        local_weights(["--weights", uri]),
+    ):
+        pass
+    assert not re.search("HU|SH|KEY", str(told.value)), told.value
 
 
 def test_a_job_takes_the_session_of_spark_submit(tmp_path: Path) -> None:

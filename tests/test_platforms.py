@@ -101,6 +101,19 @@ def test_roles_may_little(template: dict[str, Any]) -> None:
     assert not re.search("Put|Delete", str(source))
 
 
+def test_jobs_cannot_change_what_is_run(template: dict[str, Any]) -> None:
+    statements = of_kind(template, "AWS::IAM::ManagedPolicy")["JobPolicy"]["PolicyDocument"]
+    (deny,) = (each for each in statements["Statement"] if each["Effect"] == "Deny")
+    assert set(deny["Action"]) == {"s3:PutObject", "s3:DeleteObject", "s3:DeleteObjectVersion"}
+    places = {each["Fn::Sub"] for each in deny["Resource"]}
+    assert places == {f"${{DataBucket.Arn}}/{name}/*" for name in ("packages", "jobs", "weights")}
+    assert "Condition" not in deny
+    # Those are the folders that the command and the bootstrap action name.
+    code = Path(cloud.__file__).read_text(encoding="utf-8")
+    assert 'f"jobs/{' in code
+    assert 'f"weights/{' in code
+
+
 def test_the_network_is_closed(template: dict[str, Any]) -> None:
     kinds = {each["Type"] for each in template["Resources"].values()}
     assert not kinds & {"AWS::EC2::NatGateway", "AWS::EC2::InternetGateway", "AWS::EC2::Route"}
@@ -199,6 +212,11 @@ def test_the_bundle_holds_together(jobs: dict[str, Any]) -> None:
     folder = DEPLOY / "databricks" / "resources"
     notebook = folder / jobs["notebook"]["tasks"][0]["notebook_task"]["notebook_path"]
     assert notebook.resolve() == ROOT / "notebooks" / "pomona.ipynb"
+    assert notebook.is_file()
+    (cluster,) = jobs["notebook"]["job_clusters"]
+    given = cluster["new_cluster"]["spark_env_vars"]
+    assert all(name in notebook.read_text(encoding="utf-8") for name in given)
+    assert not given["POMONA_OUT"].startswith("/Volumes")  # a volume refuses what OUT needs
     synced = [(DEPLOY / "databricks" / each).resolve() for each in bundle["sync"]["paths"]]
     assert notebook.resolve().parent in synced
 

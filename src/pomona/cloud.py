@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from pomona import weights
 from pomona.errors import JobError, MissingError, PomonaError, RequestError
-from pomona.sources import first_line
+from pomona.sources import first_line, without_secrets
 from pomona.weights import OnBytes
 
 REGION = "eu-central-1"
@@ -73,6 +73,8 @@ class Stack:
         ``prepare``: there is nothing yet that runs jobs.
     compute
         The id of the EMR Serverless application, or of the cluster.
+    data, logs
+        Its buckets; empty where one is deleted already.
     groups
         Its security groups.
     """
@@ -131,7 +133,8 @@ def find(name: str, region: str | None = None) -> Stack:
     outputs = {each["OutputKey"]: each["OutputValue"] for each in about.get("Outputs", [])}
     mark = outputs.get("Pomona", "")
     buckets = [_made(made, bucket, "AWS::S3::Bucket") for bucket in ("DataBucket", "LogBucket")]
-    if not mark.startswith("emr-") or not all(buckets):
+    in_part = about["StackStatus"].startswith("DELETE_")  # a teardown that failed goes on
+    if not mark.startswith("emr-") or not (in_part or all(buckets)):
         raise RequestError(
             f"the stack {name} in {region} was not made by Pomona's deploy/emr/template.yaml: "
             "name another with --stack"
@@ -207,7 +210,8 @@ def submit(stack: Stack, job: Job, on_bytes: OnBytes | None = None) -> dict[str,
     Returns
     -------
     dict
-        What `status` returns, and ``command``: the words that Pomona gets.
+        What `status` returns, and ``command``: the words that Pomona gets, URIs without options and
+        credentials.
 
     Raises
     ------
@@ -227,7 +231,7 @@ def submit(stack: Stack, job: Job, on_bytes: OnBytes | None = None) -> dict[str,
         s3.put_object(Bucket=stack.data, Key=entry, Body=ENTRY.encode())
         start = _start_run if stack.mode == "serverless" else _start_step
         identity = start(stack, job, name, f"s3://{stack.data}/{entry}", command)
-    return {**status(stack, identity), "command": command}
+    return {**status(stack, identity), "command": [without_secrets(word) for word in command]}
 
 
 def _check(stack: Stack, job: Job) -> None:
@@ -238,7 +242,9 @@ def _check(stack: Stack, job: Job) -> None:
         )
     for option, place in (("SOURCE", job.source), ("--out", job.out)):
         if not re.match(r"s3://[^/]+", place):
-            raise RequestError(f"{option} is s3://BUCKET/FOLDER for a job on EMR, not {place}")
+            raise RequestError(
+                f"{option} is s3://BUCKET/FOLDER for a job on EMR, not {without_secrets(place)}"
+            )
     for taken in ("--weights", "--out", "--master", "--spark-conf"):
         if any(word.split("=")[0] == taken for word in job.options):
             raise RequestError(f"{taken} stands before --, as an option of submit")
@@ -552,7 +558,7 @@ def holdings(stack: Stack) -> dict[str, Any]:
     -------
     dict
         ``stack``, ``region``, ``compute``, ``jobs`` (ids that aren't over) and ``objects`` (the
-        count for each of its two buckets, old versions among them).
+        count for each of its buckets, old versions among them).
 
     Raises
     ------
@@ -564,7 +570,7 @@ def holdings(stack: Stack) -> dict[str, Any]:
         s3 = stack.client("s3")
         objects = {
             bucket: sum(len(page) for page in _versions(s3, bucket))
-            for bucket in (stack.data, stack.logs)
+            for bucket in _buckets(stack, s3)
         }
     return {
         "stack": stack.name,
@@ -690,11 +696,14 @@ def _versions(s3: Any, bucket: str) -> Iterator[list[dict[str, str]]]:
             yield [{"Key": each["Key"], "VersionId": each["VersionId"]} for each in found]
 
 
+def _buckets(stack: Stack, s3: Any) -> list[str]:
+    """Return the stack's buckets without those that a try before this one deleted."""
+    return [bucket for bucket in (stack.data, stack.logs) if bucket and _exists(s3, bucket)]
+
+
 def _empty(stack: Stack) -> None:
     s3 = stack.client("s3")
-    for bucket in (stack.data, stack.logs):
-        if not _exists(s3, bucket):  # a try before this one deleted it
-            continue
+    for bucket in _buckets(stack, s3):
         for page in _versions(s3, bucket):
             told = s3.delete_objects(Bucket=bucket, Delete={"Objects": page, "Quiet": True})
             if errors := told.get("Errors"):

@@ -152,8 +152,8 @@ def refuse_uri(text: str, what: str) -> None:
             "status take object stores; elsewhere pomona pull and pomona push copy OUT"
         )
     raise RequestError(
-        f"{what} is a folder, s3://… or gs://…, not {text}: write s3:// for s3a://, or the path "
-        "where it is mounted, such as /dbfs/… or /Volumes/…"
+        f"{what} is a folder, s3://… or gs://…, not {text}: write s3:// for s3a://, or take a "
+        "folder of the driver and copy it afterwards (docs/storage.md)"
     )
 
 

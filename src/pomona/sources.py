@@ -389,8 +389,23 @@ def connect(store: str, *, writes: bool = False) -> Any:
     try:
         return _connect_s3(store, writes) if store.startswith("s3") else _connect_gs(store)
     except (pa.ArrowInvalid, ValueError, TypeError) as error:
-        place = re.sub("//[^/@]*@", "//", store.partition("?")[0])
-        raise SourceError(f"{place}: {first_line(error)}") from error
+        place = without_secrets(store)
+        reason = first_line(error).replace(store, place)  # Arrow repeats what it can't parse
+        raise SourceError(f"{place}: {reason}") from error
+
+
+def without_secrets(text: str) -> str:
+    """Return a URI as it may be shown: without user, password and options. Other text stays.
+
+    >>> without_secrets("s3://KEY:SEC/RET@bucket/a@b?region=eu-west-1"), without_secrets("top?")
+    ('s3://bucket/a@b', 'top?')
+    >>> without_secrets("s3://bucket/a@b"), without_secrets("hdfs://host:8020/a@b")
+    ('s3://bucket/a@b', 'hdfs://host:8020/a@b')
+    """
+    if "://" not in text:
+        return text
+    # A secret may hold a slash; what follows a colon and is a number is a port.
+    return re.sub(r"//([^/@]*|[^/:@]*:(?!\d+/)[^@]*)@", "//", text.partition("?")[0])
 
 
 def _connect_gs(store: str) -> Any:

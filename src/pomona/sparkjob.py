@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pomona import cli, engine
+from pomona import cli, engine, sources
 from pomona.errors import WeightsError
 
 
@@ -63,8 +63,9 @@ def _fetch(uri: str, folder: Path) -> Path:
         with store.open_input_stream(path) as stream:
             local.write_bytes(stream.read())
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(f"the weights at {uri} can't be read: {reason}") from error
+        shown = sources.without_secrets(uri)
+        reason = " ".join(str(error).replace(uri, shown).split())[:200]
+        raise WeightsError(f"the weights at {shown} can't be read: {reason}") from error
     return local
 
 

@@ -5,7 +5,9 @@ renamed when it is whole, so that a part that is there is complete. At the end p
 become the new table: files of about 128 MB, rows by path, one folder for each split. A full file
 whose rows all stay is left alone. `manifest.commit` makes the change whole.
 
-Functions marked so run on workers; they need OUT to be storage that driver and executors share.
+Functions marked so run on workers, if those see the driver's OUT. Where they don't, a part is
+written to a folder of the worker's own and comes back through Spark, and the table is written on
+the driver (`engine.run_chunks`, `pomona.executors`).
 """
 
 from __future__ import annotations
