@@ -246,10 +246,13 @@ def make_out(root: Path, salt: str = "") -> Path:
         "_work/leftover": "x",
     }
     for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        write(root / name, text)
     return root
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -367,6 +370,36 @@ def test_a_push_that_failed_sends_the_rest(bucket: str, through: Proxy, tmp_path
     through.reset()
     assert remote.push(out, bucket)["uploaded"] <= 3
     assert put(through)[-1] == "manifest.json"
+
+
+def test_what_is_going_comes_back_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A push that was killed before its removals goes on from another machine's copy."""
+    out, place, back = make_out(tmp_path / "out"), str(tmp_path / "place"), tmp_path / "back"
+    remote.push(out, place)
+    (out / "manifest.json").write_text('{"new": 1}')
+    gone = "features/split=Test/part-00000-00000.parquet"
+    (out / gone).unlink()
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror.Mirror, "_delete", die)
+        with pytest.raises(KeyboardInterrupt):
+            remote.push(out, place)
+    Path(place, mirror.LOCK).unlink(missing_ok=True)
+    assert gone in there(place)
+    remote.pull(place, back)
+    assert tree(back) == tree(out)
+    assert remote.push(back, place)["deleted"] == 1
+    assert there(place) == tree(out)
+    assert "going" not in json.loads(Path(place, mirror.RECORD).read_text())
+    # What is put there again isn't going.
+    write(back / gone, "again")
+    remote.push(back, place)
+    assert there(place) == tree(back)
 
 
 def test_push_through_faults(bucket: str, through: Proxy, tmp_path: Path) -> None:
