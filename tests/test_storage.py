@@ -668,6 +668,18 @@ def test_errors_name_the_place_and_leave_nothing(
             pass
 
 
+def test_who_looks_leaves_the_folder_of_a_live_run(bucket: str) -> None:
+    """Which lists its source, and has nothing to show yet."""
+    with remote.opened(bucket, source="x") as home:
+        out = manifest.open_out(home.folder)
+        with manifest.lock(out):
+            out.places.write_text('{"format": 1}')
+            with remote.opened(bucket, look_only=True) as other:
+                assert (other.folder, other.running) == (home.folder, True)
+            assert out.places.exists()
+    assert not out.root.exists(), "nothing came of it"
+
+
 def slow(seconds: float, name: str) -> Plan:
     """Photos come slowly, so that a run can be caught in the middle."""
 

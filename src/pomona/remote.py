@@ -419,8 +419,10 @@ def _tidy(out: Out) -> Iterator[None]:
     try:
         yield
     finally:
-        if not mirror.scan(out, work=True).keys() - {out.log.name}:
-            shutil.rmtree(out.root, ignore_errors=True)
+        # A run that is listing its source has nothing to show yet, but it holds the folder.
+        with contextlib.suppress(RequestError), manifest.lock(out):
+            if not mirror.scan(out, work=True).keys() - {out.log.name}:
+                shutil.rmtree(out.root, ignore_errors=True)
 
 
 def _push_at_last(place: Place, push: Callable[..., None]) -> None:
