@@ -556,6 +556,23 @@ def test_who_lost_the_lock_stops(bucket: str, tmp_path: Path) -> None:
     assert not there(bucket)
 
 
+def test_who_lost_the_lock_stops_within_the_stage(bucket: str) -> None:
+    ticks: list[remote.Tick] = []
+
+    def a_long_stage(home: remote.Home) -> None:
+        on_tick = home.ticks(ticks.append)
+        on_tick(remote.Tick("extract", 1, 9))
+        lock_of(open_place(bucket))
+        wait_until(lambda: on_tick(remote.Tick("extract", 2, 9)), 10)
+
+    with pytest.raises(BusyError, match="elsewhere"), remote.opened(bucket, source="x") as home:
+        a_long_stage(home)
+    assert ticks[0].done == 1
+    plain = remote.Home("out", "out").ticks(ticks.append)
+    plain(remote.Tick("extract", 3, 9))
+    assert ticks[-1].done == 3
+
+
 # --- OUT on an object store --------------------------------------------------------------------
 
 
