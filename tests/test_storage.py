@@ -547,6 +547,16 @@ def test_a_dead_writer_is_succeeded(folder: Place, about: dict[str, Any], waits:
         assert folder.read_json(mirror.LOCK)["id"] == holder.me["id"]
 
 
+def test_a_machine_of_the_same_name_is_another(folder: Place) -> None:
+    here = {**remote._whereabouts(), "pid": 2**22 + 1, "refreshed": time.time()}
+    holder = remote.Holder(folder)
+    assert holder._is_dead(here)
+    one = "boot" if "boot" in here else "card"
+    assert not holder._is_dead({**here, one: "another"})
+    del here[one]
+    assert not holder._is_dead(here), "as an older Pomona wrote it"
+
+
 def test_who_lost_the_lock_stops(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(BusyError, match="elsewhere"), remote.opened(bucket, source="x") as home:
         make_out(Path(home.folder))

@@ -134,10 +134,15 @@ def _busy(place: Place, there: dict[str, Any]) -> BusyError:
 
 
 def _whereabouts() -> dict[str, str]:
-    """Return what must be the same for a process number to mean the same process."""
+    """Return what must be the same for a process number to mean the same process.
+
+    Hosts may share a name, and outside containers the number of their process space, too.
+    """
     with contextlib.suppress(OSError):
-        return {"host": platform.node(), "space": str(Path("/proc/self/ns/pid").readlink())}
-    return {"host": platform.node()}
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        space = str(Path("/proc/self/ns/pid").readlink())
+        return {"host": platform.node(), "boot": boot, "space": space}
+    return {"host": platform.node(), "card": f"{uuid.getnode():x}"}
 
 
 def _is_alive(pid: int) -> bool:
