@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -548,6 +549,15 @@ def test_tombstones_hold_no_path_and_their_key_is_random(out: Path, tmp_path: Pa
     assert stones.held(paths).to_pylist() == [True, *[False] * 5]
     keyed = hashlib.blake2b(SECRET[0].encode(), digest_size=16, key=bytes.fromhex(a["key"]))
     assert a["ids"] == [keyed.hexdigest()]
+
+
+def test_keep_deleted_keeps_no_forgotten_photo(out: Path, made: Path) -> None:
+    """As with tombstones that were copied from another OUT: the row is still there."""
+    folder = manifest.open_out(out)
+    tombstones.write(tombstones.place(folder), tombstones.read(folder).having([SECRET[0]]))
+    told = stages.extract(made / "source", out, replace(QUICK, keep_deleted=True))
+    assert (told["photos"], told["forgotten"]) == (53, 1)
+    assert SECRET[0] not in {row["path"] for row in feature_rows(out)}
 
 
 def test_all_photos_are_forgotten(out: Path, made: Path) -> None:
