@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pomona import manifest, mirror, remote, sources, stages
-from pomona.errors import BusyError, MismatchError, RequestError, SourceError
+from pomona import manifest, mirror, remote, sources, sparkjob, stages
+from pomona.errors import BusyError, MismatchError, RequestError, SourceError, WeightsError
 from pomona.places import Place, open_place
 from tests.conftest import fill, photo
 from tests.faults import KINDS, Plan, Proxy, proxy, share
@@ -143,9 +143,31 @@ def test_credentials_in_a_uri_are_not_in_its_name() -> None:
     found = sources.open_source("s3://KEY:SECRET@bucket/a@b/c")
     assert (found.root, found.name) == ("bucket/a@b/c", "s3://bucket/a@b/c")
     assert found.store == "s3://KEY:SECRET@bucket"
+    assert sources.open_source("s3a://KEY:SECRET@bucket/a").name == "s3a://bucket/a"
+    assert sources.open_source("abfss://c@host/a").name == "abfss://c@host/a"
     with pytest.raises(SourceError) as caught:
         sources.connect("s3://KEY:SECRET@bucket?foo=1")
     assert "SECRET" not in str(caught.value)
+
+
+def test_credentials_are_not_in_what_is_refused(tmp_path: Path) -> None:
+    for place in ("s3://KEY:SECRET@b/o", "s3a://KEY:SEC/RET@b/o", "abfss://u:SEC@b/o?sig=SEC"):
+        with pytest.raises(RequestError, match="not [a-z3]+://b/o: ") as caught:
+            manifest.refuse_uri(place, "--out")
+        assert "SEC" not in str(caught.value)
+    for text in ("s3://KEY:SECRET@", "s3://KEY:SECRET@?region=x"):
+        with pytest.raises(SourceError, match="names no bucket") as refused:
+            sources.open_source(text)
+        assert "SECRET" not in str(refused.value)
+    with pytest.raises(SourceError, match="s3://b/o has a / in its secret: write %2F"):
+        sources.open_source("s3://KEY:SEC/RET@b/o")
+    with pytest.raises(SourceError, match="s3://b: Cannot parse URI: 's3://b' due") as odd:
+        sources.connect("s3://KEY:SEC RET@b")
+    assert "SEC" not in str(odd.value)
+    for uri in ("s3://KEY:SECRET@b/w?foo=SECRET", "s3://KEY:SEC RET@b/w"):
+        with pytest.raises(WeightsError, match="weights at s3://b/w can't") as weights:
+            sparkjob._fetch(uri, tmp_path)
+        assert "SEC" not in str(weights.value)
 
 
 def test_credentials_come_from_the_standard_chain(

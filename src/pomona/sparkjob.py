@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pomona import cli, engine
 from pomona.errors import WeightsError
+from pomona.manifest import shown
 
 
 def main() -> None:
@@ -63,8 +64,8 @@ def _fetch(uri: str, folder: Path) -> Path:
         with store.open_input_stream(path) as stream:
             local.write_bytes(stream.read())
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(f"the weights at {uri} can't be read: {reason}") from error
+        reason = " ".join(str(error).replace(uri, shown(uri)).split())[:200]
+        raise WeightsError(f"the weights at {shown(uri)} can't be read: {reason}") from error
     return local
 
 
