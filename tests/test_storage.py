@@ -20,6 +20,7 @@ import pytest
 from pomona import manifest, mirror, remote, sources, sparkjob, stages
 from pomona.errors import BusyError, MismatchError, RequestError, SourceError, WeightsError
 from pomona.places import Place, open_place
+from pomona.ticks import Tick
 from tests.conftest import fill, photo
 from tests.faults import KINDS, Plan, Proxy, proxy, share
 from tests.test_sources import paths, table, upload
@@ -152,7 +153,7 @@ def test_credentials_in_a_uri_are_not_in_its_name() -> None:
 
 def test_credentials_are_not_in_what_is_refused(tmp_path: Path) -> None:
     for place in ("s3://KEY:SECRET@b/o", "s3a://KEY:SEC/RET@b/o", "abfss://u:SEC@b/o?sig=SEC"):
-        with pytest.raises(RequestError, match="not [a-z3]+://b/o: ") as caught:
+        with pytest.raises(RequestError, match=r"not [a-z3]+://b/o: ") as caught:
             manifest.refuse_uri(place, "--out")
         assert "SEC" not in str(caught.value)
     for text in ("s3://KEY:SECRET@", "s3://KEY:SECRET@?region=x"):
@@ -394,9 +395,7 @@ def test_a_push_that_failed_sends_the_rest(bucket: str, through: Proxy, tmp_path
     assert put(through)[-1] == "manifest.json"
 
 
-def test_what_is_going_comes_back_nowhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_going_comes_back_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A push that was killed before its removals goes on from another machine's copy."""
     out, place, back = make_out(tmp_path / "out"), str(tmp_path / "place"), tmp_path / "back"
     remote.push(out, place)
@@ -589,19 +588,19 @@ def test_who_lost_the_lock_stops(bucket: str, tmp_path: Path) -> None:
 
 
 def test_who_lost_the_lock_stops_within_the_stage(bucket: str) -> None:
-    ticks: list[remote.Tick] = []
+    ticks: list[Tick] = []
 
     def a_long_stage(home: remote.Home) -> None:
         on_tick = home.ticks(ticks.append)
-        on_tick(remote.Tick("extract", 1, 9))
+        on_tick(Tick("extract", 1, 9))
         lock_of(open_place(bucket))
-        wait_until(lambda: on_tick(remote.Tick("extract", 2, 9)), 10)
+        wait_until(lambda: on_tick(Tick("extract", 2, 9)), 10)
 
     with pytest.raises(BusyError, match="elsewhere"), remote.opened(bucket, source="x") as home:
         a_long_stage(home)
     assert ticks[0].done == 1
     plain = remote.Home("out", "out").ticks(ticks.append)
-    plain(remote.Tick("extract", 3, 9))
+    plain(Tick("extract", 3, 9))
     assert ticks[-1].done == 3
 
 

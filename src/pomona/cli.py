@@ -576,14 +576,19 @@ def forget(
             if not as_json:
                 _print(plan, False, console.forget_plan)
             typer.confirm("This can't be undone. Forget them?", abort=True, err=True)
-        with _progress() as on_tick, _log_to(home.folder):
-            cluster = _cluster(master, spark_conf)
-            record = forgetting.forget(home.folder, photos or (), options, cluster, on_tick)
+        with _progress() as on_progress, _log_to(home.folder):
+            cluster, on_tick = _cluster(master, spark_conf), home.ticks(on_progress)
+            record = forgetting.forget(
+                home.folder, photos or (), options, cluster, on_tick, home.after
+            )
     _print(record, as_json, console.forget_plan if dry_run else console.forgotten)
 
 
-def _end_forget(out: str, on_tick: Any, cluster: Any = None) -> None:
-    """End a forget that was killed: its rows, and with ``cluster`` what is made from the rest."""
+def _end_forget(out: str, on_tick: Any, cluster: Any = None) -> bool:
+    """End a forget that was killed: its rows, and with ``cluster`` what is made from the rest.
+
+    Returns whether something may have changed.
+    """
     from pomona.manifest import Out, local_path
 
     found = Out(local_path(out))
@@ -591,6 +596,8 @@ def _end_forget(out: str, on_tick: Any, cluster: Any = None) -> None:
         from pomona import forgetting
 
         forgetting.finish(out, cluster, on_tick, rebuild=cluster is not None)
+        return True
+    return False
 
 
 def _model(name: str) -> Any:
@@ -818,7 +825,8 @@ def _opened(out: str, on_tick: Any, source: str | None = None, *, look_only: boo
 def _at(out: str, on_tick: Any, source: str | None = None) -> Iterator[Any]:
     """Give the folder to work in, wherever OUT is, with a log in it."""
     with _opened(out, on_tick, source) as home, _log_to(home.folder):
-        _end_forget(home.folder, on_tick)
+        if _end_forget(home.folder, on_tick):
+            home.after("forget")
         yield home
 
 

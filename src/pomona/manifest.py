@@ -163,12 +163,13 @@ def refuse_uri(text: str, what: str) -> None:
         return
     if re.match("(s3|gs|gcs)://", text, re.I):
         raise RequestError(
-            f"{what} is a folder here, not {shown(text)}: run, extract, reduce, train, report, export and "
-            "status take object stores; elsewhere pomona pull and pomona push copy OUT"
+            f"{what} is a folder here, not {shown(text)}: run, extract, reduce, train, report, "
+            "export, publish, forget and status take object stores; elsewhere pomona pull and "
+            "pomona push copy OUT"
         )
     raise RequestError(
-        f"{what} is a folder, s3://… or gs://…, not {shown(text)}: write s3:// for s3a://, or the path "
-        "where it is mounted, such as /dbfs/… or /Volumes/…"
+        f"{what} is a folder, s3://… or gs://…, not {shown(text)}: write s3:// for s3a://, or the "
+        "path where it is mounted, such as /dbfs/… or /Volumes/…"
     )
 
 
