@@ -520,6 +520,26 @@ def fetched(place: Any, folder: Path) -> Path:
     return folder
 
 
+def test_what_places_are_known_to_hold(out: Path, tmp_path: Path) -> None:
+    """Folders of labels that are gone, and files of others that are named like a photo."""
+    write(out, "notes/whiskey7733.jpg.txt", b"x")
+    remote.push(out, str(tmp_path / "place"))
+    remote.pull(str(tmp_path / "place"), tmp_path / "back")
+    known = out / ".places.json"
+    assert b"label=Fruit 1" in known.read_bytes()
+    assert b"whiskey7733" in known.read_bytes()
+    receipt = forgetting.forget(out, ["Training/Fruit 1/**", "Test/Fruit 1/**", SECRET[2]], QUIET)
+    assert b"label=Fruit 1" not in known.read_bytes()
+    assert b"whiskey7733" not in known.read_bytes()
+    assert receipt["copies"]["left"] == ["notes/(forgotten).txt"]
+    (out / "notes" / "whiskey7733.jpg.txt").unlink()
+    remote.push(out, str(tmp_path / "place"))
+    remote.pull(str(tmp_path / "place"), tmp_path / "back")
+    for folder in ("place", "back"):
+        assert not list((tmp_path / folder).rglob("*whiskey*"))
+        assert not list((tmp_path / folder).rglob("label=*"))
+
+
 # --- parts of a run that isn't finished --------------------------------------------------------
 
 

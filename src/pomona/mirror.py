@@ -26,7 +26,7 @@ from typing import Any
 from pomona import manifest
 from pomona.errors import MismatchError
 from pomona.manifest import Out
-from pomona.places import Entry, Place, refusing
+from pomona.places import Entry, Place, drop_empty, refusing
 from pomona.ticks import OnTick, Tick, quiet
 
 log = logging.getLogger("pomona")
@@ -212,9 +212,9 @@ class Mirror:
         seconds: float | None,
         gone: Iterable[str] = (),
     ) -> bool:
-        """Send files. When all are there, what ``gone`` names is noted as going. Returns whether so.
+        """Send files. When all are there, and not earlier, ``gone`` is noted as going.
 
-        Not earlier: what was there before may need it.
+        Returns whether all are.
         """
         if not todo:
             if not self.going.issuperset(gone):
@@ -305,6 +305,7 @@ class Mirror:
             self._download(todo, on_tick)
             for name in gone:
                 (self.out.root / name).unlink(missing_ok=True)
+                drop_empty(self.out.root, name)
                 self.common.pop(name, None)
             self.pulling = False
             self.revisions = [self.revision] if self.revision else []
