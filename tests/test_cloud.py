@@ -28,7 +28,7 @@ import pytest
 
 from pomona import cloud, weights
 from pomona.errors import JobError, MissingError, PomonaError, RequestError, WeightsError
-from pomona.sources import without_secrets
+from pomona.manifest import shown
 from pomona.sparkjob import local_weights
 from tests.conftest import fill
 
@@ -225,7 +225,7 @@ def test_a_job_on_ec2(emr: Any, on_ec2: str) -> None:
     place = words.index("run")
     assert words[place - 1].startswith(f"s3://{stack.data}/jobs/")
     told_words = told.split("pomona ", 1)[1].split()
-    assert [without_secrets(word) for word in words[place:]] == told_words
+    assert [shown(word) for word in words[place:]] == told_words
 
 
 def test_secrets_are_not_printed(emr: Any, serverless: str) -> None:

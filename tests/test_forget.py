@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from pomona import (
     manifest,
     naming,
     registry,
+    remote,
     rows,
     samples,
     schema,
@@ -40,8 +42,10 @@ from pomona import (
 )
 from pomona.errors import BusyError, RequestError, SourceError
 from pomona.forgetting import ForgetOptions
+from pomona.places import open_place
 from pomona.stages import ExtractOptions, ReduceOptions, TrainOptions
 from tests.conftest import photo
+from tests.test_sources import upload
 
 pytest.importorskip("sklearn")
 # MLflow and SQLAlchemy warn of each other's deprecations when they are imported.
@@ -435,6 +439,107 @@ def test_a_run_ends_it_first(out: Path, made: Path) -> None:
     assert forgetting.finish(out) is None
 
 
+def test_killed_when_only_the_command_knew_a_name(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in no table can't be told from its tombstone: the rest goes on, and it is asked."""
+    folder, left = manifest.open_out(out), "Training/left7737.jpg"
+    answers = write_answers(out, [left, "Training/Fruit 0/kind 0/0.jpg"])
+    named, options = [left, SECRET[0]], ForgetOptions(rebuild=False, missing_ok=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(erasing, "clean_copies", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            forgetting.forget(out, named, options)
+    told = forgetting.finish(out)
+    assert told
+    assert told["finished"] is None
+    assert SECRET[0] not in {row["path"] for row in feature_rows(out)}
+    assert pq.read_table(answers)["path"].to_pylist()[0] == left
+    assert (stages.status(out)["forgetting"], stages.status(out)["unnamed"]) == (True, 1)
+    tombstones.refuse_erasing(folder)  # runs go on
+    assert forgetting.finish(out) is None
+    with pytest.raises(RequestError, match=r"1 photos of a forget .* again, with its paths"):
+        forgetting.forget(out)
+    with pytest.raises(RequestError, match="matches no photo"):
+        forgetting.forget(out, ["*.nothing"], QUIET)
+    other = forgetting.forget(out, [SECRET[2]], options)
+    assert other["finished"]
+    assert stages.status(out)["unnamed"] == 1
+    again = forgetting.forget(out, named, options)
+    assert again["copies"]["answers"] == 1
+    assert pq.read_table(answers).num_rows == 1
+    receipts = [json.loads(p.read_text()) for p in (out / "forgotten").glob("receipt-*")]
+    assert len(receipts) == 3
+    assert all(receipt["finished"] for receipt in receipts)
+    assert (stages.status(out)["forgetting"], stages.status(out)["unnamed"]) == (False, 0)
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+# --- OUT elsewhere -----------------------------------------------------------------------------
+
+
+def test_a_store_knows_before_anything_is_made_again(
+    out: Path, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POMONA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "SETTLE", 0.0)
+    upload(store, "forgets", {})
+    place = open_place(f"s3://forgets/out?{store}")
+    remote.push(out, f"s3://forgets/out?{store}")
+    wanted = needles(out)
+    assert len(hits(fetched(place, tmp_path / "before"), wanted)) > 30
+    seen: list[str] = []
+
+    def erase(*words: Any) -> None:
+        assert "forgotten/tombstones.json" in place.sizes()
+        seen.append("erase")
+        real_erase(*words)
+
+    def rebuild(*words: Any) -> dict[str, Any]:
+        assert hits(fetched(place, tmp_path / "after"), wanted) == {}
+        assert len(feature_rows(tmp_path / "after")) == 49
+        seen.append("rebuild")
+        return real_rebuild(*words)
+
+    real_erase, real_rebuild = forgetting._erase, forgetting._rebuild
+    monkeypatch.setattr(forgetting, "_erase", erase)
+    monkeypatch.setattr(forgetting, "_rebuild", rebuild)
+    with remote.opened(f"s3://forgets/out?{store}") as home:
+        forgetting.forget(home.folder, SECRET, QUIET, after=home.after)
+        assert hits(Path(home.folder), wanted) == {}
+    assert seen == ["erase", "rebuild"]
+    assert "forgotten/pending.json" not in place.sizes()
+
+
+def fetched(place: Any, folder: Path) -> Path:
+    for name in place.sizes():
+        place.download(name, folder / name)
+    return folder
+
+
+def test_what_places_are_known_to_hold(out: Path, tmp_path: Path) -> None:
+    """Folders of labels that are gone, and files of others that are named like a photo."""
+    write(out, "notes/whiskey7733.jpg.txt", b"x")
+    remote.push(out, str(tmp_path / "place"))
+    remote.pull(str(tmp_path / "place"), tmp_path / "back")
+    known = out / ".places.json"
+    assert b"label=Fruit 1" in known.read_bytes()
+    assert b"whiskey7733" in known.read_bytes()
+    receipt = forgetting.forget(out, ["Training/Fruit 1/**", "Test/Fruit 1/**", SECRET[2]], QUIET)
+    assert b"label=Fruit 1" not in known.read_bytes()
+    assert b"whiskey7733" not in known.read_bytes()
+    assert receipt["copies"]["left"] == ["notes/(forgotten).txt"]
+    (out / "notes" / "whiskey7733.jpg.txt").unlink()
+    remote.push(out, str(tmp_path / "place"))
+    remote.pull(str(tmp_path / "place"), tmp_path / "back")
+    for folder in ("place", "back"):
+        assert not list((tmp_path / folder).rglob("*whiskey*"))
+        assert not list((tmp_path / folder).rglob("label=*"))
+
+
 # --- parts of a run that isn't finished --------------------------------------------------------
 
 
@@ -550,6 +655,15 @@ def test_tombstones_hold_no_path_and_their_key_is_random(out: Path, tmp_path: Pa
     assert a["ids"] == [keyed.hexdigest()]
 
 
+def test_keep_deleted_keeps_no_forgotten_photo(out: Path, made: Path) -> None:
+    """As with tombstones that were copied from another OUT: the row is still there."""
+    folder = manifest.open_out(out)
+    tombstones.write(tombstones.place(folder), tombstones.read(folder).having([SECRET[0]]))
+    told = stages.extract(made / "source", out, replace(QUICK, keep_deleted=True))
+    assert (told["photos"], told["forgotten"]) == (53, 1)
+    assert SECRET[0] not in {row["path"] for row in feature_rows(out)}
+
+
 def test_all_photos_are_forgotten(out: Path, made: Path) -> None:
     receipt = forgetting.forget(out, ["**"])
     assert receipt["photos"] == receipt["rows"]["features"] == 54
@@ -577,19 +691,24 @@ def test_without_rebuild(out: Path) -> None:
 
 
 def test_answers_and_files_of_others(out: Path) -> None:
-    answers = out / "answers"
-    answers.mkdir()
-    (answers / "_answers.json").write_text("{}")
     shown = [f"../photos/{SECRET[0]}", "../photos/Training/Fruit 0/kind 0/0.jpg"]
-    pq.write_table(pa.table({"path": shown, "label": ["a", "b"]}), answers / "part-00000.parquet")
+    answers = write_answers(out, shown)
     (out / "notes.txt").write_text(f"look at {SECRET[1]}")
     (out / "other.txt").write_text("nothing of it")
     receipt = forgetting.forget(out, SECRET, QUIET)
-    assert pq.read_table(answers / "part-00000.parquet")["path"].to_pylist() == shown[1:]
+    assert pq.read_table(answers)["path"].to_pylist() == shown[1:]
     assert receipt["copies"]["answers"] == 1
     assert receipt["copies"]["left"] == ["notes.txt"]
     text = str(list(console.forgotten(receipt).columns[1].cells))
     assert "notes.txt" in text
+
+
+def write_answers(out: Path, paths: list[str]) -> Path:
+    """As `predict --out` leaves them."""
+    write(out, "answers/_answers.json", b"{}")
+    file = out / "answers" / "part-00000.parquet"
+    pq.write_table(pa.table({"path": paths, "label": ["a", "b"]}), file)
+    return file
 
 
 def test_a_stale_model_goes_too(out: Path) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pomona import manifest, mirror, remote, sources, stages
-from pomona.errors import BusyError, MismatchError, RequestError, SourceError
+from pomona import manifest, mirror, remote, sources, sparkjob, stages
+from pomona.errors import BusyError, MismatchError, RequestError, SourceError, WeightsError
 from pomona.places import Place, open_place
+from pomona.ticks import Tick
 from tests.conftest import fill, photo
 from tests.faults import KINDS, Plan, Proxy, proxy, share
 from tests.test_sources import paths, table, upload
@@ -143,9 +144,31 @@ def test_credentials_in_a_uri_are_not_in_its_name() -> None:
     found = sources.open_source("s3://KEY:SECRET@bucket/a@b/c")
     assert (found.root, found.name) == ("bucket/a@b/c", "s3://bucket/a@b/c")
     assert found.store == "s3://KEY:SECRET@bucket"
+    assert sources.open_source("s3a://KEY:SECRET@bucket/a").name == "s3a://bucket/a"
+    assert sources.open_source("abfss://c@host/a").name == "abfss://c@host/a"
     with pytest.raises(SourceError) as caught:
         sources.connect("s3://KEY:SECRET@bucket?foo=1")
     assert "SECRET" not in str(caught.value)
+
+
+def test_credentials_are_not_in_what_is_refused(tmp_path: Path) -> None:
+    for place in ("s3://KEY:SECRET@b/o", "s3a://KEY:SEC/RET@b/o", "abfss://u:SEC@b/o?sig=SEC"):
+        with pytest.raises(RequestError, match=r"not [a-z3]+://b/o: ") as caught:
+            manifest.refuse_uri(place, "--out")
+        assert "SEC" not in str(caught.value)
+    for text in ("s3://KEY:SECRET@", "s3://KEY:SECRET@?region=x"):
+        with pytest.raises(SourceError, match="names no bucket") as refused:
+            sources.open_source(text)
+        assert "SECRET" not in str(refused.value)
+    with pytest.raises(SourceError, match="s3://b/o has a / in its secret: write %2F"):
+        sources.open_source("s3://KEY:SEC/RET@b/o")
+    with pytest.raises(SourceError, match="s3://b: Cannot parse URI: 's3://b' due") as odd:
+        sources.connect("s3://KEY:SEC RET@b")
+    assert "SEC" not in str(odd.value)
+    for uri in ("s3://KEY:SECRET@b/w?foo=SECRET", "s3://KEY:SEC RET@b/w"):
+        with pytest.raises(WeightsError, match="weights at s3://b/w can't") as weights:
+            sparkjob._fetch(uri, tmp_path)
+        assert "SEC" not in str(weights.value)
 
 
 def test_credentials_come_from_the_standard_chain(
@@ -246,10 +269,13 @@ def make_out(root: Path, salt: str = "") -> Path:
         "_work/leftover": "x",
     }
     for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        write(root / name, text)
     return root
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -367,6 +393,34 @@ def test_a_push_that_failed_sends_the_rest(bucket: str, through: Proxy, tmp_path
     through.reset()
     assert remote.push(out, bucket)["uploaded"] <= 3
     assert put(through)[-1] == "manifest.json"
+
+
+def test_what_is_going_comes_back_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A push that was killed before its removals goes on from another machine's copy."""
+    out, place, back = make_out(tmp_path / "out"), str(tmp_path / "place"), tmp_path / "back"
+    remote.push(out, place)
+    (out / "manifest.json").write_text('{"new": 1}')
+    gone = "features/split=Test/part-00000-00000.parquet"
+    (out / gone).unlink()
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror.Mirror, "_delete", die)
+        with pytest.raises(KeyboardInterrupt):
+            remote.push(out, place)
+    Path(place, mirror.LOCK).unlink(missing_ok=True)
+    assert gone in there(place)
+    remote.pull(place, back)
+    assert tree(back) == tree(out)
+    assert remote.push(back, place)["deleted"] == 1
+    assert there(place) == tree(out)
+    assert "going" not in json.loads(Path(place, mirror.RECORD).read_text())
+    # What is put there again isn't going.
+    write(back / gone, "again")
+    remote.push(back, place)
+    assert there(place) == tree(back)
 
 
 def test_push_through_faults(bucket: str, through: Proxy, tmp_path: Path) -> None:
@@ -514,6 +568,16 @@ def test_a_dead_writer_is_succeeded(folder: Place, about: dict[str, Any], waits:
         assert folder.read_json(mirror.LOCK)["id"] == holder.me["id"]
 
 
+def test_a_machine_of_the_same_name_is_another(folder: Place) -> None:
+    here = {**remote._whereabouts(), "pid": 2**22 + 1, "refreshed": time.time()}
+    holder = remote.Holder(folder)
+    assert holder._is_dead(here)
+    one = "boot" if "boot" in here else "card"
+    assert not holder._is_dead({**here, one: "another"})
+    del here[one]
+    assert not holder._is_dead(here), "as an older Pomona wrote it"
+
+
 def test_who_lost_the_lock_stops(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(BusyError, match="elsewhere"), remote.opened(bucket, source="x") as home:
         make_out(Path(home.folder))
@@ -521,6 +585,23 @@ def test_who_lost_the_lock_stops(bucket: str, tmp_path: Path) -> None:
         home.after("extract")
     assert open_place(bucket).read_json(mirror.LOCK)["id"] == "other"
     assert not there(bucket)
+
+
+def test_who_lost_the_lock_stops_within_the_stage(bucket: str) -> None:
+    ticks: list[Tick] = []
+
+    def a_long_stage(home: remote.Home) -> None:
+        on_tick = home.ticks(ticks.append)
+        on_tick(Tick("extract", 1, 9))
+        lock_of(open_place(bucket))
+        wait_until(lambda: on_tick(Tick("extract", 2, 9)), 10)
+
+    with pytest.raises(BusyError, match="elsewhere"), remote.opened(bucket, source="x") as home:
+        a_long_stage(home)
+    assert ticks[0].done == 1
+    plain = remote.Home("out", "out").ticks(ticks.append)
+    plain(Tick("extract", 3, 9))
+    assert ticks[-1].done == 3
 
 
 # --- OUT on an object store --------------------------------------------------------------------
@@ -633,6 +714,18 @@ def test_errors_name_the_place_and_leave_nothing(
             remote.opened(out, source=source),
         ):
             pass
+
+
+def test_who_looks_leaves_the_folder_of_a_live_run(bucket: str) -> None:
+    """Which lists its source, and has nothing to show yet."""
+    with remote.opened(bucket, source="x") as home:
+        out = manifest.open_out(home.folder)
+        with manifest.lock(out):
+            out.places.write_text('{"format": 1}')
+            with remote.opened(bucket, look_only=True) as other:
+                assert (other.folder, other.running) == (home.folder, True)
+            assert out.places.exists()
+    assert not out.root.exists(), "nothing came of it"
 
 
 def slow(seconds: float, name: str) -> Plan:

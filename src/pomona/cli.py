@@ -161,7 +161,8 @@ def run(
     from pomona import stages
 
     options = None if no_train else stages.TrainOptions(class_weight, max_rows, unknown, keep)
-    with _progress() as on_tick, _at(out, on_tick, source) as home:
+    with _progress() as on_progress, _at(out, on_progress, source) as home:
+        on_tick = home.ticks(on_progress)
         records = stages.run(
             source,
             home.folder,
@@ -201,7 +202,8 @@ def extract(
     from pomona import stages
 
     given = _extract_options(locals())
-    with _progress() as on_tick, _at(out, on_tick, source) as home:
+    with _progress() as on_progress, _at(out, on_progress, source) as home:
+        on_tick = home.ticks(on_progress)
         cluster = _cluster(master, spark_conf)
         record = stages.extract(source, home.folder, given, cluster, on_tick)
     _print_run({"extract": record}, home, as_json)
@@ -224,7 +226,8 @@ def reduce(
     from pomona import stages
 
     options = _reduce_options(components, no_scale, whiten, power, no_plots)
-    with _progress() as on_tick, _at(out, on_tick) as home:
+    with _progress() as on_progress, _at(out, on_progress) as home:
+        on_tick = home.ticks(on_progress)
         record = stages.reduce(home.folder, options, _cluster(master, spark_conf), on_tick)
     _print_run({"reduce": record}, home, as_json)
 
@@ -243,7 +246,8 @@ def train(
     from pomona import stages
 
     options = stages.TrainOptions(class_weight, max_rows, unknown, keep)
-    with _progress() as on_tick, _at(out, on_tick) as home:
+    with _progress() as on_progress, _at(out, on_progress) as home:
+        on_tick = home.ticks(on_progress)
         record = stages.train(home.folder, options, on_tick)
         if not no_plots:
             home.after("train")
@@ -256,7 +260,8 @@ def report(out: OutDir) -> None:
     """Write OUT/report/report.html again, from what there is in OUT."""
     from pomona import stages
 
-    with _progress() as on_tick, _at(out, on_tick) as home:
+    with _progress() as on_progress, _at(out, on_progress) as home:
+        on_tick = home.ticks(on_progress)
         path = stages.report(home.folder, on_tick)
     typer.echo(home.shown(path))
 
@@ -330,7 +335,8 @@ def export(
     from pomona import console, exporting
 
     options = exporting.ExportOptions(int8, half, dest, calibration, held_out)
-    with _progress() as on_tick, _at(out, on_tick) as home:
+    with _progress() as on_progress, _at(out, on_progress) as home:
+        on_tick = home.ticks(on_progress)
         record = exporting.export(home.folder, options, on_tick)
     _print({**record, "folder": home.shown(record["folder"])}, as_json, console.exported)
 
@@ -348,7 +354,8 @@ def publish(
     from pomona import console, registry
 
     options = registry.PublishOptions(name, promote)
-    with _progress() as on_tick, _at(out, on_tick) as home:
+    with _progress() as on_progress, _at(out, on_progress) as home:
+        on_tick = home.ticks(on_progress)
         record = registry.publish(home.folder, options, on_tick)
     _print(record, as_json, console.published)
 
@@ -569,14 +576,19 @@ def forget(
             if not as_json:
                 _print(plan, False, console.forget_plan)
             typer.confirm("This can't be undone. Forget them?", abort=True, err=True)
-        with _progress() as on_tick, _log_to(home.folder):
-            cluster = _cluster(master, spark_conf)
-            record = forgetting.forget(home.folder, photos or (), options, cluster, on_tick)
+        with _progress() as on_progress, _log_to(home.folder):
+            cluster, on_tick = _cluster(master, spark_conf), home.ticks(on_progress)
+            record = forgetting.forget(
+                home.folder, photos or (), options, cluster, on_tick, home.after
+            )
     _print(record, as_json, console.forget_plan if dry_run else console.forgotten)
 
 
-def _end_forget(out: str, on_tick: Any, cluster: Any = None) -> None:
-    """End a forget that was killed: its rows, and with ``cluster`` what is made from the rest."""
+def _end_forget(out: str, on_tick: Any, cluster: Any = None) -> bool:
+    """End a forget that was killed: its rows, and with ``cluster`` what is made from the rest.
+
+    Returns whether something may have changed.
+    """
     from pomona.manifest import Out, local_path
 
     found = Out(local_path(out))
@@ -584,6 +596,8 @@ def _end_forget(out: str, on_tick: Any, cluster: Any = None) -> None:
         from pomona import forgetting
 
         forgetting.finish(out, cluster, on_tick, rebuild=cluster is not None)
+        return True
+    return False
 
 
 def _model(name: str) -> Any:
@@ -811,7 +825,8 @@ def _opened(out: str, on_tick: Any, source: str | None = None, *, look_only: boo
 def _at(out: str, on_tick: Any, source: str | None = None) -> Iterator[Any]:
     """Give the folder to work in, wherever OUT is, with a log in it."""
     with _opened(out, on_tick, source) as home, _log_to(home.folder):
-        _end_forget(home.folder, on_tick)
+        if _end_forget(home.folder, on_tick):
+            home.after("forget")
         yield home
 
 

@@ -28,7 +28,8 @@ from typing import Any, Literal
 
 from pomona import weights
 from pomona.errors import JobError, MissingError, PomonaError, RequestError
-from pomona.sources import first_line, without_secrets
+from pomona.manifest import shown
+from pomona.sources import first_line
 from pomona.weights import OnBytes
 
 REGION = "eu-central-1"
@@ -231,7 +232,7 @@ def submit(stack: Stack, job: Job, on_bytes: OnBytes | None = None) -> dict[str,
         s3.put_object(Bucket=stack.data, Key=entry, Body=ENTRY.encode())
         start = _start_run if stack.mode == "serverless" else _start_step
         identity = start(stack, job, name, f"s3://{stack.data}/{entry}", command)
-    return {**status(stack, identity), "command": [without_secrets(word) for word in command]}
+    return {**status(stack, identity), "command": [shown(word) for word in command]}
 
 
 def _check(stack: Stack, job: Job) -> None:
@@ -243,7 +244,7 @@ def _check(stack: Stack, job: Job) -> None:
     for option, place in (("SOURCE", job.source), ("--out", job.out)):
         if not re.match(r"s3://[^/]+", place):
             raise RequestError(
-                f"{option} is s3://BUCKET/FOLDER for a job on EMR, not {without_secrets(place)}"
+                f"{option} is s3://BUCKET/FOLDER for a job on EMR, not {shown(place)}"
             )
     for taken in ("--weights", "--out", "--master", "--spark-conf"):
         if any(word.split("=")[0] == taken for word in job.options):

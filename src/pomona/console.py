@@ -283,7 +283,10 @@ def status(found: dict[str, Any]) -> Table:
     if found["forgotten"]:
         words = f"{found['forgotten']:,}, of which the last listing held {found['left_out']:,}"
         rows.append(("forgotten", words))
-    if found["forgetting"]:
+    if found["unnamed"]:
+        words = "not finished: run the same pomona forget again, with its paths"
+        rows.append(("forget", words))
+    elif found["forgetting"]:
         rows.append(("forget", "not finished: pomona forget --out OUT alone ends it"))
     return _two_columns(rows)
 

@@ -44,7 +44,7 @@ STORE, ARTIFACTS = "mlflow.db", "mlflow-artifacts"
 OWN = {
     *DERIVED,
     *("features", "report", "export", "forgotten", "_work", "rejected.csv", "manifest.json"),
-    *("pomona.log", ".lock", STORE, ARTIFACTS),
+    *("pomona.log", ".lock", ".places.json", STORE, ARTIFACTS),
     *(f"{STORE}-{end}" for end in ("wal", "shm", "journal")),
 }
 """The names in OUT that are Pomona's."""
@@ -190,6 +190,7 @@ def clean_copies(out: Out, found: Found, tainted: Callable[[dict[str, Any]], boo
     """Clean what isn't part of the change; copies of a model that is ``tainted`` are removed."""
     done = Copies()
     done.log_lines = _clean_log(out.log, found.names)
+    _clean_places(out.places, found)
     done.values = _clean_store(out.root / STORE, found.names)
     for folder in sorted((out.root / ARTIFACTS).glob("*/artifacts")):
         _clean_run(folder, found.names, tainted, done)
@@ -223,6 +224,23 @@ def _clean_log(log: Path, names: Names) -> int:
             file.write(b"".join(kept))
             file.truncate()
     return len(lines) - len(kept)
+
+
+def _clean_places(file: Path, found: Found) -> None:
+    """Take out what names a photo, or a label that may be gone: files that a place holds, too.
+
+    Without it the next push looks at those files again.
+    """
+    known = manifest.read_json(file)
+    for about in known.get("places", {}).values():
+        about["files"] = {
+            name: entry
+            for name, entry in about.get("files", {}).items()
+            if not (found.in_derived and name.partition("/")[0] in DERIVED)
+            and not found.names.are_in(name.encode())
+        }
+    if known:
+        manifest.write_json(file, known)
 
 
 def _clean_store(database: Path, names: Names) -> int:

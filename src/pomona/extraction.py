@@ -190,7 +190,8 @@ def _extract(
     parts = tables.parts_folder(job.out, job.spec.fingerprint())
     found = tables.index(job.out, parts)
     if job.options.keep_deleted:
-        photos = pa.concat_tables([photos, tables.deleted(photos, found)])
+        deleted, _ = tombstones.leave_out(job.out, tables.deleted(photos, found))
+        photos = pa.concat_tables([photos, deleted])
         photos = photos.sort_by([("split", "ascending"), ("path", "ascending")])
     rows = tables.match(photos, found)
     # A photo that couldn't be read may have been out of reach: it is tried again.

@@ -7,7 +7,9 @@
     rebuild  reduce, train and report again, with the settings in the manifest (phase ``rebuild``)
     receipt  what was done, without a path
 
-A forget that was killed is ended by `finish`: the rows that must go are those with a tombstone.
+A forget that was killed is ended by `finish`: the rows that must go are those with a tombstone. A
+photo that is in no table it can't name, so it can't clean the log and other copies of that name:
+``pending.json`` then stays (phase ``names``) until the same command comes again; nothing waits.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,7 +34,7 @@ from pomona.manifest import Out
 from pomona.ticks import OnTick, Tick, quiet
 from pomona.tombstones import Tombstones
 
-ERASE, REBUILD = "erase", "rebuild"
+ERASE, REBUILD, NAMES = "erase", "rebuild", "names"
 STDIN = "-"
 
 
@@ -65,6 +67,7 @@ def forget(
     options: ForgetOptions | None = None,
     cluster: Cluster | None = None,
     on_tick: OnTick = quiet,
+    after: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Erase photos from OUT and put a tombstone in each one's place. Returns the receipt.
 
@@ -73,6 +76,9 @@ def forget(
     photos
         Paths as in the table, or patterns (`matcher`). With none at all, a forget that isn't
         finished is ended.
+    after
+        Called when the tombstones are written and when the photos are erased, before anything is
+        made again; nothing holds OUT then.
 
     Returns
     -------
@@ -92,6 +98,7 @@ def forget(
     named = [*photos, *options.listed]
     with manifest.lock(folder):
         before = tombstones.pending(folder)
+        under_way = before.get("phase") in (ERASE, REBUILD)
         if before.get("phase") == ERASE and not options.dry_run:
             # Of this very command: what is in no table is known by its name alone.
             stones = tombstones.read(folder)
@@ -99,16 +106,36 @@ def forget(
             _erase(folder, same, before, on_tick)
         paths: frozenset[str] = frozenset()
         if named:
-            paths = _wanted(folder, photos, options, ended=bool(before))
+            paths = _wanted(folder, photos, options, ended=under_way)
         elif not before:
             raise RequestError("forget takes photos: paths as in the table, patterns, or --list")
-        if paths and not (before and _is_done(folder, paths)):
+        begun = None
+        if paths and not (under_way and _is_done(folder, paths)):
             if options.dry_run:
                 return _plan(folder, paths)
-            _erase(folder, paths, _begin(folder, paths, options), on_tick)
+            begun = _begin(folder, paths, options)
         elif options.dry_run:
             return {"photos": 0, "pending": before}
-    return _rebuild(folder, cluster, on_tick)
+    after("forget")
+    if begun:
+        with manifest.lock(folder):
+            _refuse_other(folder, begun)
+            _erase(folder, paths, begun, on_tick)
+        after("forget")
+    receipt = _rebuild(folder, cluster, on_tick)
+    if not named and (left := len(tombstones.pending(folder).get("unnamed", []))):
+        raise RequestError(
+            f"{left} photos of a forget that was stopped are in no table, and {folder.root} may "
+            "still name them: run that same pomona forget again, with its paths"
+        )
+    return receipt
+
+
+def _refuse_other(out: Out, begun: dict[str, Any]) -> None:
+    """Refuse to erase if another command went on with it when nothing held OUT."""
+    now = tombstones.pending(out)
+    if (now.get("receipt"), now.get("phase")) != (begun["receipt"], ERASE):
+        raise BusyError(f"another pomona command is at work on {out.root}: run the same again")
 
 
 def finish(
@@ -124,7 +151,7 @@ def finish(
         return None
     with manifest.lock(folder):
         before = tombstones.pending(folder)
-        if not before:  # the journal was another's
+        if before.get("phase") not in (ERASE, REBUILD):  # the journal was another's
             return None
         if before.get("phase") == ERASE:
             _erase(folder, frozenset(), before, on_tick)
@@ -159,8 +186,11 @@ def allow(out: str | Path, photos: Sequence[str]) -> dict[str, Any]:
 
 
 def _is_done(out: Out, paths: frozenset[str]) -> bool:
-    """Tell whether all have tombstones and none has a row: the same command, after a kill."""
+    """Tell whether all are erased, rows and names: the same command, after a kill."""
     stones = tombstones.read(out)
+    unnamed = tombstones.pending(out).get("unnamed", [])
+    if any(stones.id_of(path).hex() in unnamed for path in paths):
+        return False
     rows = pc.is_in(_known(out), pa.array(sorted(paths), pa.string()))
     return all(stones.id_of(p) in stones.ids for p in paths) and not pc.any(rows).as_py()
 
@@ -332,6 +362,7 @@ def _begin(out: Out, paths: frozenset[str], options: ForgetOptions) -> dict[str,
         "added": len(new.ids) - len(stones.ids),
         "receipt": name,
         "receipts": [*old.get("receipts", []), name],
+        "unnamed": old.get("unnamed", []),
         "todo": old.get("todo", []),
         "plots": old.get("plots", False) or (out.report / "pca_variance.png").exists(),
     }
@@ -375,7 +406,9 @@ def _erase(out: Out, paths: frozenset[str], pending: dict[str, Any], on_tick: On
         "digests": {"before": before},
     }
     todo = [name for name in ("reduce", "train", "report") if name in {*todo, *pending["todo"]}]
-    after = {**pending, "phase": REBUILD, "todo": todo}
+    unnamed = {*pending["ids"], *pending.get("unnamed", [])}
+    unnamed -= {stones.id_of(path).hex() for path in found.paths}
+    after = {**pending, "phase": REBUILD, "todo": todo, "unnamed": sorted(unnamed)}
     manifest.write_json(change.put(f"forgotten/{pending['receipt']}"), receipt)
     manifest.write_json(change.put("forgotten/pending.json"), after)
     manifest.commit(out, change.moves)
@@ -426,7 +459,10 @@ def _todo(out: Out) -> list[str]:
 
 
 def _rebuild(out: Out, cluster: Cluster | None, on_tick: OnTick) -> dict[str, Any]:
-    """Make again what had been made, and complete the receipts. Returns the last one."""
+    """Make again what had been made, and complete the receipts. Returns the last one.
+
+    A receipt isn't complete while a photo of it hasn't been named.
+    """
     pending = tombstones.pending(out)
     made: dict[str, str] = {}
     waits = (out.work / "plan.json").exists()
@@ -436,17 +472,31 @@ def _rebuild(out: Out, cluster: Cluster | None, on_tick: OnTick) -> dict[str, An
         else:
             made[stage] = _again(out, stage, pending["plots"], cluster, on_tick)
     with manifest.lock(out):
+        stones = {one.hex() for one in tombstones.read(out).ids}
+        unnamed = stones.intersection(pending.get("unnamed", []))
+        waiting = []
         for name in pending["receipts"]:
             file = out.forgotten / name
             receipt = manifest.read_json(file)
-            receipt |= {"made_again": made, "finished": _now()}
+            if not receipt:  # somebody removed it
+                continue
+            receipt["made_again"] |= made
             receipt["digests"]["after"] = _digests(out)
+            if unnamed.intersection(receipt["tombstones"]):
+                waiting.append(name)
+            else:
+                receipt["finished"] = _now()
             manifest.write_json(file, receipt)
-        tombstones.pending_file(out).unlink()
+        if unnamed:
+            kept = {"phase": NAMES, "todo": [], "unnamed": sorted(unnamed), "receipts": waiting}
+            manifest.write_json(tombstones.pending_file(out), {**pending, **kept})
+        else:
+            tombstones.pending_file(out).unlink()
         for place in (*out.work.glob("begin-*"), *out.work.glob("forget-*")):
             shutil.rmtree(place)  # of one that was killed
         if out.work.is_dir() and not any(out.work.iterdir()):
             out.work.rmdir()
+    receipt = manifest.read_json(out.forgotten / pending["receipt"])
     return {**receipt, "file": f"forgotten/{pending['receipt']}"}
 
 

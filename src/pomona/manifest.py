@@ -136,6 +136,21 @@ _URI = re.compile(
 )
 
 
+def shown(text: str) -> str:
+    """Return a URI as it may be printed: without user, password and options; a path as it is.
+
+    A secret may hold slashes that nobody escaped: what follows a colon that is no port's goes up to
+    the last ``@``.
+
+    >>> shown("s3a://KEY:SEC/RET@bucket/out?region=x"), shown("hdfs://host:8020/a@b"), shown("a@b?")
+    ('s3a://bucket/out', 'hdfs://host:8020/a@b', 'a@b?')
+    """
+    if not _URI.match(text):
+        return text
+    user = r"(?:[^/@:]*:(?!\d*(?:/|$)).*|[^/@]*)@"
+    return re.sub(rf"^([^:/]+:/*){user}", r"\1", text.partition("?")[0])
+
+
 def refuse_uri(text: str, what: str) -> None:
     """Refuse a URI where a folder is needed.
 
@@ -148,12 +163,13 @@ def refuse_uri(text: str, what: str) -> None:
         return
     if re.match("(s3|gs|gcs)://", text, re.I):
         raise RequestError(
-            f"{what} is a folder here, not {text}: run, extract, reduce, train, report, export and "
-            "status take object stores; elsewhere pomona pull and pomona push copy OUT"
+            f"{what} is a folder here, not {shown(text)}: run, extract, reduce, train, report, "
+            "export, publish, forget and status take object stores; elsewhere pomona pull and "
+            "pomona push copy OUT"
         )
     raise RequestError(
-        f"{what} is a folder, s3://… or gs://…, not {text}: write s3:// for s3a://, or take a "
-        "folder of the driver and copy it afterwards (docs/storage.md)"
+        f"{what} is a folder, s3://… or gs://…, not {shown(text)}: write s3:// for s3a://, or take "
+        "a folder of the driver and copy it afterwards (docs/storage.md)"
     )
 
 

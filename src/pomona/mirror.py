@@ -3,7 +3,8 @@
 A place holds the files of OUT under their names, and ``_push.json``: which of them were put there,
 with size and sha256. What that record names and OUT no longer has is removed there; what it doesn't
 name is never touched. Files go in an order that a reader can trust: the manifest after the files
-that it speaks of, removals last.
+that it speaks of, removals last. What is about to be removed is noted as ``going``, and nobody
+pulls it any more.
 
 OUT remembers in ``.places.json`` what it last had in common with each place.
 """
@@ -17,7 +18,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 from pomona import manifest
 from pomona.errors import MismatchError
 from pomona.manifest import Out
-from pomona.places import Entry, Place, refusing
+from pomona.places import Entry, Place, drop_empty, refusing
 from pomona.ticks import OnTick, Tick, quiet
 
 log = logging.getLogger("pomona")
@@ -98,6 +99,7 @@ class Mirror:
             raise MismatchError(f"{place} was pushed by a newer Pomona: update")
         files = record.get("files", {}).items()
         self.record: dict[str, Entry] = {name: e for name, e in files if _is_plain(name)}
+        self.going: set[str] = self.record.keys() & set(record.get("going", []))
         self.revision: str | None = record.get("revision")
         known = manifest.read_json(out.places).get("places", {}).get(place.name, {})
         self.revisions: list[str] = known.get("revisions", [])
@@ -145,7 +147,8 @@ class Mirror:
             here = scan(self.out, work=work)
             todo = {name: stat for name, stat in here.items() if not self._is_there(name, stat)}
             gone = sorted(self.record.keys() - here.keys())
-            whole = self._upload(todo, on_tick, seconds)
+            self.going -= here.keys()
+            whole = self._upload(todo, on_tick, seconds, gone)
             if whole and gone:
                 self._delete(gone)
             if not self.is_known:  # taken over as it was
@@ -203,9 +206,20 @@ class Mirror:
         return None
 
     def _upload(
-        self, todo: dict[str, os.stat_result], on_tick: OnTick, seconds: float | None
+        self,
+        todo: dict[str, os.stat_result],
+        on_tick: OnTick,
+        seconds: float | None,
+        gone: Iterable[str] = (),
     ) -> bool:
+        """Send files. When all are there, and not earlier, ``gone`` is noted as going.
+
+        Returns whether all are.
+        """
         if not todo:
+            if not self.going.issuperset(gone):
+                self.going.update(gone)
+                self._note()
             return True
         for name, stat in todo.items():  # first: what is there by our doing is in the record
             self.record[name] = {"size": stat.st_size}
@@ -232,14 +246,18 @@ class Mirror:
                     self._note()
                     noted = time.monotonic()
         finally:
+            whole = all("sha256" in self.record[name] for name in todo if name in self.record)
+            if whole:
+                self.going.update(gone)
             self._note()
-        return all("sha256" in self.record[name] for name in todo if name in self.record)
+        return whole
 
     def _delete(self, names: list[str]) -> None:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for name, _ in zip(names, pool.map(self.place.delete, names), strict=True):
                 for known in (self.record, self.sizes, self.common):
                     known.pop(name, None)
+                self.going.discard(name)
         self._note()
 
     def _note(self) -> None:
@@ -249,6 +267,7 @@ class Mirror:
             self.revisions = [*([self.revision] if self.revision else []), self._new]
         self._remember()
         record = {"format": manifest.FORMAT, "revision": self._new, "files": self.record}
+        record |= {"going": sorted(self.going)} if self.going else {}
         self.place.write_json(RECORD, record)
         self.revision = self._new
 
@@ -286,6 +305,7 @@ class Mirror:
             self._download(todo, on_tick)
             for name in gone:
                 (self.out.root / name).unlink(missing_ok=True)
+                drop_empty(self.out.root, name)
                 self.common.pop(name, None)
             self.pulling = False
             self.revisions = [self.revision] if self.revision else []
@@ -305,6 +325,8 @@ class Mirror:
             return {name: {"size": self.sizes[name]} for name in names}
         there = {}
         for name, entry in self.record.items():
+            if name in self.going:
+                continue
             if name in self.sizes:
                 there[name] = {**entry, "size": self.sizes[name]}
             elif "sha256" in entry:

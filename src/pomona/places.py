@@ -138,6 +138,21 @@ class Place:
         """Remove a file; one that is gone already is no matter."""
         with contextlib.suppress(FileNotFoundError):
             patiently(lambda: self._files.delete_file(f"{self.root}/{name}"))
+        if not self.store:
+            drop_empty(Path(self.root), name)
+
+
+def drop_empty(root: Path, name: str) -> None:
+    """Remove the folders of a file that is gone: their names may be what had to go."""
+    for folder in (root / name).parents:
+        if folder == root:
+            return
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:  # it isn't empty
+            return
 
 
 def _copy(source: Any, target: Any) -> Entry:

@@ -64,7 +64,7 @@ class Holder:
         self.place, self.on_tick = place, on_tick
         self.me = {"id": uuid.uuid4().hex, "pid": os.getpid(), **_whereabouts()}
         self.since = _now()
-        self.lost = False
+        self.lost: BusyError | None = None
 
     def acquire(self) -> None:
         """Take the lock, from a dead writer if need be.
@@ -106,8 +106,8 @@ class Holder:
         """Raise BusyError if the lock is another's."""
         there = self.place.read_json(LOCK)
         if there and there.get("id") != self.me["id"]:
-            self.lost = True
-            raise _busy(self.place, there)
+            self.lost = _busy(self.place, there)
+            raise self.lost
 
     def _write(self) -> None:
         about = {**self.me, "since": self.since, "refreshed": time.time()}
@@ -134,10 +134,15 @@ def _busy(place: Place, there: dict[str, Any]) -> BusyError:
 
 
 def _whereabouts() -> dict[str, str]:
-    """Return what must be the same for a process number to mean the same process."""
+    """Return what must be the same for a process number to mean the same process.
+
+    Hosts may share a name, and outside containers the number of their process space, too.
+    """
     with contextlib.suppress(OSError):
-        return {"host": platform.node(), "space": str(Path("/proc/self/ns/pid").readlink())}
-    return {"host": platform.node()}
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        space = str(Path("/proc/self/ns/pid").readlink())
+        return {"host": platform.node(), "boot": boot, "space": space}
+    return {"host": platform.node(), "card": f"{uuid.getnode():x}"}
 
 
 def _is_alive(pid: int) -> bool:
@@ -295,12 +300,25 @@ class Home:
         To be called with a stage's name when it has ended: pushes, where OUT is elsewhere.
     running
         Whether somebody else is at work on it now.
+    holder
+        Of the place's lock, where OUT is elsewhere.
     """
 
     folder: str
     name: str
     after: Callable[[str], None] = field(default=lambda _: None)
     running: bool = False
+    holder: Holder | None = None
+
+    def ticks(self, on_tick: OnTick) -> OnTick:
+        """Return ``on_tick`` for a stage; it raises BusyError once another has taken over."""
+
+        def tick(done: Tick) -> None:
+            if self.holder and self.holder.lost:
+                raise self.holder.lost
+            on_tick(done)
+
+        return tick
 
     def shown(self, path: str | Path) -> str:
         """Return a path of this machine as people know it."""
@@ -406,7 +424,7 @@ def _writing(place: Place, folder: Path, on_tick: OnTick, *, must_exist: bool) -
 
         try:
             with every(PUSH_EVERY, parts, "parts"):
-                yield Home(str(folder), place.name, push)
+                yield Home(str(folder), place.name, push, holder=holder)
         except BaseException:
             _push_at_last(place, push)
             raise
@@ -419,8 +437,10 @@ def _tidy(out: Out) -> Iterator[None]:
     try:
         yield
     finally:
-        if not mirror.scan(out, work=True).keys() - {out.log.name}:
-            shutil.rmtree(out.root, ignore_errors=True)
+        # A run that is listing its source has nothing to show yet, but it holds the folder.
+        with contextlib.suppress(RequestError), manifest.lock(out):
+            if not mirror.scan(out, work=True).keys() - {out.log.name}:
+                shutil.rmtree(out.root, ignore_errors=True)
 
 
 def _push_at_last(place: Place, push: Callable[..., None]) -> None:

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pomona.errors import RequestError, SourceError
-from pomona.manifest import local_path
+from pomona.manifest import local_path, shown
 from pomona.schema import FILES, PHOTOS, SPLITS
 
 log = logging.getLogger("pomona")
@@ -90,7 +90,10 @@ class Source:
     def name(self) -> str:
         """What identifies the source: its URI without options (they may hold credentials)."""
         scheme = urlsplit(self.uri).scheme
-        return f"{scheme}://{self.root}" if self.kind == "object" else self.root
+        if self.kind == "object":
+            return f"{scheme}://{self.root}"
+        password = r"^([^:/]+://)[^/@]*:[^/@]*@"  # a name before @ alone may be a container's
+        return re.sub(password, r"\1", self.root) if self.kind == "hadoop" else self.root
 
 
 @dataclass
@@ -129,8 +132,10 @@ def open_source(uri: str | Path) -> Source:
         rest = location.split("://", 1)[-1].strip("/")
         rest = re.sub(r"^[^/@]*@", "", rest)  # Arrow takes them from there; no table may hold them
         if not rest:
-            raise SourceError(f"{text} names no bucket: write {scheme[1]}://BUCKET/FOLDER")
+            raise SourceError(f"{shown(text)} names no bucket: write {scheme[1]}://BUCKET/FOLDER")
         bucket = location.split("://", 1)[-1].strip("/").split("/", 1)[0]
+        if ":" in bucket and "@" not in bucket:
+            raise SourceError(f"{shown(text)} has a / in its secret: write %2F there")
         store = f"{scheme[1].lower()}://{bucket}" + (options[0] if options else "")
         return Source(text, "object", rest, store)
     return Source(text, "hadoop", text.rstrip("/"))
@@ -389,23 +394,8 @@ def connect(store: str, *, writes: bool = False) -> Any:
     try:
         return _connect_s3(store, writes) if store.startswith("s3") else _connect_gs(store)
     except (pa.ArrowInvalid, ValueError, TypeError) as error:
-        place = without_secrets(store)
-        reason = first_line(error).replace(store, place)  # Arrow repeats what it can't parse
-        raise SourceError(f"{place}: {reason}") from error
-
-
-def without_secrets(text: str) -> str:
-    """Return a URI as it may be shown: without user, password and options. Other text stays.
-
-    >>> without_secrets("s3://KEY:SEC/RET@bucket/a@b?region=eu-west-1"), without_secrets("top?")
-    ('s3://bucket/a@b', 'top?')
-    >>> without_secrets("s3://bucket/a@b"), without_secrets("hdfs://host:8020/a@b")
-    ('s3://bucket/a@b', 'hdfs://host:8020/a@b')
-    """
-    if "://" not in text:
-        return text
-    # A secret may hold a slash; what follows a colon and is a number is a port.
-    return re.sub(r"//([^/@]*|[^/:@]*:(?!\d+/)[^@]*)@", "//", text.partition("?")[0])
+        reason = first_line(error).replace(store, shown(store))
+        raise SourceError(f"{shown(store)}: {reason}") from error
 
 
 def _connect_gs(store: str) -> Any:

@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pomona import cli, engine, sources
+from pomona import cli, engine
 from pomona.errors import WeightsError
+from pomona.manifest import shown
 
 
 def main() -> None:
@@ -63,9 +64,8 @@ def _fetch(uri: str, folder: Path) -> Path:
         with store.open_input_stream(path) as stream:
             local.write_bytes(stream.read())
     except (OSError, ValueError) as error:
-        shown = sources.without_secrets(uri)
-        reason = " ".join(str(error).replace(uri, shown).split())[:200]
-        raise WeightsError(f"the weights at {shown} can't be read: {reason}") from error
+        reason = " ".join(str(error).replace(uri, shown(uri)).split())[:200]
+        raise WeightsError(f"the weights at {shown(uri)} can't be read: {reason}") from error
     return local
 
 

@@ -233,7 +233,8 @@ def status(out: str | Path) -> dict[str, Any]:
     -------
     dict
         ``photos``, ``done``, ``rejected`` (by code), ``todo``, ``finished`` (stages), ``running``,
-        ``forgotten`` (tombstones), ``left_out`` (of the last listing), ``forgetting`` (unfinished).
+        ``forgotten`` (tombstones), ``left_out`` (of the last listing), ``forgetting`` (unfinished),
+        ``unnamed`` (photos that only the same forget, with their paths, can finish).
     """
     folder = manifest.open_out(out, must_exist=True)
     table = manifest.read_json(folder.table_file)
@@ -251,6 +252,7 @@ def status(out: str | Path) -> dict[str, Any]:
     stages = manifest.read_json(folder.manifest).get("stages", {})
     unfinished = {"extract"} if plan else set()
     digest = tables.digest(folder)
+    pending = tombstones.pending(folder)
     if stages.get("reduce", {}).get("made_from", {}).get("features") != digest:
         unfinished |= {"reduce", "train"}
     inputs = stages.get("train", {}).get("made_from", {}).get("digests", {})
@@ -266,5 +268,6 @@ def status(out: str | Path) -> dict[str, Any]:
         "running": manifest.is_locked(folder),
         "forgotten": tombstones.total(folder),
         "left_out": stages.get("extract", {}).get("forgotten", 0),
-        "forgetting": bool(tombstones.pending(folder)),
+        "forgetting": bool(pending),
+        "unnamed": len(pending.get("unnamed", [])),
     }

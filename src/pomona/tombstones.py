@@ -109,7 +109,7 @@ def pending_file(out: Out) -> Path:
 
 
 def pending(out: Out) -> dict[str, Any]:
-    """Return ``phase`` (``erase``, ``rebuild``) and more of a forget that isn't finished, or {}."""
+    """Return ``phase`` and more of a forget that isn't finished, or {}."""
     return manifest.read_json(pending_file(out))
 
 
