@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 
 from pomona import (
+    cli,
     console,
     erasing,
     exporting,
@@ -487,8 +488,9 @@ def test_a_store_knows_before_anything_is_made_again(
     monkeypatch.setenv("POMONA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "SETTLE", 0.0)
     upload(store, "forgets", {})
-    place = open_place(f"s3://forgets/out?{store}")
-    remote.push(out, f"s3://forgets/out?{store}")
+    uri = f"s3://forgets/out?{store}"
+    place = open_place(uri)
+    remote.push(out, uri)
     wanted = needles(out)
     assert len(hits(fetched(place, tmp_path / "before"), wanted)) > 30
     seen: list[str] = []
@@ -507,8 +509,8 @@ def test_a_store_knows_before_anything_is_made_again(
     real_erase, real_rebuild = forgetting._erase, forgetting._rebuild
     monkeypatch.setattr(forgetting, "_erase", erase)
     monkeypatch.setattr(forgetting, "_rebuild", rebuild)
-    with remote.opened(f"s3://forgets/out?{store}") as home:
-        forgetting.forget(home.folder, SECRET, QUIET, after=home.after)
+    cli.forget(uri, list(SECRET), yes=True, no_rebuild=True)
+    with remote.opened(uri, look_only=True) as home:
         assert hits(Path(home.folder), wanted) == {}
     assert seen == ["erase", "rebuild"]
     assert "forgotten/pending.json" not in place.sizes()
