@@ -96,7 +96,8 @@ def run_here(source: str, into: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     mpl.use("agg")
     monkeypatch.chdir(into)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "")  # the notebook sets it: put back afterwards
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # set first: what isn't there isn't put back
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     names: dict[str, Any] = {"display": lambda *_: None, "__name__": "notebook"}
     for cell in code(with_settings(source)):
         exec(compile(cell.source, cell.id, "exec"), names)
