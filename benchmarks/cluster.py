@@ -19,7 +19,7 @@ from pomona import backbone
 from pomona.weights import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.cluster import FAST, Cluster, cluster
+from tests.cluster import FAST, Cluster, cluster, hiding
 
 ONE, TWO, APART = "one worker", "two workers", "two workers, OUT unseen"
 BARE_ONE, BARE_TWO = "bare ONNX Runtime, one process", "bare ONNX Runtime, two"
@@ -36,12 +36,6 @@ def rate(source: Path, out: Path, where: Cluster, weights: str) -> float:
     os.environ["PYSPARK_PYTHON"] = str(where.python)
     ran = common.run_pomona(*words)
     return float(ran.answer["extract"]["times"]["photos_per_second"])
-
-
-def hidden(folder: Path) -> tuple[str, ...]:
-    """Words that start a command which sees nothing in a folder."""
-    script = f'mount --make-rprivate / && mount -t tmpfs none "{folder}" && exec "$@"'
-    return ("unshare", "--mount", "sh", "-c", script, "sh")
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -65,7 +59,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             unseen.mkdir()
             with cluster(here / "a") as found:
                 for name in ("first", "second"):
-                    found.start_worker(name, before=hidden(unseen))
+                    found.start_worker(name, before=hiding(unseen))
                 rates[APART] = rate(photos, unseen / "out", found, options.weights)
         network = extract.run_network
         rates[BARE_ONE] = extract.rate_in_processes(network, photos, spec, 1)

@@ -188,6 +188,14 @@ def cmdline(process: psutil.Process) -> list[str]:
     return []
 
 
+def hiding(folder: Path) -> tuple[str, ...]:
+    """Words that start a command for which a folder is empty, as on another machine."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("hiding a folder from a process needs root and unshare")
+    script = f'mount --make-rprivate / && mount -t tmpfs none "{folder}" && exec "$@"'
+    return ("unshare", "--mount", "sh", "-c", script, "sh")
+
+
 @contextlib.contextmanager
 def cluster(root: Path, host: str = "127.0.0.1", before: Sequence[str] = ()) -> Iterator[Cluster]:
     """A master; workers are started by the test."""
@@ -199,6 +207,3 @@ def cluster(root: Path, host: str = "127.0.0.1", before: Sequence[str] = ()) -> 
         yield found
     finally:
         found.close()
-
-
-__all__ = ["Cluster", "cluster"]

@@ -22,7 +22,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from tests.cluster import FAST, Cluster, cluster
+from tests.cluster import FAST, Cluster, cluster, hiding
 from tests.conftest import fill, photo
 
 OPTIONS = ["--weights", "random:0", "--image-size", "64", "--device", "cpu", "--json"]
@@ -135,14 +135,6 @@ def test_the_whole_run_is_the_same(source: Path, two: Cluster, tmp_path: Path) -
     assert all(two.executors(name) == [] for name in ("first", "second")), "the run lets go"
     # Nothing was looked up or kept where an executor has it for itself.
     assert not list(two.root.glob("*/cache/*"))
-
-
-def hiding(folder: Path) -> tuple[str, ...]:
-    """Words that start a command for which a folder is empty, as on another machine."""
-    if os.geteuid() != 0 or shutil.which("unshare") is None:
-        pytest.skip("hiding a folder from a process needs root and unshare")
-    script = f'mount --make-rprivate / && mount -t tmpfs none "{folder}" && exec "$@"'
-    return ("unshare", "--mount", "sh", "-c", script, "sh")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from pomona.errors import MissingError, RequestError, WeightsError
 from pomona.guard import Guard
 from pomona.images import Photo, decode
 from pomona.schema import FEATURES
-from pomona.weights import Weights
+from pomona.weights import Weights, pack
 
 Runner = Callable[[npt.NDArray[np.uint8]], list[npt.NDArray[np.float32]]]
 """From uint8 [n, h, w, 3] to one float32 [n, …] for each of the spec's outputs."""
@@ -79,7 +79,7 @@ class BackboneSpec:
     threads: int = 1
     memory_share: float = 1.0
     gpu: int = 0
-    guard: Guard = ""
+    guard: Guard = field(default="", compare=False)  # the network is the same
     outputs: tuple[str, ...] = (mobilenet.OUTPUT,)
     payload: bytes = field(default=b"", repr=False, compare=False)
 
@@ -184,12 +184,10 @@ def _payload(weights: Weights, backend: str, image_size: int) -> bytes:
             raise RequestError(f"{weights.name} is ONNX: use --backend onnx")
         _check_onnx(weights, image_size)
         return weights.onnx
+    if backend == "torch":
+        return pack(weights)
     assert weights.state is not None
-    if backend == "onnx":
-        return mobilenet.to_onnx(weights.state, image_size, weights.name, weights.digest)
-    from safetensors.numpy import save
-
-    return save(dict(weights.state))
+    return mobilenet.to_onnx(weights.state, image_size, weights.name, weights.digest)
 
 
 def onnx_file(spec: BackboneSpec) -> bytes:
@@ -311,7 +309,7 @@ def _with_features(batch: pa.RecordBatch, spec: BackboneSpec) -> pa.RecordBatch:
         chunk = _decode(contents[start : start + spec.batch_size], spec)
         pixels = [photo.pixels for photo in chunk if photo.pixels is not None]
         if pixels:
-            parts.append(load(replace(spec, guard=""))(np.stack(pixels)))
+            parts.append(load(spec)(np.stack(pixels)))
         photos += [photo._replace(pixels=None) for photo in chunk]
     missing = [photo.error is not None for photo in photos]
     columns = {

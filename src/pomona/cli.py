@@ -589,10 +589,11 @@ def _end_forget(out: str, on_tick: Any, cluster: Any = None) -> bool:
 
     Returns whether something may have changed.
     """
+    from pomona import tombstones
     from pomona.manifest import Out, local_path
 
     found = Out(local_path(out))
-    if (found.forgotten / "pending.json").exists() or found.journal.exists():
+    if tombstones.pending_file(found).exists() or found.journal.exists():
         from pomona import forgetting
 
         forgetting.finish(out, cluster, on_tick, rebuild=cluster is not None)
@@ -601,9 +602,9 @@ def _end_forget(out: str, on_tick: Any, cluster: Any = None) -> bool:
 
 
 def _model(name: str) -> Any:
-    from pomona import model
+    from pomona import manifest, model
 
-    if name.startswith(("s3://", "gs://", "gcs://")):
+    if manifest.is_store(name):
         from pomona.remote import fetch_model
 
         return model.load(fetch_model(name))

@@ -278,13 +278,7 @@ def _put_weights(stack: Stack, s3: Any, name: str | None, on_bytes: OnBytes | No
     if not s3.list_objects_v2(Bucket=stack.data, Prefix=key).get("KeyCount"):
         with tempfile.TemporaryDirectory() as spare:
             file = Path(spare, "weights")
-            if found.onnx is not None:
-                file.write_bytes(found.onnx)
-            else:
-                from safetensors.numpy import save_file
-
-                assert found.state is not None
-                save_file(found.state, file)
+            file.write_bytes(weights.pack(found))
             s3.upload_file(str(file), stack.data, key)
     return f"s3://{stack.data}/{key}"
 

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +209,7 @@ def _extract(
     seconds["table"] = time.time() - start
     record = {**_record(job, photos), "forgotten": forgotten}
     record["times"] = {
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": manifest.now(),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "computed": todo.num_rows,
         "photos_per_second": round(todo.num_rows / max(seconds["extract"], 1e-9), 1),

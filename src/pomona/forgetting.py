@@ -428,7 +428,7 @@ def _receipt(
         "format": manifest.FORMAT,
         "pomona": __version__,
         "finished": None,
-        "erased": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "erased": manifest.now(),
         "photos": len(pending["ids"]),
         "tombstones": pending["ids"],
         "tombstones_added": pending["added"],
@@ -485,7 +485,7 @@ def _rebuild(out: Out, cluster: Cluster | None, on_tick: OnTick) -> dict[str, An
             if unnamed.intersection(receipt["tombstones"]):
                 waiting.append(name)
             else:
-                receipt["finished"] = _now()
+                receipt["finished"] = manifest.now()
             manifest.write_json(file, receipt)
         if unnamed:
             kept = {"phase": NAMES, "todo": [], "unnamed": sorted(unnamed), "receipts": waiting}
@@ -498,10 +498,6 @@ def _rebuild(out: Out, cluster: Cluster | None, on_tick: OnTick) -> dict[str, An
             out.work.rmdir()
     receipt = manifest.read_json(out.forgotten / pending["receipt"])
     return {**receipt, "file": f"forgotten/{pending['receipt']}"}
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _again(out: Out, stage: str, plots: bool, cluster: Cluster | None, on_tick: OnTick) -> str:

@@ -129,7 +129,7 @@ def versions(out: Out, wanted: Lineage) -> tuple[list[dict[str, Any]], list[str]
 
 
 def _stores(out: Out) -> list[str]:
-    own = _own_store(out)
+    own = tracking.own_store(out)
     stores = [own] if (out.root / "mlflow.db").exists() else []
     given = tracking.store_of(out)
     return stores if given == own else [*stores, given]
@@ -152,7 +152,7 @@ def retire(out: Out, found: list[dict[str, Any]]) -> None:
 
     Versions in other registries stay: they are their owner's to retire.
     """
-    own = _own_store(out)
+    own = tracking.own_store(out)
     mine = [one for one in found if one["store"] == own]
     if not mine:
         return
@@ -167,10 +167,6 @@ def retire(out: Out, found: list[dict[str, Any]]) -> None:
                 if files.is_relative_to(out.root):
                     shutil.rmtree(files, ignore_errors=True)
             one["retired"] = True
-
-
-def _own_store(out: Out) -> str:
-    return f"sqlite:///{out.root / 'mlflow.db'}"
 
 
 def _ask(client: Any, version: Any, wanted: Lineage) -> dict[str, Any] | None:

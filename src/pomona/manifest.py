@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,16 @@ def shown(text: str) -> str:
     return re.sub(rf"^([^:/]+:/*){user}", r"\1", text.partition("?")[0])
 
 
+def is_store(text: str) -> bool:
+    """Whether a name is an object store's URI."""
+    return re.match("(s3|gs|gcs)://", text, re.I) is not None
+
+
+def now() -> str:
+    """Return the time, in UTC, as records hold it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def refuse_uri(text: str, what: str) -> None:
     """Refuse a URI where a folder is needed.
 
@@ -161,7 +172,7 @@ def refuse_uri(text: str, what: str) -> None:
     """
     if not _URI.match(text):
         return
-    if re.match("(s3|gs|gcs)://", text, re.I):
+    if is_store(text):
         raise RequestError(
             f"{what} is a folder here, not {shown(text)}: run, extract, reduce, train, report, "
             "export, publish, forget and status take object stores; elsewhere pomona pull and "

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,11 +163,6 @@ def _copy(source: Any, target: Any) -> Entry:
     return {"size": size, "sha256": sha.hexdigest()}
 
 
-def is_store(text: str) -> bool:
-    """Whether a name is an object store's URI."""
-    return re.match("(s3|gs|gcs)://", text, re.I) is not None
-
-
 def open_place(text: str) -> Place:
     """Return the place that a URI or a folder's name means. Doesn't touch the network.
 
@@ -177,7 +171,7 @@ def open_place(text: str) -> Place:
     RequestError
         If it is neither an object store that Arrow speaks nor a folder.
     """
-    if not is_store(text):
+    if not manifest.is_store(text):
         manifest.refuse_uri(text, "a place for OUT")
         path = manifest.local_path(text)
         return Place(str(path), str(path))

@@ -22,7 +22,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from pomona import manifest, mirror
 from pomona.errors import BusyError, PomonaError, RequestError
 from pomona.manifest import Out
 from pomona.mirror import LOCK, Mirror
-from pomona.places import Place, is_store, open_place, refusing
+from pomona.places import Place, open_place, refusing
 from pomona.sources import first_line, open_source
 from pomona.ticks import OnTick, Tick, quiet
 from pomona.weights import cache_folder
@@ -63,7 +62,7 @@ class Holder:
     def __init__(self, place: Place, on_tick: OnTick = quiet) -> None:
         self.place, self.on_tick = place, on_tick
         self.me = {"id": uuid.uuid4().hex, "pid": os.getpid(), **_whereabouts()}
-        self.since = _now()
+        self.since = manifest.now()
         self.lost: BusyError | None = None
 
     def acquire(self) -> None:
@@ -155,10 +154,6 @@ def _is_alive(pid: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @contextlib.contextmanager
@@ -347,7 +342,7 @@ def opened(
     RequestError
         And its kinds: it can't be reached, or there is none.
     """
-    if not is_store(out):
+    if not manifest.is_store(out):
         yield Home(out, out)
         return
     place = open_place(out)
@@ -375,7 +370,7 @@ def copy_of(place: Place) -> Path:
 def _refuse_photos(place: Place, source: str) -> None:
     from urllib.parse import urlsplit
 
-    if not is_store(source):
+    if not manifest.is_store(source):
         return
     photos = open_source(source)
     a, b = (urlsplit(name)._replace(scheme="").geturl() + "/" for name in (place.name, photos.name))

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,7 @@ def _reduce(
         "compression_ratio": len(projection.mean) / projection.k,
         "digests": digests,
         "times": {
-            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "finished": manifest.now(),
             "seconds": {
                 "fit": round(fitted - start, 2),
                 "transform": round(time.time() - fitted, 2),

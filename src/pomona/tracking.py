@@ -47,7 +47,12 @@ def is_installed() -> bool:
 
 def store_of(out: Out) -> str:
     """Return ``MLFLOW_TRACKING_URI``, or the store in OUT."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.root / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or own_store(out)
+
+
+def own_store(out: Out) -> str:
+    """Return the store in OUT."""
+    return f"sqlite:///{out.root / 'mlflow.db'}"
 
 
 def without_password(text: str) -> str:

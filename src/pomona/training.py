@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +289,7 @@ def _write(
         "metrics": headline(figures),
         "digests": model.load(out.model).about["digests"],
         "times": {
-            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "finished": manifest.now(),
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
         },
     }
