@@ -146,11 +146,11 @@ def site(
         "key": needs_key,
         "device": not missing,
         "device_reason": missing,
-        "runtime": f"runtime/{RUNTIME}/",
+        "runtime": {"folder": f"runtime/{RUNTIME}/", "bytes": _packed(files)},
         "pomona": manifest.versions().get("pomona"),
     }
     files[ABOUT] = _json(about)
-    return files | {"sw.js": _service_worker(files)}
+    return files | {"sw.js": _service_worker(files, service=service)}
 
 
 def _sources(*, service: bool) -> Site:
@@ -176,13 +176,16 @@ def _json(value: Any, *, guarded: bool = False) -> File:
     return File(content, TYPES[".json"], guarded=guarded)
 
 
-def _service_worker(files: Site) -> File:
-    """Set the list of files before the worker's own code: it changes when any of them does."""
+def _service_worker(files: Site, *, service: bool) -> File:
+    """Set what the worker has to know before its code: it changes when any file does."""
     listed = {name: file.digest for name, file in sorted(files.items()) if not file.guarded}
-    guarded = sorted(name for name, file in files.items() if file.guarded)
-    head = (
-        f"const FILES = {json.dumps(listed, indent=1)};\nconst GUARDED = {json.dumps(guarded)};\n"
-    )
+    whole = hashlib.sha256(json.dumps(listed).encode() + files["sw.js"].read()).hexdigest()
+    known = {
+        "FILES": {"version": whole[:12], "digests": listed},
+        "GUARDED": sorted(name for name, file in files.items() if file.guarded),
+        "DRESS": None if service else {n: v for n, v in HEADERS.items() if "Cross-Origin" in n},
+    }
+    head = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in known.items())
     return File(head.encode() + files["sw.js"].read(), TYPES[".js"])
 
 
@@ -209,6 +212,11 @@ def _runtime() -> Site:
     folder = _folder() / "runtime"
     names = json.loads((folder / "runtime.json").read_bytes())["files"]
     return {f"runtime/{RUNTIME}/{name}": _file(folder / name, lasting=True) for name in names}
+
+
+def _packed(files: Site) -> dict[str, int]:
+    """Return how many bytes the page will load, so that it can say how far it is."""
+    return {name: len(file.read()) for name, file in files.items() if name.endswith(".wasm.gz")}
 
 
 def _device(found: Model, phone: bytes | None, *, guarded: bool) -> Site:
@@ -246,7 +254,8 @@ def _probe(content: bytes, size: int) -> dict[str, Any]:
 def pattern(size: int) -> npt.NDArray[np.uint8]:
     """Return a picture [size, size, 3] that the page makes by the same formula (``worker.js``)."""
     y, x, c = np.ogrid[:size, :size, :3]
-    return ((3 * x + 5 * y + 80 * c) % 256).astype(np.uint8)
+    picture: npt.NDArray[np.uint8] = ((3 * x + 5 * y + 80 * c) % 256).astype(np.uint8)
+    return picture
 
 
 # --- as static files ---------------------------------------------------------------------------
