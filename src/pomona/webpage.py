@@ -15,6 +15,7 @@ import json
 import shutil
 import uuid
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,10 @@ HEADERS = {
 """What goes with every file of the page."""
 
 ABOUT = "config.json"
+RECORD = "page.json"
+"""Beside static files: which ones are the page's."""
+SHOWN = 8
+"""Labels that the page names before the first photo."""
 REMEDY = "run make runtime in Pomona's repository (it needs npm's registry once)"
 
 
@@ -99,7 +104,7 @@ class File:
         """Return the bytes."""
         return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The first digits of the content's SHA-256."""
         return hashlib.sha256(self.read()).hexdigest()[:16]
@@ -148,9 +153,17 @@ def site(
         "device_reason": missing,
         "runtime": {"folder": f"runtime/{RUNTIME}/", "bytes": _packed(files)},
         "pomona": manifest.versions().get("pomona"),
+        **({} if needs_key else _knows(found.labels)),
     }
     files[ABOUT] = _json(about)
     return files | {"sw.js": _service_worker(files, service=service)}
+
+
+def _knows(labels: tuple[str, ...]) -> dict[str, Any]:
+    """Return some labels, evenly spread over all, and how many there are."""
+    count = len(labels)
+    take = min(count, SHOWN)
+    return {"labels": [labels[n * count // take] for n in range(take)], "count": count}
 
 
 def _sources(*, service: bool) -> Site:
@@ -262,22 +275,37 @@ def pattern(size: int) -> npt.NDArray[np.uint8]:
 
 
 def refuse_foreign(dest: Path) -> None:
-    """Raise a RequestError if the folder holds other files than a page's."""
+    """Raise a RequestError if the folder holds anything that `write` didn't put there."""
     if dest.exists() and not dest.is_dir():
         raise RequestError(f"{dest} is a file: --web is a folder")
-    if dest.is_dir() and any(dest.iterdir()) and not (dest / ABOUT).exists():
-        raise RequestError(f"{dest} holds other files than a page's: choose a new folder")
+    try:
+        ours = set(json.loads((dest / RECORD).read_bytes())["files"])
+    except (OSError, ValueError, TypeError, KeyError):
+        ours = set()
+    there = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if not path.is_dir()}
+    if foreign := sorted(there - ours):
+        raise RequestError(
+            f"{dest} holds {foreign[0]}, which isn't the page's, and it would be replaced: choose "
+            "a new folder"
+        )
 
 
 def write(dest: Path, files: Site) -> None:
-    """Write the page into a folder, whole or not at all. One that holds a page is replaced."""
+    """Write the page into a folder, whole or not at all. A page that is there is replaced.
+
+    Raises
+    ------
+    RequestError
+        If the folder holds other files, or can't be written.
+    """
     refuse_foreign(dest)
     staged = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.part")
+    record = json.dumps({"files": [*sorted(files), RECORD]}, indent=1).encode()
     try:
-        for name, file in files.items():
+        for name, content in {**{n: f.read() for n, f in files.items()}, RECORD: record}.items():
             path = staged / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(file.read())
+            path.write_bytes(content)
         if dest.exists():
             shutil.rmtree(dest)
         staged.rename(dest)

@@ -96,6 +96,7 @@ async function ask(item) {
     const reply = await (item.here ? onDevice(item) : onService(item));
     if (item.state === 'gone') return;
     Object.assign(item, reply, { state: 'done', error: null });
+    credits(reply.version);
     say(spoken(item));
   } catch (error) {
     if (item.state !== 'gone') refuse(item, error);
@@ -241,8 +242,7 @@ function usual() {
 // --- what is shown -----------------------------------------------------------------------------
 
 function make(tag, content, ...children) {
-  const { data, ...rest } = content ?? {};
-  const node = Object.assign(document.createElement(tag), rest);
+  const node = Object.assign(document.createElement(tag), content);
   node.append(...children);
   return node;
 }
@@ -284,9 +284,10 @@ function showAnswer(item) {
   const done = item.state === 'done';
   const panel = $('answer');
   panel.className = done && item.answer.unknown ? 'unknown' : item.state;
+  panel.classList.toggle('bare', !item.url && item.state === 'error');
   panel.setAttribute('aria-busy', String(item.state === 'working' || item.state === 'waiting'));
   $('photo').hidden = !item.url;
-  $('blank').hidden = Boolean(item.url);
+  $('blank').hidden = Boolean(item.url) || item.state === 'error';
   if (item.url && $('photo').src !== item.url) $('photo').src = item.url;
   $('photo').alt = `The photo ${item.name}`;
   $('name').textContent = item.name;
@@ -313,8 +314,18 @@ function bars({ nearest, probabilities }) {
 }
 
 function facts(item) {
-  const place = item.here ? 'on this device' : 'on the server';
-  return `${milliseconds(item.milliseconds)} ${place} · model ${item.version}`;
+  return `${milliseconds(item.milliseconds)} ${item.here ? 'on this device' : 'on the server'}`;
+}
+
+function credits(version) {
+  $('about').textContent = `Pomona ${config.pomona}${version ? ` · model ${version}` : ''}`;
+}
+
+/** Say which fruit there is to be recognised, as far as everybody may know. */
+function knows({ labels, count }) {
+  if (!count) return '';
+  const more = count > labels.length ? `${count} labels, among them ` : '';
+  return `It knows ${more}${new Intl.ListFormat('en-GB').format(labels)}.`;
 }
 
 function actions(item) {
@@ -347,15 +358,16 @@ function thumbnail(item) {
     show();
     say(spoken(item));
   };
-  const button = make('button', { type: 'button', onclick }, make('img', { alt: '' }), make('span'));
-  const node = make('li', null, button);
+  const tile = make('span', { className: 'tile' }, make('img', { alt: '' }));
+  const caption = make('span', { className: 'caption' });
+  const node = make('li', null, make('button', { type: 'button', onclick }, tile, caption));
   node.dataset.id = item.id;
   return node;
 }
 
 function filled(node, item) {
   const button = node.firstChild;
-  const [image, caption] = button.children;
+  const [image, caption] = [button.querySelector('img'), button.lastChild];
   if (item.url && image.src !== item.url) image.src = item.url;
   image.hidden = !item.url;
   caption.textContent = item.state === 'done' && item.answer.unknown ? 'Unknown' : titleOf(item);
@@ -402,7 +414,8 @@ async function begin() {
   listen();
   navigator.serviceWorker?.register('sw.js', { updateViaCache: 'none' }).catch(() => {});
   config = await (await fetch('config.json', { cache: 'no-cache' })).json();
-  $('about').textContent = `Pomona ${config.pomona}`;
+  credits(null);
+  $('knows').textContent = knows(config);
   $('switch').hidden = !config.service;
   $('here').disabled = !config.device;
   $('here').checked = config.device && recalled(MODE) === 'yes';

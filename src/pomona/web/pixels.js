@@ -6,7 +6,7 @@
 const MOST_BYTES = 128 << 20;
 const MOST_PIXELS = 64e6;
 const BITS = 22;
-const STRIP = 256; // rows that are read back at a time: a canvas of a whole photo may be too large
+const STRIP = 256; // rows or columns that are read back at a time: a canvas of a whole photo may be too large
 
 /** What can't be used, with one of the codes of Pomona's tables. */
 export class BadPhoto extends Error {
@@ -83,28 +83,61 @@ function draft(image, size, jpeg) {
 function resized(image, size, scale) {
   const width = Math.ceil(image.width / scale);
   const height = Math.ceil(image.height / scale);
-  const across = weights(width, size);
+  const across = { taps: weights(width, size), size };
+  const down = { taps: weights(height, size), size };
+  const square = new Uint8Array(size * size * 3);
+  if (downFirst(width, height, size)) {
+    const low = new Uint8Array(size * width * 3);
+    for (const { rgba, at, wide } of strips(image, scale, false)) {
+      for (let n = 0; n < wide; n++) {
+        pass(rgba, n * 4, wide * 4, low, (at + n) * 3, width * 3, down);
+      }
+    }
+    for (let row = 0; row < size; row++) {
+      pass(low, row * width * 3, 3, square, row * size * 3, 3, across);
+    }
+    return square;
+  }
   const narrow = new Uint8Array(height * size * 3);
-  const canvas = new OffscreenCanvas(image.width, Math.min(STRIP * scale, image.height));
-  const paper = canvas.getContext('2d', { willReadFrequently: true });
-  for (let top = 0; top < height; top += STRIP) {
-    const rows = Math.min(STRIP, height - top);
-    paper.fillStyle = '#fff';
-    paper.fillRect(0, 0, canvas.width, canvas.height);
-    paper.drawImage(image, 0, -top * scale);
-    const tall = Math.min(rows * scale, image.height - top * scale);
-    let rgba = paper.getImageData(0, 0, image.width, tall).data;
-    if (scale > 1) rgba = averaged(rgba, image.width, tall, scale);
-    for (let row = 0; row < rows; row++) {
-      pass(rgba, row * width * 4, 4, narrow, (top + row) * size * 3, 3, across, size);
+  for (const { rgba, at, wide, tall } of strips(image, scale, true)) {
+    for (let n = 0; n < tall; n++) {
+      pass(rgba, n * wide * 4, 4, narrow, (at + n) * size * 3, 3, across);
     }
   }
-  const down = weights(height, size);
-  const square = new Uint8Array(size * size * 3);
   for (let column = 0; column < size; column++) {
-    pass(narrow, column * 3, size * 3, square, column * 3, size * 3, down, size);
+    pass(narrow, column * 3, size * 3, square, column * 3, size * 3, down);
   }
   return square;
+}
+
+/** The order of the passes in Pillow 13, by trial; the other one differs by a level here and there. */
+function downFirst(width, height, size) {
+  return height > size && height - size > 2 * (width - size);
+}
+
+/** Yield the photo in strips of rows, or of columns, each on white and shrunk by `scale`. */
+function* strips(image, scale, rows) {
+  const length = rows ? image.height : image.width;
+  const canvas = new OffscreenCanvas(
+    rows ? image.width : Math.min(STRIP * scale, length),
+    rows ? Math.min(STRIP * scale, length) : image.height,
+  );
+  const paper = canvas.getContext('2d', { willReadFrequently: true });
+  paper.fillStyle = '#fff';
+  for (let from = 0; from < length; from += STRIP * scale) {
+    paper.fillRect(0, 0, canvas.width, canvas.height);
+    paper.drawImage(image, rows ? 0 : -from, rows ? -from : 0);
+    const left = Math.min(STRIP * scale, length - from);
+    const width = rows ? image.width : left;
+    const height = rows ? left : image.height;
+    const { data } = paper.getImageData(0, 0, width, height);
+    yield {
+      rgba: scale > 1 ? averaged(data, width, height, scale) : data,
+      at: from / scale,
+      wide: Math.ceil(width / scale),
+      tall: Math.ceil(height / scale),
+    };
+  }
 }
 
 /** Return means of squares of scale × scale pixels: what libjpeg's scaled transform comes to. */
@@ -157,7 +190,7 @@ function weights(length, size) {
 }
 
 /** Filter one row or column of three channels. */
-function pass(from, start, step, to, place, stride, taps, size) {
+function pass(from, start, step, to, place, stride, { taps, size }) {
   for (let n = 0; n < size; n++, place += stride) {
     const { first, fixed } = taps[n];
     let red = 1 << (BITS - 1);
