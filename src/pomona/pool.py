@@ -162,6 +162,10 @@ class Pool:
     @property
     def is_full(self) -> bool:
         """Whether no place is free."""
+        if len(self._jobs) < self.limit:
+            return False
+        with self._changed:
+            self._drop_cancelled()
         return len(self._jobs) >= self.limit
 
     def swap(self, loaded: Loaded) -> None:
@@ -192,18 +196,17 @@ class Pool:
             if first:
                 self._jobs.extendleft(reversed(jobs))
             else:
-                self._drop_cancelled(len(jobs))
+                if len(self._jobs) + len(jobs) > self.limit:
+                    self._drop_cancelled()
                 if len(self._jobs) + len(jobs) > self.limit:
                     raise FullError
                 self._jobs.extend(jobs)
             self._changed.notify(len(jobs))
         return [job.future for job in jobs]
 
-    def _drop_cancelled(self, wanted: int) -> None:
-        """Make room: whose clients are gone don't keep others out."""
-        if len(self._jobs) + wanted > self.limit:
-            kept = [job for job in self._jobs if not job.future.cancelled()]
-            self._jobs = deque(kept)
+    def _drop_cancelled(self) -> None:
+        """Make room: clients that are gone don't keep others out."""
+        self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
 
     def stop(self) -> None:
         """Take no more photos, answer those that wait, and end the threads."""

@@ -27,14 +27,14 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pomona import pool, problems, telemetry, uploads, webpage
+import pomona
+from pomona import contract, pool, problems, telemetry, uploads, webpage
 from pomona.errors import PomonaError
 from pomona.guard import Guard
 from pomona.model import Model
@@ -90,136 +90,6 @@ class Settings:
     guard: Guard = ""
 
 
-# --- what goes out, for OpenAPI ----------------------------------------------------------------
-
-
-class Near(BaseModel):
-    """A label and how probable it is."""
-
-    label: str
-    probability: float
-
-
-class Answer(BaseModel):
-    """What is on a photo."""
-
-    label: str | None = Field(description="null: unknown, or the photo can't be used")
-    probability: float | None = Field(description="of the most probable label, also if unknown")
-    unknown: bool | None = Field(description="true: none of the labels; null: see error")
-    reason: str | None = Field(description="why it is unknown")
-    score: float | None = Field(description="below the model's threshold: unknown")
-    nearest: list[Near] = Field(description="the most probable labels, best first")
-    error: str | None = Field(description="code of a photo that can't be used")
-
-
-class Version(BaseModel):
-    """The model that answered."""
-
-    version: str
-
-
-class Answers(BaseModel):
-    """One answer for each photo, in their order."""
-
-    answers: list[Answer]
-    model: Version
-    milliseconds: float = Field(description="in the server, waiting included")
-
-
-class Features(BaseModel):
-    """1280 numbers, as `pomona extract` computes them; null for a photo that can't be used."""
-
-    features: list[float] | None
-    width: int | None = Field(description="pixels, as the file says")
-    height: int | None
-    error: str | None
-
-
-class AllFeatures(BaseModel):
-    """Features for each photo, in their order."""
-
-    photos: list[Features]
-    model: Version
-    milliseconds: float
-
-
-class Card(BaseModel):
-    """The model: its labels, what it was made from, and how good it is."""
-
-    version: str
-    labels: list[str]
-    metrics: dict[str, Any]
-    card: dict[str, Any] = Field(description="all that model.json says")
-
-
-class Reloaded(BaseModel):
-    """Which model answers now."""
-
-    version: str
-    changed: bool
-
-
-EXAMPLE = {
-    "answers": [
-        {
-            "label": "Apple",
-            "probability": 0.98,
-            "unknown": False,
-            "reason": None,
-            "score": -121.5,
-            "nearest": [
-                {"label": "Apple", "probability": 0.98},
-                {"label": "Tomato", "probability": 0.02},
-            ],
-            "error": None,
-        }
-    ],
-    "model": {"version": "04ab518eb906"},
-    "milliseconds": 7.9,
-}
-BINARY = {"schema": {"type": "string", "format": "binary"}}
-BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            **dict.fromkeys(("image/jpeg", "image/png", "image/webp", uploads.RAW), BINARY),
-            uploads.MULTIPART: {
-                "schema": {
-                    "type": "object",
-                    "required": ["photo"],
-                    "properties": {"photo": {"type": "array", "items": BINARY["schema"]}},
-                }
-            },
-        },
-    }
-}
-
-
-def _responses(example: Any = None) -> dict[int | str, dict[str, Any]]:
-    """Return what an operation on photos may answer."""
-    said = {code: detail for code, (_, detail) in problems.PHOTOS.items()}
-    by_status: dict[int, dict[str, str]] = {}
-    for code, (status, _) in problems.PHOTOS.items():
-        by_status.setdefault(status, {})[code] = said[code]
-    by_status.setdefault(400, {}).update(
-        malformed="The form can't be read.", no_photo="The form holds no file."
-    )
-    by_status.setdefault(413, {})["too_many_photos"] = "A request holds 16 photos at most."
-    by_status.setdefault(415, {})["unsupported_media_type"] = "Send a photo with its type."
-    by_status.setdefault(422, {})["invalid_request"] = "top: from 1 to 20."
-    by_status |= {
-        401: {"unauthorized": "Send a key."},
-        408: {"timeout": "The photo took too long to arrive."},
-        503: {"overloaded": "The server is busy.", "stopping": "The server stops."},
-    }
-    found: dict[int | str, dict[str, Any]] = {
-        status: problems.described(status, codes) for status, codes in sorted(by_status.items())
-    }
-    if example is not None:
-        found[200] = {"content": {"application/json": {"example": example}}}
-    return found
-
-
 # --- the application ---------------------------------------------------------------------------
 
 
@@ -268,13 +138,15 @@ def create(fetch: Fetch, settings: Settings | None = None) -> FastAPI:
     app = FastAPI(
         title="Pomona",
         summary="What fruit is on a photo?",
-        version=str(loaded.model.about.get("pomona", "")),
+        version=pomona.__version__,
         docs_url=None,  # FastAPI's pages load scripts from another host
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=lambda _: _life(service),
         responses={401: problems.described(401, {"unauthorized": "Send a key."})},
     )
     app.state.service = service
+    app.openapi = lambda: contract.document(app, keys=bool(settings.keys))  # type: ignore[method-assign]
     _handle_errors(app)
     _add_routes(app, service)
     app.add_middleware(Gate, service=service)
@@ -447,7 +319,12 @@ Top = Annotated[int, Query(ge=1, le=MOST_TOP, description="Labels to name for ea
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
-    @app.post(PREDICT, openapi_extra=BODY, responses=_responses(EXAMPLE), response_model=Answers)
+    @app.post(
+        PREDICT,
+        openapi_extra=contract.BODY,
+        responses=contract.responses(),
+        response_model=contract.Answers,
+    )
     async def predict(request: Request, top: Top = 3) -> Response:
         """Tell what is on photos."""
         start = time.perf_counter()
@@ -456,7 +333,12 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         told = [_told(row, top) for row, _ in found]
         return _json({"answers": told, **_about(found, start)})
 
-    @app.post(FEATURES, openapi_extra=BODY, responses=_responses(), response_model=AllFeatures)
+    @app.post(
+        FEATURES,
+        openapi_extra=contract.BODY,
+        responses=contract.responses(),
+        response_model=contract.AllFeatures,
+    )
     async def features(request: Request) -> Response:
         """Return photos' features: 1280 numbers each, as in OUT/features."""
         start = time.perf_counter()
@@ -464,7 +346,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         service.metrics.answers(row for row, _ in found)
         return _json({"photos": [row for row, _ in found], **_about(found, start)})
 
-    @app.get(MODEL, response_model=Card)
+    @app.get(MODEL, response_model=contract.Card)
     async def model() -> Response:
         """Return labels, metrics, and what the model was made from."""
         now = service.pool.loaded.model
@@ -479,7 +361,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post(
         RELOAD,
-        response_model=Reloaded,
+        response_model=contract.Reloaded,
         responses={
             403: problems.described(403, {"forbidden": "The service has no keys."}),
             409: problems.described(409, {"not_reloaded": "The new model can't be used."}),
@@ -513,9 +395,11 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """Return figures for Prometheus."""
         return Response(service.metrics.text(), media_type=telemetry.MEDIA_TYPE)
 
-    @app.api_route("/{path:path}", methods=["GET", "HEAD"], include_in_schema=False)
-    async def page(request: Request, path: str) -> Response:
-        return _file(service.site, path or "index.html", request)
+    async def page(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await _file(service, Request(scope))(scope, receive, send)
+
+    app.router.default = page  # where no route fits: a catch-all would hide a 405 of theirs
 
 
 def _json(value: Any) -> Response:
@@ -531,7 +415,7 @@ def _told(row: Row, top: int) -> dict[str, Any]:
     """Return an answer as `pomona predict --json` gives it."""
     pairs = zip(row["nearest"] or (), row["probabilities"] or (), strict=True)
     nearest = [{"label": label, "probability": round(p, 6)} for label, p in list(pairs)[:top]]
-    told = {name: row[name] for name in Answer.model_fields if name != "nearest"}
+    told = {name: row[name] for name in contract.Answer.model_fields if name != "nearest"}
     for name in ("probability", "score"):
         told[name] = None if row[name] is None else round(row[name], 6)
     return {**told, "nearest": nearest}
@@ -566,24 +450,39 @@ def _refused(service: Service, code: str) -> Problem:
 
 async def _while_there(request: Request, futures: Sequence[Any]) -> list[tuple[Row, Loaded]]:
     """Wait for futures while the client waits too; if it goes, what hasn't begun is dropped."""
-    rows = asyncio.gather(*map(asyncio.wrap_future, futures))
-    gone = asyncio.ensure_future(request.receive())  # the body is read: only its end can come
-    waiting: list[asyncio.Future[Any]] = [rows, gone]
+    rows: list[asyncio.Future[Any]] = [asyncio.wrap_future(future) for future in futures]
+    gone: asyncio.Future[Any] = asyncio.ensure_future(_gone(request))
     try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if not rows.done():
-            raise ClientDisconnect
-        return rows.result()
+        pending = {*rows, gone}
+        while len(pending) > 1:
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            if gone not in pending:
+                raise ClientDisconnect
+        for error in [row.exception() for row in rows]:  # of all, or asyncio complains
+            if error:
+                raise error
+        return [row.result() for row in rows]
     finally:
-        gone.cancel()
-        rows.cancel()
+        for each in (gone, *rows):
+            each.cancel()
 
 
-def _file(site: webpage.Site, path: str, request: Request) -> Response:
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# --- the page ----------------------------------------------------------------------------------
+
+
+def _file(service: Service, request: Request) -> Response:
     """Return a file of the page. Only names in the list exist: there are no paths to climb."""
-    file = site.get(path)
-    if file is None:
-        raise HTTPException(404)
+    file = service.site.get(request.url.path.lstrip("/") or "index.html")
+    if file is None or request.url.path.startswith("//"):
+        return Problem(404, "not_found", "There is nothing here.").response()
+    if request.method not in ("GET", "HEAD"):
+        headers = {"Allow": "GET, HEAD"}
+        return Problem(405, "method_not_allowed", "Use GET.", headers).response()
     headers = webpage.HEADERS | file.headers
     if headers.get("ETag") in request.headers.get("if-none-match", "").split(", "):
         return Response(None, 304, headers)

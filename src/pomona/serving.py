@@ -75,11 +75,11 @@ def listen(host: str, port: int) -> socket.socket:
     RequestError
         If it is in use, or isn't this machine's.
     """
+    if not 0 <= port <= 65535:
+        raise RequestError(f"--port is 0 to 65535, not {port}")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
-    except OverflowError:
-        raise RequestError(f"--port is 0 to 65535, not {port}") from None
     except OSError as error:
         raise RequestError(
             f"--host {host} --port {port} can't be opened ({error.strerror}): take another port, "
@@ -96,6 +96,12 @@ def address(opened: socket.socket) -> str:
 
 def serve(app: Any, opened: socket.socket, on_start: Callable[[], None] = lambda: None) -> None:
     """Answer until SIGTERM or Ctrl-C; what is in flight then is still answered."""
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes the signal on at the end
+        server(app, on_start).run(sockets=[opened])
+
+
+def server(app: Any, on_start: Callable[[], None] = lambda: None) -> uvicorn.Server:
+    """Return the server as `serve` runs it."""
     config = uvicorn.Config(
         app,
         http=_Protocol,
@@ -106,9 +112,7 @@ def serve(app: Any, opened: socket.socket, on_start: Callable[[], None] = lambda
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=END_SECONDS,
     )
-    server = _Server(config, on_start)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes the signal on at the end
-        server.run(sockets=[opened])
+    return _Server(config, on_start)
 
 
 class _Server(uvicorn.Server):
@@ -189,4 +193,5 @@ def log_to_stderr(*, access: bool) -> None:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO if name == "pomona" else logging.WARNING)
         logger.addHandler(handler)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it tells of each bad form
     logging.getLogger("pomona.access").disabled = not access
