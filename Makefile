@@ -6,12 +6,16 @@ BIN := $(VENV)/bin
 # torch is pinned too: without a pin pip takes a CUDA build of several GB.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format docs clean
+# The page's runtime, by npm. Without npm's registry all works but the page's mode on the device.
+RUNTIME := src/pomona/web/runtime/runtime.json
+SET_UP := $(STAMP) $(RUNTIME)
 
-demo: $(STAMP)
+.PHONY: demo test check format docs runtime clean
+
+demo: $(SET_UP)
 	$(BIN)/pomona demo --out demo
 
-test: $(STAMP)
+test: $(SET_UP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
@@ -32,5 +36,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[all,dev]' --constraint constraints.txt
 	touch $(STAMP)
 
+runtime: $(STAMP)
+	$(BIN)/python tools/runtime.py
+
+$(RUNTIME): package.json package-lock.json tools/runtime.py | $(STAMP)
+	$(BIN)/python tools/runtime.py || \
+	  echo "no runtime for browsers: the page won't answer on the device; make runtime tries again"
+
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) demo build dist src/pomona/web/runtime

@@ -414,12 +414,16 @@ def export(
     held_out: Annotated[
         int, typer.Option(help="Photos that smaller files are judged by, at most.")
     ] = 2000,
+    web: Annotated[
+        str | None,
+        typer.Option(help="A new folder for the page that runs the smallest file, for any host."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write files for the phone; a smaller one only if it answers like the model."""
     from pomona import console, exporting
 
-    options = exporting.ExportOptions(int8, half, dest, calibration, held_out)
+    options = exporting.ExportOptions(int8, half, dest, calibration, held_out, web)
     with _progress() as on_progress, _at(out, on_progress) as home:
         on_tick = home.ticks(on_progress)
         record = exporting.export(home.folder, options, on_tick)

@@ -315,7 +315,10 @@ def exported(record: dict[str, Any]) -> Group:
         parts.append(table)
         parts.append(f"judged on {judges['photos']:,} photos of {judges['split']}")
     files = [(name, f"{about['bytes'] / 1e6:.2f} MB") for name, about in record["files"].items()]
-    return Group(*parts, _two_columns([*files, ("folder", record["folder"])]))
+    places = [("folder", record["folder"])]
+    if web := record.get("web"):
+        places.append(("page", f"{web['folder']}, with {web['file']}"))
+    return Group(*parts, _two_columns([*files, *places]))
 
 
 def served(found: Model, address: str) -> str:

@@ -2,7 +2,8 @@
 
 ``phone.onnx`` is the model without the outputs that only Pomona needs. ``phone-half.onnx`` and
 ``phone-int8.onnx`` are smaller, and are there only if they passed `pomona.quantisation.judge`.
-``export.json`` says what a program needs to use them: the folder stands for itself.
+``export.json`` says what a program needs to use them: the folder stands for itself. With `web` the
+page that recognises fruit is written too, with the smallest file of these.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pomona import images, manifest, mobilenet, model, quantisation, sources, tables
-from pomona.errors import RequestError, SourceError
+from pomona import images, manifest, mobilenet, model, quantisation, sources, tables, webpage
+from pomona.errors import MissingError, RequestError, SourceError
 from pomona.manifest import Out
 from pomona.model import Model
 from pomona.quantisation import Codes, Pixels
@@ -47,6 +48,8 @@ class ExportOptions:
     ----------
     dest
         The folder; None: ``OUT/export``.
+    web
+        The folder for the page as static files; None: no page.
     calibration, held_out
         How many photos, at most, evenly spread over those that there are.
     """
@@ -56,6 +59,7 @@ class ExportOptions:
     dest: str | None = None
     calibration: int = 256
     held_out: int = 2000
+    web: str | None = None
 
 
 def export(
@@ -78,11 +82,16 @@ def export(
     folder = manifest.open_out(out, must_exist=True)
     dest = manifest.local_path(options.dest) if options.dest else folder.root / "export"
     _refuse_foreign(dest)
+    web = _page_folder(options, dest)
     with manifest.lock(folder):
         found = model.load(folder.model)
         files, judged = _make(folder, found, options, on_tick)
         about = _about(found, files, judged)
         _write(folder, dest, files, about)
+        if web:
+            smallest = min(files, key=lambda name: len(files[name]))
+            webpage.write(web, webpage.site(found, service=False, phone=files[smallest]))
+            about |= {"web": {"folder": str(web), "file": smallest}}
     refused = [line for line in (_refusal(kind, about) for kind in ("half", "int8")) if line]
     if refused:
         raise RequestError("; ".join([*refused, f"the rest is in {dest}"]))
@@ -94,6 +103,19 @@ def _refuse_foreign(dest: Path) -> None:
         raise RequestError(f"{dest} is a file: --dest is a folder")
     if dest.is_dir() and any(dest.iterdir()) and not (dest / ABOUT).exists():
         raise RequestError(f"{dest} holds other files than an export's: choose a new folder")
+
+
+def _page_folder(options: ExportOptions, dest: Path) -> Path | None:
+    """Return where the page goes. What it lacks is said before any work is done."""
+    if options.web is None:
+        return None
+    web = manifest.local_path(options.web)
+    if web == dest or web in dest.parents or dest in web.parents:
+        raise RequestError(f"--web {web} and the export's folder {dest} are two folders apart")
+    webpage.refuse_foreign(web)
+    if missing := webpage.missing_runtime():
+        raise MissingError(f"--web is refused: {missing}")
+    return web
 
 
 # --- photos ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import json
 import shutil
 import uuid
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,10 @@ HEADERS = {
 """What goes with every file of the page."""
 
 ABOUT = "config.json"
+RECORD = "page.json"
+"""Beside static files: which ones are the page's."""
+SHOWN = 8
+"""Labels that the page names before the first photo."""
 REMEDY = "run make runtime in Pomona's repository (it needs npm's registry once)"
 
 
@@ -99,7 +104,7 @@ class File:
         """Return the bytes."""
         return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The first digits of the content's SHA-256."""
         return hashlib.sha256(self.read()).hexdigest()[:16]
@@ -146,11 +151,19 @@ def site(
         "key": needs_key,
         "device": not missing,
         "device_reason": missing,
-        "runtime": f"runtime/{RUNTIME}/",
+        "runtime": {"folder": f"runtime/{RUNTIME}/", "bytes": _packed(files)},
         "pomona": manifest.versions().get("pomona"),
+        **({} if needs_key else _knows(found.labels)),
     }
     files[ABOUT] = _json(about)
-    return files | {"sw.js": _service_worker(files)}
+    return files | {"sw.js": _service_worker(files, service=service)}
+
+
+def _knows(labels: tuple[str, ...]) -> dict[str, Any]:
+    """Return some labels, evenly spread over all, and how many there are."""
+    count = len(labels)
+    take = min(count, SHOWN)
+    return {"labels": [labels[n * count // take] for n in range(take)], "count": count}
 
 
 def _sources(*, service: bool) -> Site:
@@ -176,13 +189,16 @@ def _json(value: Any, *, guarded: bool = False) -> File:
     return File(content, TYPES[".json"], guarded=guarded)
 
 
-def _service_worker(files: Site) -> File:
-    """Set the list of files before the worker's own code: it changes when any of them does."""
+def _service_worker(files: Site, *, service: bool) -> File:
+    """Set what the worker has to know before its code: it changes when any file does."""
     listed = {name: file.digest for name, file in sorted(files.items()) if not file.guarded}
-    guarded = sorted(name for name, file in files.items() if file.guarded)
-    head = (
-        f"const FILES = {json.dumps(listed, indent=1)};\nconst GUARDED = {json.dumps(guarded)};\n"
-    )
+    whole = hashlib.sha256(json.dumps(listed).encode() + files["sw.js"].read()).hexdigest()
+    known = {
+        "FILES": {"version": whole[:12], "digests": listed},
+        "GUARDED": sorted(name for name, file in files.items() if file.guarded),
+        "DRESS": None if service else {n: v for n, v in HEADERS.items() if "Cross-Origin" in n},
+    }
+    head = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in known.items())
     return File(head.encode() + files["sw.js"].read(), TYPES[".js"])
 
 
@@ -209,6 +225,11 @@ def _runtime() -> Site:
     folder = _folder() / "runtime"
     names = json.loads((folder / "runtime.json").read_bytes())["files"]
     return {f"runtime/{RUNTIME}/{name}": _file(folder / name, lasting=True) for name in names}
+
+
+def _packed(files: Site) -> dict[str, int]:
+    """Return how many bytes the page will load, so that it can say how far it is."""
+    return {name: len(file.read()) for name, file in files.items() if name.endswith(".wasm.gz")}
 
 
 def _device(found: Model, phone: bytes | None, *, guarded: bool) -> Site:
@@ -246,29 +267,45 @@ def _probe(content: bytes, size: int) -> dict[str, Any]:
 def pattern(size: int) -> npt.NDArray[np.uint8]:
     """Return a picture [size, size, 3] that the page makes by the same formula (``worker.js``)."""
     y, x, c = np.ogrid[:size, :size, :3]
-    return ((3 * x + 5 * y + 80 * c) % 256).astype(np.uint8)
+    picture: npt.NDArray[np.uint8] = ((3 * x + 5 * y + 80 * c) % 256).astype(np.uint8)
+    return picture
 
 
 # --- as static files ---------------------------------------------------------------------------
 
 
 def refuse_foreign(dest: Path) -> None:
-    """Raise a RequestError if the folder holds other files than a page's."""
+    """Raise a RequestError if the folder holds anything that `write` didn't put there."""
     if dest.exists() and not dest.is_dir():
         raise RequestError(f"{dest} is a file: --web is a folder")
-    if dest.is_dir() and any(dest.iterdir()) and not (dest / ABOUT).exists():
-        raise RequestError(f"{dest} holds other files than a page's: choose a new folder")
+    try:
+        ours = set(json.loads((dest / RECORD).read_bytes())["files"])
+    except (OSError, ValueError, TypeError, KeyError):
+        ours = set()
+    there = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if not path.is_dir()}
+    if foreign := sorted(there - ours):
+        raise RequestError(
+            f"{dest} holds {foreign[0]}, which isn't the page's, and it would be replaced: choose "
+            "a new folder"
+        )
 
 
 def write(dest: Path, files: Site) -> None:
-    """Write the page into a folder, whole or not at all. One that holds a page is replaced."""
+    """Write the page into a folder, whole or not at all. A page that is there is replaced.
+
+    Raises
+    ------
+    RequestError
+        If the folder holds other files, or can't be written.
+    """
     refuse_foreign(dest)
     staged = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.part")
+    record = json.dumps({"files": [*sorted(files), RECORD]}, indent=1).encode()
     try:
-        for name, file in files.items():
+        for name, content in {**{n: f.read() for n, f in files.items()}, RECORD: record}.items():
             path = staged / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(file.read())
+            path.write_bytes(content)
         if dest.exists():
             shutil.rmtree(dest)
         staged.rename(dest)

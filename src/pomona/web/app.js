@@ -1,0 +1,427 @@
+// The page: takes photos in, asks the service or the device, and shows what they say.
+
+import * as device from './device.js';
+import * as service from './service.js';
+import { megabytes, milliseconds, sentence, share, wordsFor } from './words.js';
+
+const MOST = 24; // photos that are kept, and taken at a time
+const AT_ONCE = 2; // questions to the service
+const LONGEST_WAIT = 30; // seconds that the page waits by itself when the service is busy
+const PREVIEW = 720; // pixels of the longer side
+
+const $ = (id) => document.getElementById(id);
+const items = []; // newest first
+let config = null;
+let selected = null;
+let asking = 0;
+let count = 0;
+
+class Item {
+  constructor(file) {
+    Object.assign(this, { file, id: ++count, state: 'waiting', retried: false });
+    this.name = file.name && file.name !== 'image.png' ? file.name : 'Pasted photo';
+  }
+}
+
+// --- photos in ---------------------------------------------------------------------------------
+
+function take(files) {
+  const fresh = [...files].slice(0, MOST).map((file) => new Item(file));
+  if (!fresh.length) return say('That held no photo file.');
+  if (files.length > MOST) say(`The first ${MOST} of ${files.length} photos are taken.`);
+  items.unshift(...fresh);
+  for (const old of items.splice(MOST)) forget(old);
+  selected = fresh[0];
+  for (const item of fresh) preview(item);
+  show();
+  next();
+}
+
+/** A small picture, so that photos of many megapixels don't fill the memory. */
+async function preview(item) {
+  try {
+    const image = await createImageBitmap(item.file);
+    const scale = Math.min(1, PREVIEW / Math.max(image.width, image.height));
+    const canvas = document.createElement('canvas');
+    canvas.width = Math.max(1, Math.round(image.width * scale));
+    canvas.height = Math.max(1, Math.round(image.height * scale));
+    const paper = canvas.getContext('2d');
+    paper.imageSmoothingQuality = 'high';
+    paper.fillStyle = '#fff';
+    paper.fillRect(0, 0, canvas.width, canvas.height);
+    paper.drawImage(image, 0, 0, canvas.width, canvas.height);
+    image.close();
+    const blob = await new Promise((done) => canvas.toBlob(done, 'image/jpeg', 0.85));
+    if (blob && items.includes(item)) item.url = URL.createObjectURL(blob);
+  } catch {
+    // The browser can't show it. The service may know the format all the same.
+  }
+  show();
+}
+
+function forget(item) {
+  if (item.url) URL.revokeObjectURL(item.url);
+  item.url = null;
+  item.state = 'gone';
+}
+
+function clear() {
+  for (const item of items.splice(0)) forget(item);
+  selected = null;
+  show();
+  say('All photos are cleared.');
+  $('choose').focus();
+}
+
+// --- questions ---------------------------------------------------------------------------------
+
+const here = () => !config.service || $('here').checked;
+
+/** Ask for as many photos as may be asked at once; the one on show comes first. */
+function next() {
+  while (config && asking < (here() ? 1 : AT_ONCE)) {
+    const item = [selected, ...items].find((one) => one?.state === 'waiting');
+    if (!item) return;
+    ask(item);
+  }
+}
+
+async function ask(item) {
+  asking++;
+  item.state = 'working';
+  item.note = null;
+  item.here = here();
+  show();
+  try {
+    const reply = await (item.here ? onDevice(item) : onService(item));
+    if (item.state === 'gone') return;
+    Object.assign(item, reply, { state: 'done', error: null });
+    credits(reply.version);
+    say(spoken(item));
+  } catch (error) {
+    if (item.state !== 'gone') refuse(item, error);
+  } finally {
+    asking--;
+    show();
+    next();
+  }
+}
+
+async function onDevice(item) {
+  await load();
+  return device.recognise(item.file);
+}
+
+async function onService(item) {
+  if (config.key && !key()) throw Object.assign(new Error('no key'), { code: 'unauthorized' });
+  try {
+    return await service.recognise(item.file, key());
+  } catch (error) {
+    if (error.code !== 'overloaded' || item.retried) throw error;
+    item.retried = true;
+    const seconds = Math.min(LONGEST_WAIT, Math.max(1, error.after || 1));
+    item.note = `The service is busy. Trying again in ${seconds} s …`;
+    show();
+    await new Promise((done) => setTimeout(done, 1000 * seconds));
+    return service.recognise(item.file, key());
+  }
+}
+
+function refuse(item, error) {
+  item.state = 'error';
+  item.error = error;
+  if (error.code === 'stopped') item.state = 'waiting'; // the switch was turned meanwhile
+  else if (error.code === 'unauthorized') askForKey();
+  else say(spoken(item));
+}
+
+function again(item) {
+  item.state = 'waiting';
+  item.retried = false;
+  show();
+  next();
+}
+
+// --- the key -----------------------------------------------------------------------------------
+
+const KEY = 'pomona.key';
+
+function key() {
+  return sessionStorage.getItem(KEY);
+}
+
+function askForKey() {
+  if ($('ask').open) return;
+  $('ask-text').textContent = key()
+    ? 'The one that was given was not accepted.'
+    : 'It is kept until this tab is closed.';
+  $('key').value = '';
+  $('ask').showModal();
+}
+
+function useKey(event) {
+  event.preventDefault();
+  sessionStorage.setItem(KEY, $('key').value.trim());
+  $('ask').close();
+  for (const item of items) if (item.error?.code === 'unauthorized') item.state = 'waiting';
+  if (here()) load().catch(() => {});
+  show();
+  next();
+}
+
+// --- the device --------------------------------------------------------------------------------
+
+const MODE = 'pomona.here';
+let loaded = null;
+
+/** Load the model into the page; shows how far it is. */
+async function load() {
+  const bar = $('progress');
+  const only = new URLSearchParams(location.search).get('runtime');
+  const keep = `pomona-kept ${new URL('./', document.baseURI).pathname}`;
+  try {
+    const options = { runtime: config.runtime, keep, key: key(), only };
+    loaded = await device.start(options, ({ done, total }) => {
+      bar.hidden = false;
+      bar.max = total;
+      bar.value = done;
+      where(`Loading the model: ${megabytes(done)} of ${megabytes(total)}, once.`);
+    });
+  } catch (error) {
+    bar.hidden = true;
+    if (error.code === 'unauthorized') askForKey();
+    where(error.code === 'stopped' ? null : wordsFor(error.code, error.message).slice(0, 2).join('. '));
+    throw error;
+  }
+  bar.hidden = true;
+  where();
+}
+
+function turn() {
+  loaded = null;
+  remember(MODE, $('here').checked ? 'yes' : null);
+  if (here()) load().catch(() => {});
+  else {
+    device.stop();
+    $('progress').hidden = true;
+    where();
+  }
+  show();
+  next();
+}
+
+function remember(name, value) {
+  try {
+    if (value === null) localStorage.removeItem(name);
+    else localStorage.setItem(name, value);
+  } catch {
+    // Storage is off: the switch is as it is until the page closes.
+  }
+}
+
+function recalled(name) {
+  try {
+    return localStorage.getItem(name);
+  } catch {
+    return null;
+  }
+}
+
+/** Say where photos go, or what keeps the device from answering. */
+function where(text) {
+  $('where').textContent = text ?? usual();
+}
+
+function usual() {
+  if (!config) return '';
+  if (here()) return 'Photos stay on this device, and it works without a network.';
+  if (!config.device) return `Photos go to this service, which doesn’t keep them. On this device: off, ${config.device_reason}.`;
+  return 'Photos go to this service, which doesn’t keep them.';
+}
+
+// --- what is shown -----------------------------------------------------------------------------
+
+function make(tag, content, ...children) {
+  const node = Object.assign(document.createElement(tag), content);
+  node.append(...children);
+  return node;
+}
+
+function say(text) {
+  $('status').textContent = '';
+  $('status').textContent = text;
+}
+
+function titleOf(item) {
+  if (item.state === 'waiting') return 'Waiting …';
+  if (item.state === 'working') return 'Looking …';
+  if (item.state === 'error') return wordsFor(item.error.code, item.error.message)[0];
+  return item.answer.unknown ? 'Not a fruit that I know' : item.answer.label;
+}
+
+function textOf(item) {
+  if (item.note && item.state === 'working') return item.note;
+  if (item.state === 'error') return wordsFor(item.error.code, item.error.message)[1];
+  if (item.state !== 'done' || !item.answer.unknown) return '';
+  return item.answer.reason ? sentence(item.answer.reason) : '';
+}
+
+function spoken(item) {
+  const { answer } = item;
+  const sure = item.state === 'done' && !answer.unknown ? `, ${share(answer.probability)}` : '';
+  return `${item.name}: ${titleOf(item)}${sure}. ${textOf(item)}`.trim();
+}
+
+function show() {
+  document.body.classList.toggle('used', items.length > 0);
+  $('answer').hidden = !selected;
+  $('last').hidden = items.length === 0;
+  if (selected) showAnswer(selected);
+  showStrip();
+}
+
+function showAnswer(item) {
+  const done = item.state === 'done';
+  const panel = $('answer');
+  panel.className = done && item.answer.unknown ? 'unknown' : item.state;
+  panel.classList.toggle('bare', !item.url && item.state === 'error');
+  panel.setAttribute('aria-busy', String(item.state === 'working' || item.state === 'waiting'));
+  $('photo').hidden = !item.url;
+  $('blank').hidden = Boolean(item.url) || item.state === 'error';
+  if (item.url && $('photo').src !== item.url) $('photo').src = item.url;
+  $('photo').alt = `The photo ${item.name}`;
+  $('name').textContent = item.name;
+  $('title').textContent = titleOf(item);
+  $('text').textContent = textOf(item);
+  $('nearest').hidden = !(done && item.answer.unknown);
+  $('bars').replaceChildren(...(done ? bars(item.answer) : []));
+  $('facts').textContent = done ? facts(item) : '';
+  $('actions').replaceChildren(...actions(item));
+}
+
+function bars({ nearest, probabilities }) {
+  return nearest.map((label, n) => {
+    const bar = make('span', { className: 'bar', ariaHidden: 'true' });
+    bar.style.setProperty('--share', probabilities[n]);
+    return make(
+      'li',
+      null,
+      make('span', { className: 'label', textContent: label }),
+      make('span', { className: 'share', textContent: share(probabilities[n]) }),
+      bar,
+    );
+  });
+}
+
+function facts(item) {
+  return `${milliseconds(item.milliseconds)} ${item.here ? 'on this device' : 'on the server'}`;
+}
+
+function credits(version) {
+  $('about').textContent = `Pomona ${config.pomona}${version ? ` · model ${version}` : ''}`;
+}
+
+/** Say which fruit there is to be recognised, as far as everybody may know. */
+function knows({ labels, count }) {
+  if (!count) return '';
+  const more = count > labels.length ? `${count} labels, among them ` : '';
+  return `It knows ${more}${new Intl.ListFormat('en-GB').format(labels)}.`;
+}
+
+function actions(item) {
+  if (item.state !== 'error') return [];
+  const found = [];
+  const button = (text, className, onclick) =>
+    found.push(make('button', { type: 'button', className, textContent: text, onclick }));
+  if (item.error.code === 'unauthorized') button('Enter the key', 'main', askForKey);
+  else if (wordsFor(item.error.code)[2]) button('Try again', 'main', () => again(item));
+  const stuck = ['down', 'slow', 'overloaded'].includes(item.error.code);
+  if (stuck && config.device && !here()) {
+    button('Answer on this device', 'quiet', () => {
+      $('here').checked = true;
+      turn();
+      again(item);
+    });
+  }
+  return found;
+}
+
+function showStrip() {
+  const strip = $('strip');
+  const nodes = new Map([...strip.children].map((node) => [Number(node.dataset.id), node]));
+  strip.replaceChildren(...items.map((item) => filled(nodes.get(item.id) ?? thumbnail(item), item)));
+}
+
+function thumbnail(item) {
+  const onclick = () => {
+    selected = item;
+    show();
+    say(spoken(item));
+  };
+  const tile = make('span', { className: 'tile' }, make('img', { alt: '' }));
+  const caption = make('span', { className: 'caption' });
+  const node = make('li', null, make('button', { type: 'button', onclick }, tile, caption));
+  node.dataset.id = item.id;
+  return node;
+}
+
+function filled(node, item) {
+  const button = node.firstChild;
+  const [image, caption] = [button.querySelector('img'), button.lastChild];
+  if (item.url && image.src !== item.url) image.src = item.url;
+  image.hidden = !item.url;
+  caption.textContent = item.state === 'done' && item.answer.unknown ? 'Unknown' : titleOf(item);
+  node.className = item.state === 'done' && item.answer.unknown ? 'unknown' : item.state;
+  button.setAttribute('aria-label', spoken(item));
+  button.setAttribute('aria-current', String(item === selected));
+  return node;
+}
+
+// --- begin -------------------------------------------------------------------------------------
+
+function listen() {
+  $('choose').onclick = () => $('files').click();
+  $('take').onclick = () => $('camera').click();
+  for (const input of [$('files'), $('camera')]) {
+    input.onchange = () => {
+      take(input.files);
+      input.value = ''; // the same file may be chosen again
+    };
+  }
+  $('clear').onclick = clear;
+  $('here').onchange = turn;
+  $('ask-form').onsubmit = useKey;
+  $('ask-no').onclick = () => $('ask').close();
+  document.addEventListener('paste', (event) => {
+    if (event.clipboardData.files.length) take(event.clipboardData.files);
+    else if (!$('ask').open) say('There is no photo in the clipboard.');
+  });
+  document.addEventListener('dragover', (event) => {
+    event.preventDefault();
+    document.body.classList.add('over');
+  });
+  document.addEventListener('dragleave', (event) => {
+    if (!event.relatedTarget) document.body.classList.remove('over');
+  });
+  document.addEventListener('drop', (event) => {
+    event.preventDefault();
+    document.body.classList.remove('over');
+    take(event.dataTransfer.files);
+  });
+}
+
+async function begin() {
+  listen();
+  navigator.serviceWorker?.register('sw.js', { updateViaCache: 'none' }).catch(() => {});
+  config = await (await fetch('config.json', { cache: 'no-cache' })).json();
+  credits(null);
+  $('knows').textContent = knows(config);
+  $('switch').hidden = !config.service;
+  $('here').disabled = !config.device;
+  $('here').checked = config.device && recalled(MODE) === 'yes';
+  where();
+  if (here()) load().catch(() => {});
+  next();
+}
+
+begin().catch(() => where('The page can’t be loaded whole. Load it again.'));
