@@ -67,6 +67,21 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield active
 
 
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call the command in this process; returns (code, stdout, stderr)."""
+    from pomona.cli import main
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pomona", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr()
+        return int(ended.value.code or 0), told.out, told.err
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def real_weights() -> Path:
     if not REAL_WEIGHTS.exists():

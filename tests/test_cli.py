@@ -17,18 +17,9 @@ RANDOM = ["--weights", "random:0", "--image-size", "32", "--device", "cpu"]
 
 
 @pytest.fixture
-def pomona(spark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def pomona(spark: Any, command: Any) -> Any:
     """Call the command in this process, on the running session; returns (code, stdout, stderr)."""
-    from pomona.cli import main
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pomona", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capsys.readouterr()
-        return int(ended.value.code or 0), told.out, told.err
-
-    return call
+    return command
 
 
 def test_run_ends_with_a_summary(pomona: Any, source: Path, tmp_path: Path) -> None:

@@ -23,11 +23,14 @@ from tests.conftest import photo
 
 @pytest.fixture(autouse=True)
 def _no_child_left() -> Iterator[None]:
-    guard._child.cache_clear()
+    def end() -> None:
+        if hasattr(guard._own, "child"):
+            guard._own.child.end()
+            del guard._own.child
+
+    end()
     yield
-    if guard._child.cache_info().currsize:
-        guard._child().end()
-    guard._child.cache_clear()
+    end()
 
 
 def test_a_child_decodes_as_the_parent_does() -> None:

@@ -302,7 +302,9 @@ class Visitor:
 
     def states(self) -> list[str]:
         return list(
-            self.page.evaluate("Array.from(document.querySelectorAll('#strip li'), n => n.className)")
+            self.page.evaluate(
+                "Array.from(document.querySelectorAll('#strip li'), n => n.className)"
+            )
         )
 
     def settled(self) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -250,8 +250,16 @@ def _gpu_memory() -> int:
 
 
 @functools.lru_cache(maxsize=2)
+def _session_of(spec: BackboneSpec) -> Any:
+    return _session(spec.payload, spec.threads, spec.device, spec.memory_share, spec.gpu)
+
+
+@functools.lru_cache(maxsize=4)
 def load(spec: BackboneSpec) -> Runner:
     """Build the network of a spec, once per process. Runs on workers.
+
+    Specs that differ in their outputs alone share one session; it may be called from several
+    threads at a time.
 
     Returns
     -------
@@ -269,7 +277,7 @@ def load(spec: BackboneSpec) -> Runner:
         device = f"cuda:{spec.gpu}" if spec.device == "cuda" else spec.device
         torch_runner = build_runner(state, device, mixed, spec.threads, spec.memory_share)
         return lambda image: [torch_runner(image)]
-    session = _session(spec.payload, spec.threads, spec.device, spec.memory_share, spec.gpu)
+    session = _session_of(replace(spec, outputs=()))
     name = session.get_inputs()[0].name
 
     def run(image: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:

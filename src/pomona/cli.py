@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pomona.errors import BusyError, JobError, PomonaError, RequestError
+from pomona.errors import BusyError, JobError, MissingError, PomonaError, RequestError
 
 app = typer.Typer(
     name="pomona",
@@ -311,6 +312,90 @@ def predict(
     if out:
         _print(record, as_json, answers.summary)
     _exit_by(record, max_error_rate)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str,
+        typer.Option(help="A model: OUT/model, its URI (s3://, gs://), or models:/NAME@champion."),
+    ],
+    host: Annotated[str, typer.Option(help="The address to answer at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port; 0: any that is free.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A key that requests must bring; repeatable. Others on this machine can see it: "
+            "POMONA_API_KEYS (with commas between) is better."
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Answer everybody who reaches --host, without a key.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Photos in work at a time. [default: one per core]")
+    ] = None,
+    queue: Annotated[int, typer.Option(help="Photos that may wait; beyond, 503.")] = 64,
+    max_mb: Annotated[float, typer.Option(help="Size of a request, in MB.")] = 20,
+    max_photos: Annotated[int, typer.Option(help="Photos in a request.")] = 16,
+    watch: Annotated[
+        float, typer.Option(help="Seconds between looks for another model; 0: none.")
+    ] = 0,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A web site whose pages may ask (CORS), https://…; repeatable."),
+    ] = None,
+    isolate: Annotated[
+        bool,
+        typer.Option(
+            "--isolate",
+            help="Decode in child processes: a photo that crashes or stalls the decoder costs "
+            "itself alone.",
+        ),
+    ] = False,
+    device: Device = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No access log.")] = False,
+) -> None:
+    """Answer over HTTP, with a page to try it. Ends calmly on Ctrl-C or SIGTERM."""
+    try:
+        from pomona import service, serving, uploads
+    except ImportError as error:
+        raise MissingError(
+            f"serve needs more packages ({error.name}): pip install 'pomona[serve]'"
+        ) from error
+    if min(workers or 1, queue, max_photos) < 1 or not 0 < max_mb <= 128 or watch < 0:
+        raise RequestError(
+            "--workers, --queue and --max-photos are at least 1, --max-mb is above 0 and up to "
+            "128, --watch isn't negative"
+        )
+    keys = tuple(api_key or ()) + tuple(filter(None, _split(os.environ.get("POMONA_API_KEYS"))))
+    serving.check_access(host, keys, public=public)
+    serving.log_to_stderr(access=not quiet)
+    limits = uploads.Limits(int(max_mb * 1_000_000), max_photos)
+    settings = service.Settings(
+        keys,
+        limits,
+        queue,
+        workers,
+        device,
+        watch,
+        tuple(allow_origin or ()),
+        "child" if isolate else "",
+    )
+    with serving.listen(host, port) as opened:
+        made = service.create(lambda: _model(model), settings)
+        serving.serve(made, opened, lambda: _print_started(made, serving.address(opened)))
+
+
+def _split(keys: str | None) -> list[str]:
+    return [key.strip() for key in (keys or "").split(",")]
+
+
+def _print_started(made: Any, address: str) -> None:
+    from pomona import console
+
+    text = console.served(made.state.service.pool.loaded.model, address)
+    typer.echo(text, err=True)
 
 
 @app.command()

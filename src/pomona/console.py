@@ -7,11 +7,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from pomona.model import Model
 
 WORDS = {
     "list": "listing photos",
@@ -316,6 +319,21 @@ def exported(record: dict[str, Any]) -> Group:
     if web := record.get("web"):
         places.append(("page", f"{web['folder']}, with {web['file']}"))
     return Group(*parts, _two_columns([*files, *places]))
+
+
+def served(found: Model, address: str) -> str:
+    """Return the lines of ``pomona serve`` when it answers."""
+    labels = found.labels
+    named = ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
+    metrics = found.about.get("metrics", {})
+    judged = metrics.get("test") or metrics.get("cross_validation") or {}
+    right = f", right on {judged['accuracy']['value']:.1%}" if "accuracy" in judged else ""
+    on = f" of {judged['photos']:,} Test photos" if metrics.get("test") and right else ""
+    kind = "" if found.about["weights"]["trained"] else "; its weights are untrained"
+    return (
+        f"pomona: model {found.version} ({named}){right}{on}{kind}\n"
+        f"pomona: {address} answers; the page is there too. Ctrl-C ends it."
+    )
 
 
 def published(record: dict[str, Any]) -> Table:

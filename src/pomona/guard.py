@@ -11,10 +11,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
-import functools
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Literal
@@ -76,7 +76,7 @@ def decode_apart(content: bytes | None, size: int) -> Photo:
         except (EOFError, OSError):  # it died
             pass
         child.end()
-        _child.cache_clear()
+        del _own.child
     return Photo(None, None, None, CRASHED)
 
 
@@ -106,9 +106,15 @@ class _Child:
         atexit.unregister(self.end)
 
 
-@functools.cache
+_own = threading.local()
+
+
 def _child() -> _Child:
-    return _Child()
+    """Return this thread's child: several threads of the service decode at a time."""
+    if not hasattr(_own, "child"):
+        _own.child = _Child()
+    found: _Child = _own.child
+    return found
 
 
 def _serve(pipe: Connection) -> None:

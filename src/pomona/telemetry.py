@@ -1,0 +1,81 @@
+"""Figures for Prometheus. Counts only: nothing of a photo, nothing of who asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.metrics import Counter, Gauge, Histogram
+from prometheus_client.process_collector import ProcessCollector
+
+MEDIA_TYPE = CONTENT_TYPE_LATEST
+
+SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0)
+"""Bounds of the latency's buckets: an answer takes 4 ms to 10 ms, and waits for up to a second."""
+
+
+class Metrics:
+    """The service's figures, in a registry of their own."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self._requests = Counter(
+            "pomona_requests", "Requests.", ("route", "method", "status"), registry=registry
+        )
+        self._seconds = Histogram(
+            "pomona_request_seconds",
+            "Time of a request.",
+            ("route",),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._queue = Gauge("pomona_queue_photos", "Photos that wait.", registry=registry)
+        self._rejected = Counter(
+            "pomona_rejected",
+            "Photos and requests without an answer.",
+            ("code",),
+            registry=registry,
+        )
+        self._answers = Counter(
+            "pomona_answers", "Photos that got this label.", ("label",), registry=registry
+        )
+        self._unknown = Counter(
+            "pomona_unknown", "Photos of none of the labels.", registry=registry
+        )
+        self._model = Gauge(
+            "pomona_model_info", "The model that answers.", ("version",), registry=registry
+        )
+
+    def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        self._requests.labels(route, method, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def rejected(self, code: str) -> None:
+        """Count a request or a photo that got no answer."""
+        self._rejected.labels(code).inc()
+
+    def answers(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Count answers by label."""
+        for row in rows:
+            if row["error"] is not None:
+                self.rejected(row["error"])
+            elif row.get("unknown"):
+                self._unknown.inc()
+            elif label := row.get("label"):
+                self._answers.labels(label).inc()
+
+    def watch_queue(self, length: Callable[[], int]) -> None:
+        """Ask ``length`` for the queue's length whenever figures are wanted."""
+        self._queue.set_function(length)
+
+    def model(self, version: str) -> None:
+        """Say which model answers."""
+        self._model.clear()
+        self._model.labels(version).set(1)
+
+    def text(self) -> bytes:
+        """Return all figures, in Prometheus's text format."""
+        return generate_latest(self.registry)
