@@ -306,15 +306,15 @@ function showAnswer(item) {
   $('actions').replaceChildren(...actions(item));
 }
 
-function bars({ nearest, probabilities }) {
-  return nearest.map((label, n) => {
+function bars({ nearest }) {
+  return nearest.map(({ label, probability }) => {
     const bar = make('span', { className: 'bar', ariaHidden: 'true' });
-    bar.style.setProperty('--share', probabilities[n]);
+    bar.style.setProperty('--share', probability);
     return make(
       'li',
       null,
       make('span', { className: 'label', textContent: label }),
-      make('span', { className: 'share', textContent: share(probabilities[n]) }),
+      make('span', { className: 'share', textContent: share(probability) }),
       bar,
     );
   });
