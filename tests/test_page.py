@@ -460,7 +460,7 @@ def test_paste_and_drop(served: Served, visit: Any, way: str) -> None:
     visitor = visit(served.url)
     visitor.page.evaluate(PASTE, [way, base64.b64encode(fruit(3)).decode()])
     visitor.until(lambda: visitor("title") == "Plum")
-    assert visitor("name") == "Pasted photo"
+    assert visitor("name") == {"paste": "Pasted photo", "drop": "image.png"}[way]
 
 
 @pytest.mark.parametrize("mode", ["service", "device"])
@@ -628,6 +628,52 @@ def test_no_request_goes_out(served: Served, small: Model, visit: Any) -> None:
     assert visitor.states() == ["done"] * 6 + ["unknown"]
 
 
+def test_threads(served: Served, visit: Any) -> None:
+    """Also once the service worker gives the files: their headers must be right for threads."""
+    needs_runtime()
+    visitor = visit(f"{served.url}?runtime=wasm&threads=3")
+    for _ in range(2):
+        visitor.on_device()
+        assert visitor.page.evaluate(STARTED) == {"backend": "wasm", "threads": 3}
+        assert visitor.see(fruit(0)) == "Apple"
+        visitor.kept()
+        visitor.page.close()
+        visitor.open()
+
+
+STARTED = """async () => {
+  const { start } = await import('./device.js');
+  const { backend, threads } = await start();
+  return { backend, threads };
+}"""
+
+
+class Bare(webpage.File):
+    """A file whose headers a proxy has dropped: threads can't begin with it."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Cross-Origin-Embedder-Policy": "unsafe-none"}
+
+
+def test_a_runtime_that_hangs_gets_another_try(small: Model, visit: Any) -> None:
+    needs_runtime()
+    with serve(small) as served:
+        files = dict(served.app.state.service.site)
+        glue = f"runtime/{webpage.RUNTIME}/ort-wasm-simd-threaded.mjs"
+        files[glue] = Bare(files[glue].content, files[glue].media_type)
+        patient = files["worker.js"].read()
+        hasty = patient.replace(b"PATIENCE = 20_000", b"PATIENCE = 1_000")
+        assert hasty != patient
+        files["worker.js"] = replace(files["worker.js"], content=hasty)
+        served.app.state.service.site = files
+        visitor = visit(f"{served.url}?threads=3", service_workers="block")
+        visitor.expected += ("Failed to load resource: net::ERR_BLOCKED_BY_RESPONSE",)
+        visitor.on_device()
+        assert visitor.page.evaluate(STARTED) == {"backend": "wasm", "threads": 1}
+        assert visitor.see(fruit(0)) == "Apple"
+
+
 def test_offline_after_the_first_visit(small: Model, visit: Any) -> None:
     needs_runtime()
     with serve(small) as served:
@@ -692,7 +738,7 @@ def another_version(served: Served, visitor: Visitor) -> None:
     changed = files["index.html"].read().replace(b"Which fruit is this?", b"What is this?")
     files["index.html"] = replace(files["index.html"], content=changed)
     files["sw.js"] = webpage._file(webpage._folder() / "sw.js")
-    files["sw.js"] = webpage._service_worker(files, service=True)
+    files["sw.js"] = webpage._service_worker(files)
     served.app.state.service.site = files
     visitor.page.reload()
     assert visitor.page.locator("h1").inner_text() == "What is this?"

@@ -161,7 +161,7 @@ def site(
         **({} if needs_key else _knows(found.labels)),
     }
     files[ABOUT] = _json(about)
-    return files | {"sw.js": _service_worker(files, service=service)}
+    return files | {"sw.js": _service_worker(files)}
 
 
 def _knows(labels: tuple[str, ...]) -> dict[str, Any]:
@@ -194,14 +194,14 @@ def _json(value: Any, *, guarded: bool = False) -> File:
     return File(content, TYPES[".json"], guarded=guarded)
 
 
-def _service_worker(files: Site, *, service: bool) -> File:
+def _service_worker(files: Site) -> File:
     """Set what the worker has to know before its code: it changes when any file does."""
-    listed = {name: file.digest for name, file in sorted(files.items()) if not file.guarded}
+    listed = {n: f.digest for n, f in sorted(files.items()) if not f.guarded and n != "sw.js"}
     whole = hashlib.sha256(json.dumps(listed).encode() + files["sw.js"].read()).hexdigest()
     known = {
         "FILES": {"version": whole[:12], "digests": listed},
         "GUARDED": sorted(name for name, file in files.items() if file.guarded),
-        "DRESS": None if service else {n: v for n, v in HEADERS.items() if "Cross-Origin" in n},
+        "DRESS": {name: value for name, value in HEADERS.items() if "Cross-Origin" in name},
     }
     head = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in known.items())
     return File(head.encode() + files["sw.js"].read(), TYPES[".js"])

@@ -17,16 +17,15 @@ let asking = 0;
 let count = 0;
 
 class Item {
-  constructor(file) {
-    Object.assign(this, { file, id: ++count, state: 'waiting', retried: false });
-    this.name = file.name && file.name !== 'image.png' ? file.name : 'Pasted photo';
+  constructor(file, name) {
+    Object.assign(this, { file, name, id: ++count, state: 'waiting', retried: false });
   }
 }
 
 // --- photos in ---------------------------------------------------------------------------------
 
-function take(files) {
-  const fresh = [...files].slice(0, MOST).map((file) => new Item(file));
+function take(files, name) {
+  const fresh = [...files].slice(0, MOST).map((file) => new Item(file, name ?? file.name));
   if (!fresh.length) return say('That held no photo file.');
   if (files.length > MOST) say(`The first ${MOST} of ${files.length} photos are taken.`);
   items.unshift(...fresh);
@@ -182,10 +181,12 @@ let loaded = null;
 /** Load the model into the page; shows how far it is. */
 async function load() {
   const bar = $('progress');
-  const only = new URLSearchParams(location.search).get('runtime');
+  const asked = new URLSearchParams(location.search); // ?runtime=wasm&threads=1, to find faults
+  const only = asked.get('runtime');
+  const threads = Number(asked.get('threads')) || null;
   const keep = `pomona-kept ${new URL('./', document.baseURI).pathname}`;
   try {
-    const options = { runtime: config.runtime, keep, key: key(), only };
+    const options = { runtime: config.runtime, keep, key: key(), only, threads };
     loaded = await device.start(options, ({ done, total }) => {
       bar.hidden = false;
       bar.max = total;
@@ -401,7 +402,8 @@ function listen() {
   $('ask-form').onsubmit = useKey;
   $('ask-no').onclick = () => $('ask').close();
   document.addEventListener('paste', (event) => {
-    if (event.clipboardData.files.length) take(event.clipboardData.files);
+    const { files } = event.clipboardData;
+    if (files.length) take(files, 'Pasted photo'); // its own name is image.png, always
     else if (!$('ask').open) say('There is no photo in the clipboard.');
   });
   document.addEventListener('dragover', (event) => {

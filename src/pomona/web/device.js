@@ -5,23 +5,58 @@ let waiting = new Map();
 let count = 0;
 let onProgress = () => {};
 let started = null;
+let wind = () => {};
 
-/** Load runtime and model, once. */
+const PATIENCE = 60_000; // milliseconds
+
+/** Load runtime and model, once. Where that fails or hangs, the plainest way is tried too. */
 export function start(options, progress) {
-  onProgress = progress;
-  started ??= ask('start', options).catch((error) => {
+  onProgress = progress ?? onProgress;
+  started ??= begin(options).catch((error) => {
     stop();
     throw error;
   });
   return started;
 }
 
+async function begin(options) {
+  try {
+    return await heard(ask('start', options));
+  } catch (error) {
+    if (error.code !== 'failed') throw error;
+    end();
+    return heard(ask('start', { ...options, only: 'wasm', threads: 1 }));
+  }
+}
+
+/** Fail if the worker says nothing for too long: a GPU's driver or a thread may hang it. */
+async function heard(promise) {
+  let timer;
+  const silence = new Promise((_, reject) => {
+    wind = () => {
+      clearTimeout(timer);
+      timer = setTimeout(reject, PATIENCE, trouble('failed', 'the runtime doesn’t start'));
+    };
+    wind();
+  });
+  try {
+    return await Promise.race([promise, silence]);
+  } finally {
+    clearTimeout(timer);
+    wind = () => {};
+  }
+}
+
 /** End the worker and let go of its memory. */
 export function stop() {
+  end();
+  started = null;
+}
+
+function end() {
   worker?.terminate();
   for (const { reject } of waiting.values()) reject(trouble('stopped', 'stopped'));
   worker = null;
-  started = null;
   waiting = new Map();
 }
 
@@ -41,6 +76,7 @@ function ask(kind, content) {
 function make() {
   const made = new Worker(new URL('worker.js', import.meta.url), { type: 'module' });
   made.onmessage = ({ data }) => {
+    wind();
     if (data.progress) return onProgress(data.progress);
     const { resolve, reject } = waiting.get(data.id);
     waiting.delete(data.id);

@@ -1,5 +1,5 @@
 // The service worker: the page without a network. `pomona.webpage` sets FILES (digests by path),
-// GUARDED (paths that need a key) and DRESS (headers that a static host doesn't send) before it.
+// GUARDED (paths that need a key) and DRESS (headers for threads) before it.
 //
 // Small files come from the network while there is one, and are kept; whatever changes its address
 // with its content comes from what `worker.js` keeps. Nothing else is touched: questions to the
@@ -70,9 +70,9 @@ async function kept(request) {
   return (await cache.match(request.url)) ?? fetch(request);
 }
 
-/** A static host sends none of these headers; with them the runtime may use threads. */
+/** Without these headers, which a static host doesn't send, the runtime may not use threads. */
 function dressed(response) {
-  if (!DRESS || response.type === 'opaqueredirect' || !response.ok) return response;
+  if (response.type === 'opaqueredirect' || !response.ok) return response;
   const headers = new Headers(response.headers);
   for (const [name, value] of Object.entries(DRESS)) headers.set(name, value);
   const { status, statusText } = response;

@@ -10,6 +10,7 @@ const BUILDS = {
 };
 const ALIKE = 0.005; // of the probabilities that `pomona.webpage` found for the same pattern
 const MOST_THREADS = 4;
+const PATIENCE = 20_000; // milliseconds until the runtime has to be up
 
 let about; // device.json
 let ort;
@@ -40,7 +41,7 @@ class Trouble extends Error {
 // --- start -------------------------------------------------------------------------------------
 
 /** Load what there is; return the backend's name and the number of threads. */
-async function start({ runtime, keep, key, only }) {
+async function start({ runtime, keep, key, only, threads }) {
   const store = keep ? await openStore(keep) : null;
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   about = await aboutModel(store, headers);
@@ -51,7 +52,7 @@ async function start({ runtime, keep, key, only }) {
   let last;
   for (const backend of backends) {
     try {
-      await open(backend, store, runtime, model, progress);
+      await open(backend, store, runtime, model, progress, threads);
       return { backend, threads: ort.env.wasm.numThreads, version: about.version };
     } catch (error) {
       last = error; // the next one may do; the last one's error is told
@@ -162,7 +163,7 @@ async function hasGpu() {
   }
 }
 
-async function open(backend, store, runtime, model, progress) {
+async function open(backend, store, runtime, model, progress, wanted) {
   const { loader, glue } = BUILDS[backend];
   const { folder } = runtime;
   const wasm = await unpacked(await whole(store, packed(backend, runtime), {}, progress));
@@ -172,7 +173,8 @@ async function open(backend, store, runtime, model, progress) {
   ort.env.logLevel = 'error';
   ort.env.wasm.wasmPaths = { mjs: address(`${folder}${glue}.mjs`) };
   ort.env.wasm.wasmBinary = wasm;
-  ort.env.wasm.numThreads = threads();
+  ort.env.wasm.numThreads = threads(wanted);
+  ort.env.wasm.initTimeout = PATIENCE; // threads that can't be had would be waited for for ever
   const options = { executionProviders: [backend], logSeverityLevel: 3 };
   session = await ort.InferenceSession.create(model, options);
   ort.env.wasm.wasmBinary = undefined;
@@ -181,9 +183,10 @@ async function open(backend, store, runtime, model, progress) {
 
 const packed = (backend, { folder }) => `${folder}${BUILDS[backend].glue}.wasm.gz`;
 
-function threads() {
+function threads(wanted) {
+  if (!globalThis.crossOriginIsolated) return 1;
   const cores = navigator.hardwareConcurrency ?? 1;
-  return globalThis.crossOriginIsolated ? Math.max(1, Math.min(MOST_THREADS, cores >> 1)) : 1;
+  return wanted ?? Math.max(1, Math.min(MOST_THREADS, cores >> 1));
 }
 
 /** Some hosts unpack .gz files themselves. */
