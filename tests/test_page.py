@@ -254,6 +254,10 @@ def test_export_refuses_places(out: Path, tmp_path: Path, monkeypatch: pytest.Mo
 # --- a browser ---------------------------------------------------------------------------------
 
 
+INSECURE = "--host-resolver-rules=MAP fruit.test 127.0.0.1"
+"""A name for this machine that the browser takes for another one's: plain http isn't trusted."""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     api = pytest.importorskip("playwright.sync_api")
@@ -264,7 +268,7 @@ def browser() -> Iterator[Any]:
     with api.sync_playwright() as playwright:
         found = playwright.chromium.launch(
             executable_path=chromium,
-            args=[*flags, "--disable-component-update", "--disable-sync"],
+            args=[*flags, "--disable-component-update", "--disable-sync", INSECURE],
         )
         yield found
         found.close()
@@ -646,6 +650,17 @@ STARTED = """async () => {
   const { backend, threads } = await start();
   return { backend, threads };
 }"""
+
+
+def test_over_plain_http_from_another_machine(served: Served, visit: Any) -> None:
+    needs_runtime()
+    visitor = visit(served.url.replace("127.0.0.1", "fruit.test"))
+    visitor.expected += ("The Cross-Origin-Opener-Policy header has been ignored",)
+    assert visitor.page.evaluate("isSecureContext") is False
+    visitor.on_device()
+    assert visitor.see(fruit(2)) == "Pear"
+    visitor.page.locator("#here").uncheck()
+    assert visitor.see(fruit(3)) == "Plum"
 
 
 class Bare(webpage.File):
