@@ -32,6 +32,10 @@ MOST_TOP = 20
 """Labels that an answer names at most."""
 
 
+PER_WORKER = 16
+"""Photos that may wait for each thread: the last one waits for 16 times a photo's time."""
+
+
 class FullError(Exception):
     """No place is free: the request comes again later."""
 
@@ -129,14 +133,17 @@ class Pool:
     workers
         Threads; by default one for each core that the process may use, on a GPU one.
     limit
-        Photos that may wait; beyond, `submit` raises `FullError` at once.
+        Photos that may wait; beyond, `submit` raises `FullError` at once. By default `PER_WORKER`
+        for each thread.
     """
 
-    def __init__(self, loaded: Loaded, workers: int | None = None, limit: int = 64) -> None:
+    def __init__(
+        self, loaded: Loaded, workers: int | None = None, limit: int | None = None
+    ) -> None:
         spec = loaded.recogniser.spec
         on_gpu = spec.device == "cuda"
         self.workers = workers or (1 if on_gpu else cores())
-        self.limit = limit
+        self.limit = limit or PER_WORKER * self.workers
         self.at_once = spec.batch_size if on_gpu else 1
         self._loaded = loaded
         self._jobs: deque[_Job] = deque()

@@ -69,7 +69,7 @@ class Settings:
     limits
         Of one request.
     queue
-        Photos that may wait.
+        Photos that may wait; None: 16 for each worker.
     workers
         Threads; None: one for each core.
     watch
@@ -82,7 +82,7 @@ class Settings:
 
     keys: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
-    queue: int = 64
+    queue: int | None = None
     workers: int | None = None
     device: str = "auto"
     watch: float = 0.0
@@ -231,7 +231,7 @@ class Gate:
 
     def _needs_key(self, scope: Scope) -> bool:
         path = scope["path"]
-        if path == RELOAD:
+        if path == RELOAD and scope["method"] == "POST":
             return True
         if not self.keys or path in OPEN:
             return False
