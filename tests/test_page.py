@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import http.server
 import io
@@ -13,8 +14,9 @@ import re
 import shutil
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +173,11 @@ def test_the_worker_changes_with_any_file(small: Model, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "another version"])
 def test_without_a_runtime(
-    small: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+    small: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    damage: str,
 ) -> None:
     needs_runtime()
     shutil.copytree(ROOT / "src/pomona/web", tmp_path / "web")
@@ -185,10 +191,11 @@ def test_without_a_runtime(
         about = json.loads((runtime / "runtime.json").read_text())
         (runtime / "runtime.json").write_text(json.dumps({**about, "version": "0.0.1"}))
     about = json.loads(text(files := webpage.site(small, service=True), "config.json"))
+    assert "on the device: " in caplog.text
     assert about["device"] is False
     assert "make runtime" in about["device_reason"]
     assert not [name for name in files if name.startswith(("runtime/", "device/"))]
-    with pytest.raises(MissingError, match="no way to answer.*make runtime"):
+    with pytest.raises(MissingError, match=r"no way to answer.*make runtime"):
         webpage.site(small, service=False)
 
 
@@ -347,17 +354,40 @@ def visit(browser: Any) -> Iterator[Callable[..., Visitor]]:
         visitor.close()
 
 
-from stub import Stub  # noqa: E402
+# --- with the service --------------------------------------------------------------------------
+
+
+@dataclass
+class Served:
+    """A service that runs, and what it was asked for."""
+
+    app: Any
+    url: str = ""
+    asked: list[str] = field(default_factory=list)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.asked.append(scope.get("path", ""))
+        await self.app(scope, receive, send)
+
+
+@contextlib.contextmanager
+def serve(found: Model, **settings: Any) -> Iterator[Served]:
+    service = pytest.importorskip("pomona.service", reason="needs the extra serve")
+    from tests.serving import running
+
+    served = Served(service.create(lambda: found, service.Settings(workers=1, **settings)))
+    with running(served) as url:
+        served.url = f"{url.rstrip('/')}/"
+        yield served
 
 
 @pytest.fixture(scope="module")
-def served(small: Model) -> Iterator[Any]:
-    stub = Stub(small.folder)
-    yield stub
-    stub.stop()
+def served(small: Model) -> Iterator[Served]:
+    with serve(small) as running:
+        yield running
 
 
-def test_a_file(served: Any, small: Model, visit: Any) -> None:
+def test_a_file(served: Served, small: Model, visit: Any) -> None:
     visitor = visit(served.url)
     assert visitor("knows") == "It knows Apple, Cherry, Pear, Plum, Quince and Tomato."
     assert visitor.see(fruit(2, 50)) == "Pear"
@@ -371,7 +401,7 @@ def test_a_file(served: Any, small: Model, visit: Any) -> None:
     assert visitor("status") == f"photo0.jpg: Pear, {share} %."
 
 
-def test_several_files_and_clear(served: Any, visit: Any) -> None:
+def test_several_files_and_clear(served: Served, visit: Any) -> None:
     visitor = visit(served.url)
     most = 0
     going = set()
@@ -383,7 +413,11 @@ def test_several_files_and_clear(served: Any, visit: Any) -> None:
             most = max(most, len(going))
 
     visitor.page.on("request", begins)
-    visitor.page.on("requestfinished", lambda request: going.discard(request))
+
+    def ends(request: Any) -> None:
+        going.discard(request)
+
+    visitor.page.on("requestfinished", ends)
     assert visitor.see(*[fruit(label, 60) for label in range(6)]) == "Apple"
     captions = visitor.page.locator("#strip .caption").all_inner_texts()
     assert captions == list(LABELS)
@@ -402,7 +436,7 @@ def test_several_files_and_clear(served: Any, visit: Any) -> None:
     assert visitor.page.evaluate(gone, made) == "gone"
 
 
-def test_only_the_last_ones_stay(served: Any, visit: Any) -> None:
+def test_only_the_last_ones_stay(served: Served, visit: Any) -> None:
     visitor = visit(served.url)
     visitor.see(*[fruit(0)] * 30)
     assert len(visitor.states()) == 24
@@ -422,7 +456,7 @@ PASTE = """([kind, content]) => {
 
 
 @pytest.mark.parametrize("way", ["paste", "drop"])
-def test_paste_and_drop(served: Any, visit: Any, way: str) -> None:
+def test_paste_and_drop(served: Served, visit: Any, way: str) -> None:
     visitor = visit(served.url)
     visitor.page.evaluate(PASTE, [way, base64.b64encode(fruit(3)).decode()])
     visitor.until(lambda: visitor("title") == "Plum")
@@ -430,7 +464,7 @@ def test_paste_and_drop(served: Any, visit: Any, way: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["service", "device"])
-def test_not_a_fruit(served: Any, small: Model, visit: Any, mode: str) -> None:
+def test_not_a_fruit(served: Served, small: Model, visit: Any, mode: str) -> None:
     visitor = visit(served.url)
     if mode == "device":
         needs_runtime()
@@ -453,7 +487,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("mode", ["service", "device"])
-def test_broken_files(served: Any, visit: Any, mode: str) -> None:
+def test_broken_files(served: Served, visit: Any, mode: str) -> None:
     visitor = visit(served.url)
     visitor.expected += (f"{REFUSED} 4",)
     if mode == "device":
@@ -466,7 +500,7 @@ def test_broken_files(served: Any, visit: Any, mode: str) -> None:
     assert visitor.see(fruit(0)) == "Apple"
 
 
-def test_the_server_is_down(served: Any, visit: Any) -> None:
+def test_the_server_is_down(served: Served, visit: Any) -> None:
     visitor = visit(served.url, service_workers="block")
     visitor.expected += ("Failed to load resource: net::ERR_CONNECTION_REFUSED",)
     visitor.page.route("**/v1/predict*", lambda route: route.abort("connectionrefused"))
@@ -493,7 +527,7 @@ def busy(times: int, then: list[float]) -> Callable[[Any], None]:
     return answer
 
 
-def test_the_service_is_busy(served: Any, visit: Any) -> None:
+def test_the_service_is_busy(served: Served, visit: Any) -> None:
     visitor = visit(served.url, service_workers="block")
     visitor.expected += (f"{REFUSED} 503",)
     times: list[float] = []
@@ -513,7 +547,28 @@ def test_the_service_is_busy(served: Any, visit: Any) -> None:
     assert visitor("title") == "Cherry"
 
 
-def test_busy_and_then_on_the_device(served: Any, visit: Any) -> None:
+def test_really_busy(small: Model, visit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One photo is in work, one waits, and there is no room for a third."""
+    pool = pytest.importorskip("pomona.pool")
+    go, run = threading.Event(), pool.Loaded.run
+    with serve(small, queue=1) as served:
+        monkeypatch.setattr(pool.Loaded, "run", lambda *given: go.wait(30) and run(*given))
+        waiting = served.app.state.service.pool
+        other = visit(served.url)
+        other.expected += (f"{REFUSED} 503",)
+        other.choose(fruit(0), fruit(1))
+        other.until(lambda: waiting.waiting == 1)
+        visitor = visit(served.url)
+        visitor.expected += (f"{REFUSED} 503",)
+        visitor.choose(fruit(2))
+        visitor.until(lambda: "Trying again in 1 s" in visitor("text"))
+        go.set()
+        for each, title in ((visitor, "Pear"), (other, "Apple")):
+            each.settled()
+            assert each("title") == title
+
+
+def test_busy_and_then_on_the_device(served: Served, visit: Any) -> None:
     needs_runtime()
     visitor = visit(served.url, service_workers="block")
     visitor.expected += (f"{REFUSED} 503",)
@@ -524,10 +579,16 @@ def test_busy_and_then_on_the_device(served: Any, visit: Any) -> None:
     assert visitor("facts").endswith("ms on this device")
 
 
+KEY = "apple-pie-apple-pie"
+
+
 def test_a_key(small: Model, visit: Any) -> None:
     needs_runtime()
-    stub = Stub(small.folder, key="apple-pie")
-    visitor = visit(stub.url)
+    with serve(small, keys=(KEY,)) as served:
+        with_a_key(visit(served.url))
+
+
+def with_a_key(visitor: Visitor) -> None:
     visitor.expected += (f"{REFUSED} 401",)
     visitor.choose(fruit(0), fruit(1))
     dialog = visitor.page.locator("#ask")
@@ -539,7 +600,7 @@ def test_a_key(small: Model, visit: Any) -> None:
     visitor.page.keyboard.press("Escape")
     assert visitor("title") == "A key is needed"
     visitor.page.get_by_role("button", name="Enter the key").click()
-    visitor.page.keyboard.type("apple-pie")
+    visitor.page.keyboard.type(KEY)
     visitor.page.keyboard.press("Enter")
     visitor.settled()
     assert visitor("title") == "Apple"
@@ -547,13 +608,12 @@ def test_a_key(small: Model, visit: Any) -> None:
     visitor.on_device()
     assert visitor.see(fruit(2)) == "Pear"
     assert visitor.page.evaluate("localStorage.getItem('pomona.key')") is None
-    stub.stop()
 
 
 # --- on the device -----------------------------------------------------------------------------
 
 
-def test_no_request_goes_out(served: Any, small: Model, visit: Any) -> None:
+def test_no_request_goes_out(served: Served, small: Model, visit: Any) -> None:
     needs_runtime()
     visitor = visit(served.url)
     visitor.on_device()
@@ -564,19 +624,18 @@ def test_no_request_goes_out(served: Any, small: Model, visit: Any) -> None:
     sent = [url for url in visitor.asked[before:] if not url.startswith("blob:")]
     assert sent == []  # as the browser sees it, with its workers
     # And as the server sees it; the browser itself asks now and then for a newer service worker.
-    assert set(served.asked[asked:]) <= {"sw.js"}
+    assert set(served.asked[asked:]) <= {"/sw.js"}
     assert visitor.states() == ["done"] * 6 + ["unknown"]
 
 
 def test_offline_after_the_first_visit(small: Model, visit: Any) -> None:
     needs_runtime()
-    stub = Stub(small.folder)
-    visitor = visit(stub.url)
-    visitor.on_device()
-    visitor.kept()
-    stub.stop()
+    with serve(small) as served:
+        visitor = visit(served.url)
+        visitor.on_device()
+        visitor.kept()
     with pytest.raises(OSError):
-        __import__("socket").create_connection(("127.0.0.1", stub.server.server_port), 1)
+        urllib.request.urlopen(served.url, timeout=5)
     visitor.expected += ("Failed to load resource: net::ERR_CONNECTION_REFUSED",)
     visitor.page.close()
     visitor.open()
@@ -620,17 +679,21 @@ def test_static_files_in_a_folder_of_a_host(small: Model, tmp_path: Path, visit:
     assert visitor.page.evaluate("crossOriginIsolated") is True
 
 
-def test_a_new_version_is_taken(small: Model, tmp_path: Path, visit: Any) -> None:
-    stub = Stub(small.folder)
-    visitor = visit(stub.url)
+def test_a_new_version_is_taken(small: Model, visit: Any) -> None:
+    with serve(small) as served:
+        another_version(served, visit(served.url))
+
+
+def another_version(served: Served, visitor: Visitor) -> None:
     visitor.kept()
     names = "caches.keys().then((names) => names.filter((name) => name.includes('page')))"
     (old,) = visitor.page.evaluate(names)
-    changed = stub.files["index.html"].read().replace(b"Which fruit is this?", b"What is this?")
-    stub.files["index.html"] = replace(stub.files["index.html"], content=changed)
-    rest = {name: file for name, file in stub.files.items() if name != "sw.js"}
-    rest["sw.js"] = webpage._file(webpage._folder() / "sw.js")
-    stub.files["sw.js"] = webpage._service_worker(rest, service=True)
+    files = dict(served.app.state.service.site)
+    changed = files["index.html"].read().replace(b"Which fruit is this?", b"What is this?")
+    files["index.html"] = replace(files["index.html"], content=changed)
+    files["sw.js"] = webpage._file(webpage._folder() / "sw.js")
+    files["sw.js"] = webpage._service_worker(files, service=True)
+    served.app.state.service.site = files
     visitor.page.reload()
     assert visitor.page.locator("h1").inner_text() == "What is this?"
     visitor.until(lambda: visitor.page.evaluate(names) not in ([old], []))
@@ -647,7 +710,6 @@ def test_a_new_version_is_taken(small: Model, tmp_path: Path, visit: Any) -> Non
     )
     assert stored
     assert not [url for url in stored if "/v1/" in url]
-    stub.stop()
 
 
 # --- same photo, same answer -------------------------------------------------------------------
@@ -688,7 +750,7 @@ def kinds() -> dict[str, tuple[bytes, int]]:
     }
 
 
-def test_pixels_are_pythons(served: Any, visit: Any) -> None:
+def test_pixels_are_pythons(served: Served, visit: Any) -> None:
     visitor = visit(served.url)
     for name, (content, most) in kinds().items():
         told = visitor.page.evaluate(PIXELS, [base64.b64encode(content).decode(), 224])
@@ -702,8 +764,8 @@ def test_pixels_are_pythons(served: Any, visit: Any) -> None:
 def real(
     real_photos: Path, real_weights: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Model, list[bytes]]:
-    """A model trained on 150 real photos, and 220 others."""
-    drawn = random.Random(0).sample(sorted(real_photos.rglob("*.jpg")), 370)
+    """A model trained on 150 real photos, and 200 others."""
+    drawn = random.Random(0).sample(sorted(real_photos.rglob("*.jpg")), 350)
     contents = [path.read_bytes() for path in drawn]
     labels = [path.relative_to(real_photos).parts[1] for path in drawn]
     folder = tmp_path_factory.mktemp("real-model") / "model"
@@ -726,33 +788,34 @@ SAYS = """async ([kind, contents]) => {
 def test_same_photo_same_answer(real: tuple[Model, list[bytes]], visit: Any) -> None:
     needs_runtime()
     found, contents = real
-    stub = Stub(found.folder)
-    visitor = visit(stub.url)
-    visitor.on_device()
-    told = python_says(found, contents)
     sent = [base64.b64encode(content).decode() for content in contents]
-    answers = {kind: visitor.page.evaluate(SAYS, [kind, sent]) for kind in ("device", "service")}
+    with serve(found) as served:
+        visitor = visit(served.url)
+        visitor.on_device()
+        answers = {
+            kind: visitor.page.evaluate(SAYS, [kind, sent]) for kind in ("device", "service")
+        }
+    told = python_says(found, contents)
     differences = {}
     for kind, said in answers.items():
-        assert len(said) == len(told) == 220
+        assert len(said) == len(told) == 200
         for ours, theirs in zip(told, said, strict=True):
-            for name in ("label", "unknown", "reason", "nearest", "error"):
+            for name in ("label", "unknown", "reason", "error"):
                 assert theirs[name] == ours[name], kind
+            assert [near["label"] for near in theirs["nearest"]] == ours["nearest"], kind
         differences[kind] = max(
-            abs(p - q)
+            abs(p - near["probability"])
             for ours, theirs in zip(told, said, strict=True)
-            for p, q in zip(ours["probabilities"], theirs["probabilities"], strict=True)
+            for p, near in zip(ours["probabilities"], theirs["nearest"], strict=True)
         )
-    print(differences)
     assert max(differences.values()) < 0.02
     assert len({row["label"] for row in told}) == 4  # three fruit, and unknown ones
-    stub.stop()
 
 
 # --- for everybody -----------------------------------------------------------------------------
 
 
-def test_on_a_phone(served: Any, visit: Any) -> None:
+def test_on_a_phone(served: Served, visit: Any) -> None:
     visitor = visit(
         served.url, viewport={"width": 320, "height": 640}, is_mobile=True, has_touch=True
     )
@@ -768,7 +831,7 @@ def test_on_a_phone(served: Any, visit: Any) -> None:
         assert control.bounding_box()["height"] >= 44  # for a finger
 
 
-def test_by_keyboard(served: Any, visit: Any) -> None:
+def test_by_keyboard(served: Served, visit: Any) -> None:
     visitor = visit(served.url, viewport={"width": 1280, "height": 800})
     page = visitor.page
     visitor.see(fruit(0), fruit(1))
@@ -820,7 +883,7 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast(served: Any, visit: Any, scheme: str) -> None:
+def test_contrast(served: Served, visit: Any, scheme: str) -> None:
     visitor = visit(served.url, color_scheme=scheme)
     visitor.expected += (f"{REFUSED} 4",)
     visitor.choose(STRANGE, fruit(0), b"no photo")
@@ -835,7 +898,7 @@ def test_contrast(served: Any, visit: Any, scheme: str) -> None:
     assert seen > 40
 
 
-def test_reduced_motion(served: Any, visit: Any) -> None:
+def test_reduced_motion(served: Served, visit: Any) -> None:
     visitor = visit(served.url, reduced_motion="reduce")
     moving = "document.getAnimations().length"
     visitor.page.route("**/v1/predict*", lambda route: None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ import numpy.typing as npt
 from pomona import manifest, mobilenet, model, quantisation
 from pomona.errors import MissingError, RequestError
 from pomona.model import Model
+
+log = logging.getLogger("pomona.webpage")
 
 RUNTIME = "1.30.0"
 """The version of ONNX Runtime for browsers (npm's onnxruntime-web); `package.json` pins it."""
@@ -144,7 +147,9 @@ def site(
     if missing and not service:
         raise MissingError(f"the page has no way to answer: {missing}")
     files = _sources(service=service)
-    if not missing:
+    if missing:
+        log.warning("the page won't answer on the device: %s", missing)
+    else:
         files |= _runtime() | _device(found, phone, guarded=needs_key)
     about = {
         "service": service,

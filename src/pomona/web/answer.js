@@ -1,4 +1,4 @@
-// How an outcome becomes an answer: the rules of `pomona.model.answer`.
+// How an outcome becomes an answer: the rules of `pomona.model.answer`, the form of the service.
 
 /**
  * @param {Float32Array} probabilities of all labels
@@ -18,8 +18,7 @@ export function answerOf(probabilities, score, about, top) {
     unknown,
     reason: unknown ? about.reason : null,
     score,
-    nearest: order.map((n) => about.labels[n]),
-    probabilities: order.map((n) => probabilities[n]),
+    nearest: order.map((n) => ({ label: about.labels[n], probability: probabilities[n] })),
     error: null,
   };
 }

@@ -109,7 +109,12 @@ async function ask(item) {
 
 async function onDevice(item) {
   await load();
-  return device.recognise(item.file);
+  try {
+    return await device.recognise(item.file);
+  } catch (error) {
+    if (error.code === 'failed') device.stop(); // a GPU may be lost: the next try begins anew
+    throw error;
+  }
 }
 
 async function onService(item) {
@@ -267,9 +272,11 @@ function textOf(item) {
 }
 
 function spoken(item) {
-  const { answer } = item;
-  const sure = item.state === 'done' && !answer.unknown ? `, ${share(answer.probability)}` : '';
-  return `${item.name}: ${titleOf(item)}${sure}. ${textOf(item)}`.trim();
+  return `${item.name}: ${titleOf(item)}${sure(item)}. ${textOf(item)}`.trim();
+}
+
+function sure({ state, answer }) {
+  return state === 'done' && !answer.unknown ? `, ${share(answer.probability)}` : '';
 }
 
 function show() {
@@ -299,15 +306,15 @@ function showAnswer(item) {
   $('actions').replaceChildren(...actions(item));
 }
 
-function bars({ nearest, probabilities }) {
-  return nearest.map((label, n) => {
+function bars({ nearest }) {
+  return nearest.map(({ label, probability }) => {
     const bar = make('span', { className: 'bar', ariaHidden: 'true' });
-    bar.style.setProperty('--share', probabilities[n]);
+    bar.style.setProperty('--share', probability);
     return make(
       'li',
       null,
       make('span', { className: 'label', textContent: label }),
-      make('span', { className: 'share', textContent: share(probabilities[n]) }),
+      make('span', { className: 'share', textContent: share(probability) }),
       bar,
     );
   });
@@ -370,9 +377,10 @@ function filled(node, item) {
   const [image, caption] = [button.querySelector('img'), button.lastChild];
   if (item.url && image.src !== item.url) image.src = item.url;
   image.hidden = !item.url;
-  caption.textContent = item.state === 'done' && item.answer.unknown ? 'Unknown' : titleOf(item);
-  node.className = item.state === 'done' && item.answer.unknown ? 'unknown' : item.state;
-  button.setAttribute('aria-label', spoken(item));
+  const unknown = item.state === 'done' && item.answer.unknown;
+  caption.textContent = unknown ? 'Unknown' : titleOf(item);
+  node.className = unknown ? 'unknown' : item.state;
+  button.setAttribute('aria-label', `${item.name}: ${caption.textContent}${sure(item)}`);
   button.setAttribute('aria-current', String(item === selected));
   return node;
 }

@@ -4,7 +4,9 @@ const PATIENCE = 60_000; // milliseconds for one photo
 
 /** Return the service's answer for a file; an error has a `code`, and `after` seconds to wait. */
 export async function recognise(file, key, top = 5) {
-  const headers = { 'Content-Type': file.type || 'application/octet-stream' };
+  // Whatever isn't called an image may be one all the same: the service looks at the bytes.
+  const type = file.type.startsWith('image/') ? file.type : 'application/octet-stream';
+  const headers = { 'Content-Type': type };
   if (key) headers.Authorization = `Bearer ${key}`;
   let response;
   try {
@@ -22,12 +24,21 @@ export async function recognise(file, key, top = 5) {
   return { answer, milliseconds: content.milliseconds, version: content.model?.version };
 }
 
-const CODES = { 401: 'unauthorized', 403: 'unauthorized', 408: 'slow', 413: 'too_large' };
-const BUSY = { 429: 'overloaded', 503: 'overloaded' };
+const CODES = {
+  401: 'unauthorized',
+  403: 'unauthorized',
+  408: 'slow',
+  413: 'too_large',
+  415: 'not_an_image',
+  429: 'overloaded',
+  502: 'down',
+  503: 'overloaded',
+  504: 'down',
+};
 
 function refusal(response, content) {
   const { status } = response;
-  const code = BUSY[status] ?? content.code ?? CODES[status] ?? (status >= 502 ? 'down' : 'failed');
+  const code = CODES[status] ?? content.code ?? 'failed';
   const after = Number.parseInt(response.headers.get('Retry-After') ?? '', 10);
   return Object.assign(trouble(code, content.detail ?? content.title ?? `status ${status}`), { after });
 }

@@ -44,10 +44,10 @@ async function start({ runtime, keep, key, only }) {
   const store = keep ? await openStore(keep) : null;
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   about = await aboutModel(store, headers);
-  const progress = meter(about.bytes);
+  const backends = only ? [only] : (await hasGpu()) ? ['webgpu', 'wasm'] : ['wasm'];
+  const progress = meter(about.bytes + runtime.bytes[packed(backends[0], runtime)]);
   const model = await whole(store, `device/${about.file}`, headers, progress);
   await check(model);
-  const backends = only ? [only] : (await hasGpu()) ? ['webgpu', 'wasm'] : ['wasm'];
   let last;
   for (const backend of backends) {
     try {
@@ -134,15 +134,13 @@ async function put(store, url, response) {
   }
 }
 
-/** Count bytes; the runtime's size joins when it is known which one is taken. */
+/** Count bytes. */
 function meter(total) {
   let done = 0;
-  const count = (bytes) => {
+  return (bytes) => {
     done += bytes;
     self.postMessage({ progress: { done: Math.min(done, total), total } });
   };
-  count.more = (bytes) => (total += bytes);
-  return count;
 }
 
 async function check(bytes) {
@@ -166,10 +164,8 @@ async function hasGpu() {
 
 async function open(backend, store, runtime, model, progress) {
   const { loader, glue } = BUILDS[backend];
-  const { folder, bytes } = runtime;
-  const packed = `${folder}${glue}.wasm.gz`;
-  progress.more(bytes[packed]);
-  const wasm = await unpacked(await whole(store, packed, {}, progress));
+  const { folder } = runtime;
+  const wasm = await unpacked(await whole(store, packed(backend, runtime), {}, progress));
   // Imports go past this code; kept, the service worker has them when there is no network.
   for (const name of [loader, `${glue}.mjs`]) await whole(store, folder + name, {}, () => {});
   ort = await import(address(folder + loader));
@@ -177,10 +173,13 @@ async function open(backend, store, runtime, model, progress) {
   ort.env.wasm.wasmPaths = { mjs: address(`${folder}${glue}.mjs`) };
   ort.env.wasm.wasmBinary = wasm;
   ort.env.wasm.numThreads = threads();
-  session = await ort.InferenceSession.create(model, { executionProviders: [backend] });
+  const options = { executionProviders: [backend], logSeverityLevel: 3 };
+  session = await ort.InferenceSession.create(model, options);
   ort.env.wasm.wasmBinary = undefined;
   await probe();
 }
+
+const packed = (backend, { folder }) => `${folder}${BUILDS[backend].glue}.wasm.gz`;
 
 function threads() {
   const cores = navigator.hardwareConcurrency ?? 1;
