@@ -36,6 +36,10 @@ PER_WORKER = 16
 """Photos that may wait for each thread: the last one waits for 16 times a photo's time."""
 
 
+STALLED = 10.0
+"""Seconds after which a thread that should end isn't waited for."""
+
+
 class FullError(Exception):
     """No place is free: the request comes again later."""
 
@@ -216,12 +220,15 @@ class Pool:
         self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
 
     def stop(self) -> None:
-        """Take no more photos, answer those that wait, and end the threads."""
+        """Take no more photos, answer those that wait, and end the threads.
+
+        A thread that stalls is left behind: it ends with the process.
+        """
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(STALLED)
 
     # --- in the threads ---
 
