@@ -1,9 +1,10 @@
-"""Is a LiteRT (TFLite) file the same model? Its answers beside phone.onnx's, on the same photos.
+"""A LiteRT (TFLite) file of the model, and its answers beside phone.onnx's, on the same photos.
 
-    python benchmarks/litert.py phone_float32.tflite SOURCE --export OUT/export
+    python benchmarks/litert.py phone.tflite SOURCE --export OUT/export --convert
 
-Needs ``pip install ai-edge-litert``; docs/mobile.md has the command that makes the file. Both run
-on one thread, in turn. The exit code is 2 if the file isn't the same model.
+``--convert`` makes the file, with litert-torch (docs/mobile.md: in an environment of its own);
+without it the file is there, whoever made it, and ai-edge-litert is enough. Both files run on one
+thread, in turn. The exit code is 2 if they aren't the same model.
 """
 
 from __future__ import annotations
@@ -28,6 +29,19 @@ MOST_APART = 1e-3
 
 Answer = tuple[npt.NDArray[np.float32], float]
 Runner = Callable[[npt.NDArray[np.uint8]], Answer]
+
+
+def convert(file: Path, to: Path, size: int) -> None:
+    try:
+        import litert_torch
+        import torch
+    except ImportError as error:
+        raise MissingError("there is no converter: pip install litert-torch") from error
+    from replay import Replay
+
+    photo = torch.zeros((1, size, size, 3), dtype=torch.uint8)
+    found = litert_torch.convert(Replay(file).eval(), sample_kwargs={mobilenet.INPUT: photo})
+    found.export(str(to))
 
 
 def onnx(file: Path) -> Runner:
@@ -76,13 +90,13 @@ def compare(
     ours: Runner, theirs: Runner, photos: list[npt.NDArray[np.uint8]], threshold: float
 ) -> dict[str, float]:
     apart, scores, labels, unknown = [], [], [], []
-    seconds: dict[Runner, list[float]] = {ours: [], theirs: []}
+    seconds: tuple[list[float], list[float]] = ([], [])
     for image in photos:
         found = []
-        for run in seconds:
+        for run, taken in zip((ours, theirs), seconds, strict=True):
             start = time.perf_counter()
             found.append(run(image))
-            seconds[run].append(time.perf_counter() - start)
+            taken.append(time.perf_counter() - start)
         (p, s), (q, t) = found
         apart.append(float(np.abs(p - q).max()))
         scores.append(abs(s - t) / max(abs(s), 1e-9))
@@ -94,8 +108,8 @@ def compare(
         "score_difference": max(scores),
         "labels_same": float(np.mean(labels)),
         "unknown_same": float(np.mean(unknown)),
-        "onnx_ms": 1000 * statistics.median(seconds[ours]),
-        "litert_ms": 1000 * statistics.median(seconds[theirs]),
+        "onnx_ms": 1000 * statistics.median(seconds[0]),
+        "litert_ms": 1000 * statistics.median(seconds[1]),
     }
 
 
@@ -104,11 +118,14 @@ def main() -> int:
     parser.add_argument("file", type=Path, metavar="FILE", help="a .tflite file")
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a local folder of photos")
     parser.add_argument("--export", type=Path, required=True, help="OUT/export")
+    parser.add_argument("--convert", action="store_true", help="make FILE first")
     parser.add_argument("--photos", type=common.positive, default=1000, help="(default: 1000)")
     options = parser.parse_args()
     about: dict[str, Any] = json.loads((options.export / ABOUT).read_text())
     size = int(about["preprocessing"]["image_size"])
     paths = common.spread(options.source, options.photos)
+    if options.convert:
+        convert(options.export / PHONE, options.file, size)
     ours = onnx(options.export / PHONE)
     theirs = litert(options.file, [1, size, size, 3])
     figures = compare(ours, theirs, decoded(paths, size), about["unknown"]["threshold"])

@@ -93,7 +93,7 @@ def as_jpeg(content: bytes, size: int, quality: int) -> Pixels:
 
 def cropped(content: bytes, size: int) -> Pixels:
     image = upright(content, 2 * size)
-    return triangle(ImageOps.fit(image, [min(image.size)] * 2), size)
+    return triangle(ImageOps.fit(image, (min(image.size), min(image.size))), size)
 
 
 def pomonas(content: bytes, size: int) -> Pixels:
@@ -117,7 +117,7 @@ def from_p3(pixels: Pixels) -> Pixels:
     matrix = [[1.2249, -0.2249, 0], [-0.0421, 1.0421, 0], [-0.0196, -0.0786, 1.0982]]
     light = np.clip(light @ np.array(matrix).T, 0, 1)
     curve = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    return np.round(255 * curve).astype(np.uint8)
+    return np.asarray(np.round(255 * curve), np.uint8)
 
 
 WAYS: dict[str, Way] = {
