@@ -30,7 +30,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.S)
 
 def block(language: str) -> str:
     """The longest block of a language: the snippet."""
-    return max((text for name, text in BLOCKS if name == language), key=len)
+    return str(max((text for name, text in BLOCKS if name == language), key=len))
 
 
 def make(out: Path, method: str = "distance") -> Path:
