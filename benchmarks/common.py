@@ -265,6 +265,14 @@ def list_photos(source: Path) -> list[str]:
     return paths
 
 
+def spread(source: Path, count: int) -> list[Path]:
+    """Return up to so many photos of the split Test, or of all where there is none, evenly."""
+    paths = list_photos(source)
+    paths = [path for path in paths if path.startswith("Test/")] or paths
+    count = min(count, len(paths))
+    return [source / paths[number * len(paths) // count] for number in range(count)]
+
+
 def link_photos(source: Path, dest: Path, count: int) -> None:
     """Make a folder of links to so many photos, evenly spread over the source.
 

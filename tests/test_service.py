@@ -123,8 +123,8 @@ def test_top(url: str) -> None:
     for top, labels in ((1, 1), (2, 2), (20, 3)):
         told = send(url, photo(1), f"/v1/predict?top={top}").json()
         assert len(told["answers"][0]["nearest"]) == labels
-    for top in ("0", "21", "x", "-1"):
-        assert code(send(url, photo(1), f"/v1/predict?top={top}"), 422) == "invalid_request"
+    for wrong in ("0", "21", "x", "-1"):
+        assert code(send(url, photo(1), f"/v1/predict?top={wrong}"), 422) == "invalid_request"
 
 
 def test_features_are_the_tables(url: str, found: Model) -> None:

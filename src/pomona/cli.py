@@ -335,7 +335,10 @@ def serve(
     workers: Annotated[
         int | None, typer.Option(help="Photos in work at a time. [default: one per core]")
     ] = None,
-    queue: Annotated[int, typer.Option(help="Photos that may wait; beyond, 503.")] = 64,
+    queue: Annotated[
+        int | None,
+        typer.Option(help="Photos that may wait; beyond, 503. [default: 16 for each worker]"),
+    ] = None,
     max_mb: Annotated[float, typer.Option(help="Size of a request, in MB.")] = 20,
     max_photos: Annotated[int, typer.Option(help="Photos in a request.")] = 16,
     watch: Annotated[
@@ -363,7 +366,8 @@ def serve(
         raise MissingError(
             f"serve needs more packages ({error.name}): pip install 'pomona[serve]'"
         ) from error
-    if min(workers or 1, queue, max_photos) < 1 or not 0 < max_mb <= 128 or watch < 0:
+    counts = [number for number in (workers, queue, max_photos) if number is not None]
+    if min(counts) < 1 or not 0 < max_mb <= 128 or watch < 0:
         raise RequestError(
             "--workers, --queue and --max-photos are at least 1, --max-mb is above 0 and up to "
             "128, --watch isn't negative"

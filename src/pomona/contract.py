@@ -104,7 +104,9 @@ BODY = {
                 "schema": {
                     "type": "object",
                     "required": ["photo"],
-                    "properties": {"photo": {"type": "array", "items": BINARY["schema"]}},
+                    "properties": {
+                        "photo": {"type": "array", "minItems": 1, "items": BINARY["schema"]}
+                    },
                 }
             },
         },

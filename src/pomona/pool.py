@@ -32,6 +32,14 @@ MOST_TOP = 20
 """Labels that an answer names at most."""
 
 
+PER_WORKER = 16
+"""Photos that may wait for each thread: the last one waits for 16 times a photo's time."""
+
+
+STALLED = 10.0
+"""Seconds after which a thread that should end isn't waited for."""
+
+
 class FullError(Exception):
     """No place is free: the request comes again later."""
 
@@ -129,14 +137,17 @@ class Pool:
     workers
         Threads; by default one for each core that the process may use, on a GPU one.
     limit
-        Photos that may wait; beyond, `submit` raises `FullError` at once.
+        Photos that may wait; beyond, `submit` raises `FullError` at once. By default `PER_WORKER`
+        for each thread.
     """
 
-    def __init__(self, loaded: Loaded, workers: int | None = None, limit: int = 64) -> None:
+    def __init__(
+        self, loaded: Loaded, workers: int | None = None, limit: int | None = None
+    ) -> None:
         spec = loaded.recogniser.spec
         on_gpu = spec.device == "cuda"
         self.workers = workers or (1 if on_gpu else cores())
-        self.limit = limit
+        self.limit = limit or PER_WORKER * self.workers
         self.at_once = spec.batch_size if on_gpu else 1
         self._loaded = loaded
         self._jobs: deque[_Job] = deque()
@@ -209,12 +220,15 @@ class Pool:
         self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
 
     def stop(self) -> None:
-        """Take no more photos, answer those that wait, and end the threads."""
+        """Take no more photos, answer those that wait, and end the threads.
+
+        A thread that stalls is left behind: it ends with the process.
+        """
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(STALLED)
 
     # --- in the threads ---
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import json
 import logging
 import time
@@ -31,11 +29,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 import pomona
 from pomona import contract, pool, problems, telemetry, uploads, webpage
 from pomona.errors import PomonaError
+from pomona.gate import Gate
 from pomona.guard import Guard
 from pomona.model import Model
 from pomona.pool import MOST_TOP, FullError, Kind, Loaded, Pool, Row, StoppedError
@@ -43,7 +42,6 @@ from pomona.problems import Problem
 from pomona.uploads import Budget, Limits, overloaded
 
 log = logging.getLogger("pomona.service")
-access = logging.getLogger("pomona.access")
 
 MEMORY = 256 << 20
 """Bytes of photos that are held at a time, over all requests; more where one may be large."""
@@ -69,7 +67,7 @@ class Settings:
     limits
         Of one request.
     queue
-        Photos that may wait.
+        Photos that may wait; None: 16 for each worker.
     workers
         Threads; None: one for each core.
     watch
@@ -82,7 +80,7 @@ class Settings:
 
     keys: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
-    queue: int = 64
+    queue: int | None = None
     workers: int | None = None
     device: str = "auto"
     watch: float = 0.0
@@ -106,6 +104,7 @@ class Service:
     checked: float = 0.0
     healthy: bool = False
     stopping: bool = False
+    checking: asyncio.Lock = field(default_factory=asyncio.Lock)
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -149,7 +148,15 @@ def create(fetch: Fetch, settings: Settings | None = None) -> FastAPI:
     app.openapi = lambda: contract.document(app, keys=bool(settings.keys))  # type: ignore[method-assign]
     _handle_errors(app)
     _add_routes(app, service)
-    app.add_middleware(Gate, service=service)
+    app.add_middleware(
+        Gate,
+        metrics=service.metrics,
+        keys=settings.keys,
+        routes=ROUTES,
+        open_routes=OPEN,
+        locked={("POST", RELOAD)},
+        page=lambda path: _is_guarded(service, path),
+    )
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -181,95 +188,6 @@ async def _life(service: Service) -> AsyncIterator[None]:
     if watching:
         watching.cancel()
     await anyio.to_thread.run_sync(service.pool.stop)
-
-
-# --- the gate: every request goes through it ---------------------------------------------------
-
-OPEN = ("/healthz", "/readyz", "/openapi.json")
-"""What needs no key, beside the page."""
-
-SAFE = {
-    b"x-content-type-options": b"nosniff",
-    b"cache-control": b"no-store",
-    b"referrer-policy": b"no-referrer",
-}
-"""Headers of answers that don't set them themselves."""
-
-
-class Gate:
-    """ASGI middleware: the key, metrics, the access log, headers."""
-
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app, self.service = app, service
-        self.keys = [hashlib.sha256(key.encode()).digest() for key in service.settings.keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or refuse it for want of a key."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        start, status = time.perf_counter(), 500
-
-        async def sending(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = message["headers"]
-                present = {name for name, _ in headers}
-                headers.extend(pair for pair in SAFE.items() if pair[0] not in present)
-            await send(message)
-
-        try:
-            if self._needs_key(scope) and not self._has_key(scope):
-                await _unauthorized(bool(self.keys)).response()(scope, receive, sending)
-            else:
-                await self.app(scope, receive, sending)
-        except ClientDisconnect:
-            status = 499  # as nginx logs it; nobody hears it
-        finally:
-            self._record(scope, status, time.perf_counter() - start)
-
-    def _needs_key(self, scope: Scope) -> bool:
-        path = scope["path"]
-        if path == RELOAD:
-            return True
-        if not self.keys or path in OPEN:
-            return False
-        file = self.service.site.get(path.lstrip("/") or "index.html")
-        return file is None or file.guarded
-
-    def _has_key(self, scope: Scope) -> bool:
-        given = b""
-        for name, value in scope["headers"]:
-            if name == b"x-api-key":
-                given = value
-            elif name == b"authorization" and value[:7].lower() == b"bearer ":
-                given = value[7:].strip()
-        digest = hashlib.sha256(given).digest()
-        # All are compared, so that the time doesn't tell which was nearly right.
-        return any([hmac.compare_digest(digest, key) for key in self.keys])  # noqa: C419
-
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        path = scope["path"]
-        route = path if path in ROUTES else "page" if self._is_page(path) else "other"
-        method = scope["method"] if scope["method"] in METHODS else "other"
-        self.service.metrics.request(route, method, status, seconds)
-        # Neither address nor query nor agent: nothing that tells who asked, or what for.
-        access.info("%s %s %d %.1f ms", method, route, status, 1e3 * seconds)
-
-    def _is_page(self, path: str) -> bool:
-        return (path.lstrip("/") or "index.html") in self.service.site
-
-
-def _unauthorized(there_are_keys: bool) -> Problem:
-    if not there_are_keys:
-        return Problem(
-            403,
-            "forbidden",
-            "This needs a key, and the service was started without any: set POMONA_API_KEYS.",
-        )
-    detail = "Send a key: Authorization: Bearer KEY."
-    return Problem(401, "unauthorized", detail, {"WWW-Authenticate": "Bearer"})
 
 
 # --- errors ------------------------------------------------------------------------------------
@@ -313,7 +231,8 @@ def _handle_errors(app: FastAPI) -> None:
 
 PREDICT, FEATURES, MODEL, RELOAD = "/v1/predict", "/v1/features", "/v1/model", "/v1/reload"
 ROUTES = {PREDICT, FEATURES, MODEL, RELOAD, "/healthz", "/readyz", "/metrics", "/openapi.json"}
-METHODS = {"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"}
+OPEN = {"/healthz", "/readyz", "/openapi.json"}
+"""What needs no key, beside the page."""
 
 Top = Annotated[int, Query(ge=1, le=MOST_TOP, description="Labels to name for each photo.")]
 
@@ -475,10 +394,20 @@ async def _gone(request: Request) -> None:
 # --- the page ----------------------------------------------------------------------------------
 
 
+def _find(service: Service, path: str) -> webpage.File | None:
+    """Return the file of a path. Only names in the list exist: there are no paths to climb."""
+    return service.site.get(path.removeprefix("/") or "index.html")
+
+
+def _is_guarded(service: Service, path: str) -> bool | None:
+    file = _find(service, path)
+    return None if file is None else file.guarded
+
+
 def _file(service: Service, request: Request) -> Response:
-    """Return a file of the page. Only names in the list exist: there are no paths to climb."""
-    file = service.site.get(request.url.path.lstrip("/") or "index.html")
-    if file is None or request.url.path.startswith("//"):
+    """Return a file of the page."""
+    file = _find(service, request.url.path)
+    if file is None:
         return Problem(404, "not_found", "There is nothing here.").response()
     if request.method not in ("GET", "HEAD"):
         headers = {"Allow": "GET, HEAD"}
@@ -495,11 +424,11 @@ def _file(service: Service, request: Request) -> Response:
 
 
 async def _is_ready(service: Service) -> bool:
-    now = time.monotonic()
-    if now - service.checked > FRESH:
-        service.healthy = await _gets_answer(service)
-        service.checked = time.monotonic()
-    return service.healthy
+    async with service.checking:  # one at a time: checks go before all photos that wait
+        if time.monotonic() - service.checked > FRESH:
+            service.healthy = await _gets_answer(service)
+            service.checked = time.monotonic()
+        return service.healthy
 
 
 async def _gets_answer(service: Service) -> bool:
