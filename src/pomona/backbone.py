@@ -317,7 +317,8 @@ def _with_features(batch: pa.RecordBatch, spec: BackboneSpec) -> pa.RecordBatch:
         chunk = _decode(contents[start : start + spec.batch_size], spec)
         pixels = [photo.pixels for photo in chunk if photo.pixels is not None]
         if pixels:
-            parts.append(load(spec)(np.stack(pixels)))
+            # One photo, as the service has it, isn't copied.
+            parts.append(load(spec)(np.stack(pixels) if len(pixels) > 1 else pixels[0][np.newaxis]))
         photos += [photo._replace(pixels=None) for photo in chunk]
     missing = [photo.error is not None for photo in photos]
     columns = {
@@ -342,8 +343,9 @@ def _column(parts: list[npt.NDArray[np.float32]], missing: list[bool], name: str
     if parts[0].ndim == 2:
         return feature_column(parts, missing, parts[0].shape[1])
     values = np.zeros(len(missing), np.float32)
-    values[~np.asarray(missing, bool)] = np.concatenate(parts)
-    return pa.array(values, mask=np.asarray(missing, bool))
+    absent = np.asarray(missing, bool)
+    values[~absent] = np.concatenate(parts)
+    return pa.array(values, mask=absent if absent.any() else None)
 
 
 def _decode(contents: pa.Array, spec: BackboneSpec) -> list[Photo]:
@@ -382,7 +384,7 @@ def feature_column(
         raise ValueError(f"features of shape {values.shape} for {present.sum()} photos")
     if not np.isfinite(values).all():
         raise ValueError("the backbone gave features that are not finite: check the weights")
-    offsets = np.concatenate([[0], np.cumsum(present * width)]).astype(np.int32)
-    return pa.ListArray.from_arrays(
-        pa.array(offsets), pa.array(values.ravel()), mask=pa.array(~present)
-    )
+    offsets = np.zeros(len(present) + 1, np.int32)
+    np.cumsum(present * width, out=offsets[1:])
+    mask = None if present.all() else pa.array(~present)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()), mask=mask)

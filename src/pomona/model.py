@@ -377,16 +377,22 @@ def predict(batches: Iterator[pa.RecordBatch], found: Recogniser) -> Iterator[pa
 
 def _answers(batch: pa.RecordBatch, found: Recogniser) -> pa.RecordBatch:
     kept = batch.drop_columns(["width", "height", *ANSWER, "error"])
-    rows = [
-        answer(p, s, found)
-        for p, s in zip(_vectors(batch["probabilities"]), batch["score"].to_pylist(), strict=True)
-    ]
-    for row, error in zip(rows, batch["error"].to_pylist(), strict=True):
-        row["error"] = error
+    rows = answers(batch, found)
     columns = [pa.array([row[f.name] for row in rows], f.type) for f in ANSWERS]
     return pa.RecordBatch.from_arrays(
         [*kept.columns, *columns], schema=pa.schema([*kept.schema, *ANSWERS])
     )
+
+
+def answers(batch: pa.RecordBatch, found: Recogniser) -> list[dict[str, Any]]:
+    """Return the answers, as `ANSWERS`, for a batch that `pomona.extract` gave with `ANSWER`."""
+    scores, errors = batch["score"].to_pylist(), batch["error"].to_pylist()
+    rows = [
+        answer(p, s, found) for p, s in zip(_vectors(batch["probabilities"]), scores, strict=True)
+    ]
+    for row, error in zip(rows, errors, strict=True):
+        row["error"] = error
+    return rows
 
 
 def _vectors(column: pa.Array) -> Iterator[npt.NDArray[np.float32] | None]:

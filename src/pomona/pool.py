@@ -1,8 +1,8 @@
 """Photos that wait for a model: a bounded queue, and one thread for each core.
 
-The service puts photos in and gets futures; the threads call `pomona.model.predict` and
-`pomona.extract` with batches of one (on a GPU: with all that wait). ONNX Runtime and Pillow let go
-of the interpreter's lock while they work, so that threads fill the cores.
+The service puts photos in and gets futures; the threads call `pomona.extract` with batches of one
+(on a GPU: with all that wait). ONNX Runtime and Pillow let go of the interpreter's lock while they
+work, so that threads fill the cores.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Loaded:
     model
         Its folder, as read.
     recogniser
-        What `pomona.model.predict` takes.
+        How the network is run, and how its outcome becomes an answer.
     features
         What `pomona.extract` takes, for features. The two share one session.
     """
@@ -67,19 +67,17 @@ class Loaded:
     features: BackboneSpec
 
     def run(self, kind: Kind, contents: Sequence[bytes]) -> list[Row]:
-        """Answer for photos' bytes: one row each, as `pomona.model.ANSWERS`, or with ``features``.
+        """Answer for photos' bytes: one row each.
 
-        ``width`` and ``height`` (pixels, as the file says) and ``error`` are in each.
+        As `pomona.model.ANSWERS`, or with ``features``, ``width`` and ``height`` (pixels, as the
+        file says) and ``error``.
         """
         column = pa.array(contents, pa.binary())
         batch = iter([pa.RecordBatch.from_arrays([column], names=["content"])])
         if kind == "predict":
-            return [row for found in model.predict(batch, self.recogniser) for row in _rows(found)]
-        return [row for found in backbone.extract(batch, self.features) for row in _rows(found)]
-
-
-def _rows(batch: pa.RecordBatch) -> list[Row]:
-    return list(batch.to_pylist())
+            found = next(backbone.extract(batch, self.recogniser.spec))
+            return model.answers(found, self.recogniser)
+        return list(next(backbone.extract(batch, self.features)).to_pylist())
 
 
 def load(found: Model, *, device: str = "cpu", threads: int = 1, guard: Guard = "") -> Loaded:
