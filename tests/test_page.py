@@ -296,7 +296,7 @@ class Visitor:
     def __call__(self, part: str) -> str:
         return str(self.page.locator(f"#{part}").inner_text())
 
-    def until(self, so: Callable[[], bool], seconds: float = 30) -> None:
+    def until(self, so: Callable[[], bool], seconds: float = 90) -> None:
         end = time.monotonic() + seconds
         while not so():
             assert time.monotonic() < end, self.page.locator("body").inner_text()

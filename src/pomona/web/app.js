@@ -111,7 +111,10 @@ async function onDevice(item) {
   try {
     return await device.recognise(item.file);
   } catch (error) {
-    if (error.code === 'failed') device.stop(); // a GPU may be lost: the next try begins anew
+    if (error.code === 'failed') {
+      device.stop(); // a GPU may be lost: the next try begins anew
+      loaded = false;
+    }
     throw error;
   }
 }
@@ -176,7 +179,7 @@ function useKey(event) {
 // --- the device --------------------------------------------------------------------------------
 
 const MODE = 'pomona.here';
-let loaded = null;
+let loaded = false;
 
 /** Load the model into the page; shows how far it is. */
 async function load() {
@@ -185,9 +188,10 @@ async function load() {
   const only = asked.get('runtime');
   const threads = Number(asked.get('threads')) || null;
   const keep = `pomona-kept ${new URL('./', document.baseURI).pathname}`;
+  if (!loaded) where('Loading the model …');
   try {
     const options = { runtime: config.runtime, keep, key: key(), only, threads };
-    loaded = await device.start(options, ({ done, total }) => {
+    await device.start(options, ({ done, total }) => {
       bar.hidden = false;
       bar.max = total;
       bar.value = done;
@@ -199,12 +203,13 @@ async function load() {
     where(error.code === 'stopped' ? null : wordsFor(error.code, error.message).slice(0, 2).join('. '));
     throw error;
   }
+  loaded = true;
   bar.hidden = true;
   where();
 }
 
 function turn() {
-  loaded = null;
+  loaded = false;
   remember(MODE, $('here').checked ? 'yes' : null);
   if (here()) load().catch(() => {});
   else {
@@ -240,9 +245,11 @@ function where(text) {
 
 function usual() {
   if (!config) return '';
+  // Nothing is kept where the connection isn't safe.
+  if (here() && !isSecureContext) return 'Photos stay on this device.';
   if (here()) return 'Photos stay on this device, and it works without a network.';
-  if (!config.device) return `Photos go to this service, which doesn’t keep them. On this device: off, ${config.device_reason}.`;
-  return 'Photos go to this service, which doesn’t keep them.';
+  const goes = 'Photos go to this service, which doesn’t keep them.';
+  return config.device ? goes : `${goes} On this device: off, ${config.device_reason}.`;
 }
 
 // --- what is shown -----------------------------------------------------------------------------
