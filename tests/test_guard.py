@@ -48,12 +48,12 @@ def worse(pipe: Connection) -> None:
     """A child whose decoder crashes on one photo and stalls on another."""
     pipe.send(guard.READY)
     while True:
-        content, size = pipe.recv()
+        content, size, most = pipe.recv()
         if content == b"crash":
             os.kill(os.getpid(), signal.SIGKILL)
         if content == b"hang":
             time.sleep(1000)
-        pipe.send(tuple(decode(content, size)))
+        pipe.send(tuple(decode(content, size, most)))
 
 
 def test_one_photo_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,7 @@ def test_a_child_that_stalls_outlives_no_parent() -> None:
         "if __name__ == '__main__':\n"
         "    guard._serve = test_guard.stalls\n"
         "    print(guard._child().process.pid, flush=True)\n"
-        "    guard._child().pipe.send((b'x', 32))\n"
+        "    guard._child().pipe.send((b'x', 32, 10**6))\n"
         "    time.sleep(0.5)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

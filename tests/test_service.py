@@ -33,7 +33,7 @@ from tests.test_model import ABOUT, SIZE, features, make_head  # noqa: F401 - a 
 pytest.importorskip("sklearn")
 httpx = pytest.importorskip("httpx")
 
-from pomona import problems, service, uploads  # noqa: E402 - they need the extra
+from pomona import problems, service, uploads, webpage  # noqa: E402 - they need the extra
 from pomona.service import Settings  # noqa: E402
 
 KEY = "0123456789abcdef-key"
@@ -265,7 +265,9 @@ def test_wrong_methods_and_paths(url: str) -> None:
 def test_slow_clients_are_cut(found: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "HEAD_SECONDS", 0.5)
     monkeypatch.setattr(serving, "REST_SECONDS", 0.5)
-    limits = uploads.Limits(seconds=0.7, body=100_000)
+    monkeypatch.setattr(serving, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(serving, "STUCK_SECONDS", 0.5)
+    limits = uploads.Limits(seconds=1.5, stall=0.5, body=100_000)
     head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
     with running(service.create(lambda: found, Settings(workers=1, limits=limits))) as url:
         where = ("127.0.0.1", int(url.rpartition(":")[2]))
@@ -277,9 +279,34 @@ def test_slow_clients_are_cut(found: Model, monkeypatch: pytest.MonkeyPatch) -> 
                 for _ in range(100):
                     raw.sendall(b"X-Padding: x\r\n")
                     time.sleep(0.05)
-        with socket.create_connection(where, 10) as raw:  # never ends its body
-            raw.sendall(head + b"Content-Length: 50000\r\n\r\nabc")
-            assert raw.recv(1000).startswith(b"HTTP/1.1 408 ")
+        for pause in (2.0, 0.3):  # nothing comes; or a byte now and then
+            with socket.create_connection(where, 10) as raw:
+                raw.sendall(head + b"Content-Length: 50000\r\n\r\nabc")
+                raw.settimeout(pause)
+                told = b""
+                for _ in range(20):
+                    try:
+                        told = raw.recv(1000)
+                        break
+                    except TimeoutError:
+                        raw.sendall(b"x")
+                assert told.startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(where, 10) as raw:  # an empty line is no request
+            raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert raw.recv(1000).startswith(b"HTTP/1.1 200 ")
+            raw.sendall(b"\r\n")
+            assert raw.recv(1) == b""
+        with socket.create_connection(where, 10) as raw:  # sent what was refused, and stays
+            raw.sendall(head + b"Content-Encoding: gzip\r\nContent-Length: 5000\r\n\r\n")
+            assert raw.recv(1000).startswith(b"HTTP/1.1 415 ")
+            raw.sendall(bytes(5000))
+            assert raw.recv(1) == b""
+        with socket.create_connection(where, 10) as raw:  # trailers
+            raw.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n")
+            with pytest.raises(OSError):
+                for _ in range(200):
+                    raw.sendall(b"X: " + bytes(1000).replace(b"\0", b"x") + b"\r\n")
+                    time.sleep(0.02)
         with socket.create_connection(where, 10) as raw:  # goes on sending what was refused
             raw.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
             with pytest.raises(OSError):
@@ -291,6 +318,91 @@ def test_slow_clients_are_cut(found: Model, monkeypatch: pytest.MonkeyPatch) -> 
                 raw.sendall(b"X" * 1000)
                 time.sleep(0.0005)
         assert send(url, photo(1)).status_code == 200
+
+
+def test_a_client_that_doesnt_read_is_cut(found: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "STUCK_SECONDS", 0.5)
+    app = service.create(lambda: found, Settings(workers=1))
+    large = webpage.File(bytes(30 << 20), "application/octet-stream")
+    app.state.service.site = app.state.service.site | {"large.bin": large}
+    with running(app) as url, socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.settimeout(10)
+        raw.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        raw.sendall(b"GET /large.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(2)
+        got = 0
+        while more := raw.recv(1 << 16):
+            got += len(more)
+    assert got < 20 << 20
+
+
+def test_a_client_that_reads_slowly_gets_all(found: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "STUCK_SECONDS", 1.0)
+    app = service.create(lambda: found, Settings(workers=1))
+    large = webpage.File(bytes(12 << 20), "application/octet-stream")
+    app.state.service.site = app.state.service.site | {"large.bin": large}
+    with running(app) as url, socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.settimeout(10)
+        raw.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        raw.sendall(b"GET /large.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        got, pause = 0, time.monotonic()
+        while more := raw.recv(1 << 16):
+            got += len(more)
+            if got > (12 << 20) * (time.monotonic() - pause) / 3:  # three times the limit
+                time.sleep(0.05)
+    assert got > 12 << 20
+
+
+def test_trailers_are_not_kept() -> None:
+    """They come after the body, and would be added to the headers without end."""
+    protocol = serving._Protocol.__new__(serving._Protocol)
+    protocol.headers, protocol.expect_100_continue = [], False
+    protocol.on_header(b"a", b"1")
+    protocol._body = True
+    protocol.on_header(b"b", b"2")
+    assert protocol.headers == [(b"a", b"1")]
+
+
+def test_a_client_of_http_2_gets_its_answer(url: str) -> None:
+    """It asks for an upgrade first, which a server may ignore."""
+    asks = {"Upgrade": "h2c", "Connection": "Upgrade, HTTP2-Settings", "HTTP2-Settings": "AAMA"}
+    assert send(url, photo(1), **asks).status_code == 200
+
+
+def test_what_is_no_http_is_a_problem(url: str) -> None:
+    for wrong in (
+        b"nonsense\r\n\r\n",
+        b"POST /v1/predict HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 10) as raw:
+            raw.sendall(wrong)
+            told = b""
+            while more := raw.recv(4096):
+                told += more
+        head, _, body = told.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert problems.MEDIA_TYPE.encode() in head
+        assert json.loads(body)["code"] == "malformed"
+
+
+def test_a_form_that_is_cut_off_is_malformed(url: str) -> None:
+    start = b'--x\r\nContent-Disposition: form-data; name="photo"; filename="a"\r\n\r\n'
+    reply = send(url, start + photo(1), **{"Content-Type": "multipart/form-data; boundary=x"})
+    assert code(reply, 400) == "malformed"
+
+
+def test_pixels_are_limited(found: Model) -> None:
+    large = io.BytesIO()
+    Image.new("RGB", (1100, 1000)).save(large, "PNG")
+    jpeg = io.BytesIO()
+    Image.new("RGB", (1100, 1000)).save(jpeg, "JPEG")
+    settings = Settings(workers=1, pixels=1_000_000)
+    with running(service.create(lambda: found, settings)) as url:
+        assert code(send(url, large.getvalue()), 413) == "too_large"
+        assert send(url, jpeg.getvalue()).status_code == 200  # decoded at a fraction
 
 
 # --- load --------------------------------------------------------------------------------------
@@ -353,6 +465,18 @@ def test_bytes_are_bounded_too(found: Model, brake: Brake) -> None:
     assert app.state.service.budget.used == 0
 
 
+def test_large_bodies_leave_room_for_small_ones() -> None:
+    budget = uploads.Budget(8 << 20)
+    with budget.share() as large, budget.share() as small:
+        large.take(6 << 20)
+        with pytest.raises(problems.Problem):
+            large.take(1)
+        small.take(1 << 20)
+        with pytest.raises(problems.Problem):
+            small.take(1)
+    assert budget.used == 0
+
+
 def test_a_client_that_goes_costs_nothing(found: Model, brake: Brake) -> None:
     app = service.create(lambda: found, Settings(workers=1, queue=2))
     with running(app) as url, ThreadPoolExecutor(8) as clients:
@@ -361,6 +485,7 @@ def test_a_client_that_goes_costs_nothing(found: Model, brake: Brake) -> None:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url + "/v1/predict", content=photo(1), headers=JPEG, timeout=0.3)
         until(lambda: app.state.service.budget.used == len(photo(0)))
+        assert not app.state.service.pool._jobs  # neither its place is taken nor its bytes are held
         others = [clients.submit(send, url, photo(n)) for n in (2, 3)]  # its place is free again
         until(lambda: app.state.service.budget.used == sum(len(photo(n)) for n in (0, 2, 3)))
         brake.go.set()
@@ -383,6 +508,7 @@ def test_a_bug_is_a_500_and_the_others_go_on(
         reply = send(url, photo(7))
         assert code(reply, 500) == "internal_error"
         assert "secret" not in reply.text
+        assert reply.headers["x-content-type-options"] == "nosniff"
         until(lambda: "ZeroDivisionError" in caplog.text)
         assert send(url, photo(1)).status_code == 200
         figures = httpx.get(url + "/metrics").text
@@ -410,7 +536,7 @@ def test_what_waits_is_batched_on_a_gpu(found: Model, brake: Brake) -> None:
     working.stop()
     assert len(brake.begun) - before == 7
     assert rows == [run(loaded, "predict", [photo(n)])[0] for n in range(1, 7)]
-    with pytest.raises(pool.StoppedError):
+    with pytest.raises(RuntimeError, match="stopped"):
         working.submit("predict", [photo(1)])
 
 
@@ -609,6 +735,10 @@ def test_other_sites_may_ask_only_if_named(found: Model, url: str) -> None:
     with running(service.create(lambda: found, settings)) as other:
         reply = httpx.options(other + "/v1/predict", headers=asks)
         assert reply.headers["access-control-allow-origin"] == "https://fruits.example"
+        for headers, status in (({"X-API-Key": KEY}, 200), ({}, 401)):
+            told = send(other, photo(1), Origin="https://fruits.example", **headers)
+            assert told.status_code == status
+            assert told.headers["access-control-allow-origin"] == "https://fruits.example"
         evil = asks | {"Origin": "https://evil.example"}
         reply = httpx.options(other + "/v1/predict", headers=evil)
         assert "access-control-allow-origin" not in reply.headers

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pomona import guard, mobilenet
 from pomona.errors import MissingError, RequestError, WeightsError
 from pomona.guard import Guard
-from pomona.images import Photo, decode
+from pomona.images import MAX_DECODED, Photo, decode
 from pomona.schema import FEATURES
 from pomona.weights import Weights, pack
 
@@ -62,6 +62,8 @@ class BackboneSpec:
         Which GPU, where there are several.
     guard
         What is done about photos that end or stall the process (`pomona.guard`).
+    pixels
+        Pixels that may be decoded (`pomona.images.decode`).
     outputs
         What `extract` adds for each photo: ``features``, or outputs of a model's file
         (`pomona.model`).
@@ -80,6 +82,7 @@ class BackboneSpec:
     memory_share: float = 1.0
     gpu: int = 0
     guard: Guard = field(default="", compare=False)  # the network is the same
+    pixels: int = field(default=MAX_DECODED, compare=False)
     outputs: tuple[str, ...] = (mobilenet.OUTPUT,)
     payload: bytes = field(default=b"", repr=False, compare=False)
 
@@ -349,14 +352,14 @@ def _column(parts: list[npt.NDArray[np.float32]], missing: list[bool], name: str
 
 
 def _decode(contents: pa.Array, spec: BackboneSpec) -> list[Photo]:
-    views, size = contents.to_pylist(), spec.image_size
+    views, size, most = contents.to_pylist(), spec.image_size, spec.pixels
     if spec.guard == "child":
-        return [guard.decode_apart(view, size) for view in views]
+        return [guard.decode_apart(view, size, most) for view in views]
     with guard.watched() if spec.guard else contextlib.nullcontext():
         if spec.threads == 1:
-            return [decode(view, size) for view in views]
+            return [decode(view, size, most) for view in views]
         # A GPU waits for pixels: Pillow releases the interpreter's lock while it decodes.
-        return list(_pool(spec.threads).map(lambda view: decode(view, size), views))
+        return list(_pool(spec.threads).map(lambda view: decode(view, size, most), views))
 
 
 @functools.cache

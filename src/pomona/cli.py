@@ -341,6 +341,10 @@ def serve(
     ] = None,
     max_mb: Annotated[float, typer.Option(help="Size of a request, in MB.")] = 20,
     max_photos: Annotated[int, typer.Option(help="Photos in a request.")] = 16,
+    max_megapixels: Annotated[
+        float,
+        typer.Option(help="Pixels of a photo, in millions; JPEGs are decoded at a fraction."),
+    ] = 24,
     watch: Annotated[
         float, typer.Option(help="Seconds between looks for another model; 0: none.")
     ] = 0,
@@ -367,10 +371,10 @@ def serve(
             f"serve needs more packages ({error.name}): pip install 'pomona[serve]'"
         ) from error
     counts = [number for number in (workers, queue, max_photos) if number is not None]
-    if min(counts) < 1 or not 0 < max_mb <= 128 or watch < 0:
+    if min(counts) < 1 or not 0 < max_mb <= 128 or not 0 < max_megapixels <= 64 or watch < 0:
         raise RequestError(
             "--workers, --queue and --max-photos are at least 1, --max-mb is above 0 and up to "
-            "128, --watch isn't negative"
+            "128, --max-megapixels above 0 and up to 64, --watch isn't negative"
         )
     keys = tuple(api_key or ()) + tuple(filter(None, _split(os.environ.get("POMONA_API_KEYS"))))
     serving.check_access(host, keys, public=public)
@@ -385,6 +389,7 @@ def serve(
         watch,
         tuple(allow_origin or ()),
         "child" if isolate else "",
+        int(max_megapixels * 1e6),
     )
     with serving.listen(host, port) as opened:
         made = service.create(lambda: _model(model), settings)

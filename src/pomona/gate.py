@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -14,7 +15,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pomona.problems import Problem
 from pomona.telemetry import Metrics
 
+log = logging.getLogger("pomona.service")
 access = logging.getLogger("pomona.access")
+
+PROBLEM = "pomona.problem"
+"""In a request's scope: the code of what went wrong."""
+
+GONE = 499
+"""As nginx logs a client that has gone; nobody hears it."""
 
 METHODS = {"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"}
 
@@ -63,7 +71,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 500
+        start, status = time.perf_counter(), 0
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -74,13 +82,25 @@ class Gate:
                 headers.extend(pair for pair in SAFE.items() if pair[0] not in present)
             await send(message)
 
+        async def refuse(problem: Problem) -> None:
+            scope[PROBLEM] = problem.code
+            if not status:
+                await problem.response()(scope, receive, sending)
+
         try:
             if self._needs_key(scope) and not self._has_key(scope):
-                await _unauthorized(bool(self.keys)).response()(scope, receive, sending)
+                await refuse(_unauthorized(bool(self.keys)))
             else:
                 await self.app(scope, receive, sending)
         except ClientDisconnect:
-            status = 499  # as nginx logs it; nobody hears it
+            status = status or GONE
+        except asyncio.CancelledError:  # uvicorn has waited long enough for the end
+            headers = {"Connection": "close", "Retry-After": "1"}
+            await refuse(Problem(503, "stopping", "The server stops.", headers))
+        except Exception:
+            log.exception("a bug")
+            detail = "Something went wrong in the server; its log says what."
+            await refuse(Problem(500, "internal_error", detail))
         finally:
             self._record(scope, status, time.perf_counter() - start)
 
@@ -109,6 +129,8 @@ class Gate:
         route = known or ("other" if self.page(path) is None else "page")
         method = scope["method"] if scope["method"] in METHODS else "other"
         self.metrics.request(route, method, status, seconds)
+        if code := scope.get(PROBLEM):
+            self.metrics.rejected(code)
         # Neither address nor query nor agent: nothing that tells who asked, or what for.
         access.info("%s %s %d %.1f ms", method, route, status, 1e3 * seconds)
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Literal
 
-from pomona.images import Photo, decode
+from pomona.images import MAX_DECODED, Photo, decode
 from pomona.schema import CRASHED
 
 Guard = Literal["", "watch", "child"]
@@ -56,7 +56,7 @@ def watched(seconds: float | None = None) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def decode_apart(content: bytes | None, size: int) -> Photo:
+def decode_apart(content: bytes | None, size: int, most: int = MAX_DECODED) -> Photo:
     """Decode a photo as `pomona.images.decode` does, in a child process.
 
     Returns
@@ -66,11 +66,11 @@ def decode_apart(content: bytes | None, size: int) -> Photo:
         `patience`: one may die of something else, such as want of memory.
     """
     if not content:
-        return decode(content, size)
+        return decode(content, size, most)
     for _ in range(2):
         child = _child()
         try:
-            child.pipe.send((content, size))
+            child.pipe.send((content, size, most))
             if child.pipe.poll(patience()):
                 return Photo(*child.pipe.recv())
         except (EOFError, OSError):  # it died
@@ -121,8 +121,8 @@ def _serve(pipe: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):  # the parent has gone
         pipe.send(READY)
         while True:
-            content, size = pipe.recv()
+            content, size, most = pipe.recv()
             # The parent ends a child that stalls, unless it was killed meanwhile.
             with watched(2 * patience()):
-                photo = decode(content, size)
+                photo = decode(content, size, most)
             pipe.send(tuple(photo))

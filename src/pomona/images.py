@@ -16,7 +16,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
 """The decoders that Pillow may use. JPEG's also opens MPO, which some phones write."""
 
 MAX_DECODED = 64_000_000
-"""Pixels that may be decoded: 192 MB of RGB, so that a worker stays small."""
+"""Pixels that may be decoded: 256 MB of RGB as Pillow holds it, so that a worker stays small."""
+
+STRIP = 1 << 20
+"""Pixels that are converted at a time, where a conversion takes more memory than its result."""
 
 MAX_JPEG = 256_000_000
 """Pixels that a JPEG's header may claim: draft mode decodes 200 MP of a phone at 1/8."""
@@ -47,7 +50,7 @@ class Photo(NamedTuple):
     error: str | None
 
 
-def decode(content: bytes | None, size: int) -> Photo:
+def decode(content: bytes | None, size: int, most: int = MAX_DECODED) -> Photo:
     """Decode a photo and stretch it to a square, with Pillow's bilinear filter.
 
     Grey, palette, 16-bit, CMYK and transparent photos (onto white) become RGB; EXIF rotation is
@@ -60,6 +63,9 @@ def decode(content: bytes | None, size: int) -> Photo:
         The file's bytes; None means that they could not be read.
     size
         Side of the square, in pixels.
+    most
+        Pixels that may be decoded; beyond, the photo is ``too_large``. A JPEG may have up to
+        `MAX_JPEG` in its file.
 
     Returns
     -------
@@ -79,13 +85,13 @@ def decode(content: bytes | None, size: int) -> Photo:
         return Photo(None, None, None, TRUNCATED if _looks_known(content) else NOT_AN_IMAGE)
     try:
         is_jpeg = image.format in ("JPEG", "MPO")
-        if width * height > (MAX_JPEG if is_jpeg else MAX_DECODED):
+        if width * height > (MAX_JPEG if is_jpeg else most):
             return Photo(None, width, height, TOO_LARGE)
         if is_jpeg and min(width, height) > 2 * size:
             # Twice the size needed: the bilinear filter still averages, and results stay close.
             image.draft(None, (2 * size, 2 * size))
-            if image.size[0] * image.size[1] > MAX_DECODED:
-                return Photo(None, width, height, TOO_LARGE)
+        if image.size[0] * image.size[1] > most:
+            return Photo(None, width, height, TOO_LARGE)
         image.load()
         square = upright_rgb(image).resize((size, size), Image.Resampling.BILINEAR)
     except Exception:  # noqa: BLE001 - as above, for damaged pixel data
@@ -108,19 +114,33 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
+        return _onto_white(image)
     return image.convert("RGB")
+
+
+def _onto_white(image: Image.Image) -> Image.Image:
+    flat = Image.new("RGB", image.size)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = (0, top, image.width, min(top + rows, image.height))
+        layer = image.crop(strip).convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        flat.paste(Image.alpha_composite(white, layer).convert("RGB"), strip)
+    return flat
 
 
 def _eight_bits(image: Image.Image) -> Pixels:
     """Bring 16-bit, 32-bit and float grey to 8 bits; Pillow's own conversion clips at 255."""
-    grey = np.asarray(image).astype(np.float64)
+    grey = np.asarray(image)
     top = float(grey.max(initial=0.0))
     full = (
         next((f for f in (1.0, 255.0, 65535.0) if top <= f), top)
         if image.mode == "F"
         else (65535.0 if top <= 65535 else float(2**31 - 1))
     )
-    return np.clip(np.round(grey * (255.0 / full)), 0, 255).astype(np.uint8)
+    found = np.empty(grey.shape, np.uint8)
+    rows = max(1, STRIP // grey.shape[1])
+    for start in range(0, len(grey), rows):
+        strip = grey[start : start + rows].astype(np.float64)
+        found[start : start + rows] = np.clip(np.round(strip * (255.0 / full)), 0, 255)
+    return found

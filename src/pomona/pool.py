@@ -11,6 +11,7 @@ import functools
 import io
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -22,6 +23,7 @@ import pyarrow as pa
 from pomona import backbone, model, synthetic
 from pomona.backbone import BackboneSpec
 from pomona.guard import Guard
+from pomona.images import MAX_DECODED
 from pomona.mobilenet import OUTPUT
 from pomona.model import Model, Recogniser
 
@@ -42,10 +44,6 @@ STALLED = 10.0
 
 class FullError(Exception):
     """No place is free: the request comes again later."""
-
-
-class StoppedError(Exception):
-    """The pool takes no photos any more."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,14 @@ class Loaded:
         return list(next(backbone.extract(batch, self.features)).to_pylist())
 
 
-def load(found: Model, *, device: str = "cpu", threads: int = 1, guard: Guard = "") -> Loaded:
+def load(
+    found: Model,
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    guard: Guard = "",
+    pixels: int = MAX_DECODED,
+) -> Loaded:
     """Build a model's session and send a photo through it.
 
     Parameters
@@ -89,6 +94,8 @@ def load(found: Model, *, device: str = "cpu", threads: int = 1, guard: Guard = 
         CPU threads that decode for one GPU; on a CPU the threads are the pool's.
     guard
         ``child``: decode in a child process (`pomona.guard`).
+    pixels
+        Pixels that may be decoded.
 
     Raises
     ------
@@ -97,7 +104,7 @@ def load(found: Model, *, device: str = "cpu", threads: int = 1, guard: Guard = 
     """
     recogniser = model.recogniser(found, MOST_TOP, device=device)
     many = threads if recogniser.spec.device == "cuda" else 1
-    spec = replace(recogniser.spec, threads=many, guard=guard)
+    spec = replace(recogniser.spec, threads=many, guard=guard, pixels=pixels)
     loaded = Loaded(found, replace(recogniser, spec=spec), replace(spec, outputs=(OUTPUT,)))
     for kind in get_args(Kind):
         check(loaded.run(kind, [sample()])[0])
@@ -171,10 +178,6 @@ class Pool:
     @property
     def is_full(self) -> bool:
         """Whether no place is free."""
-        if len(self._jobs) < self.limit:
-            return False
-        with self._changed:
-            self._drop_cancelled()
         return len(self._jobs) >= self.limit
 
     def swap(self, loaded: Loaded) -> None:
@@ -195,27 +198,26 @@ class Pool:
         ------
         FullError
             If there aren't places for all.
-        StoppedError
+        RuntimeError
             After `stop`.
         """
         jobs = [_Job(kind, content, Future()) for content in contents]
         with self._changed:
             if self._stopped:
-                raise StoppedError
+                raise RuntimeError("the pool was stopped")
             if first:
                 self._jobs.extendleft(reversed(jobs))
             else:
-                if len(self._jobs) + len(jobs) > self.limit:
-                    self._drop_cancelled()
                 if len(self._jobs) + len(jobs) > self.limit:
                     raise FullError
                 self._jobs.extend(jobs)
             self._changed.notify(len(jobs))
         return [job.future for job in jobs]
 
-    def _drop_cancelled(self) -> None:
-        """Make room: clients that are gone don't keep others out."""
-        self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
+    def drop_cancelled(self) -> None:
+        """Let go of photos whose futures were cancelled: their places and their bytes."""
+        with self._changed:
+            self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
 
     def stop(self) -> None:
         """Take no more photos, answer those that wait, and end the threads.
@@ -225,8 +227,9 @@ class Pool:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+        end = time.monotonic() + STALLED
         for thread in self._threads:
-            thread.join(STALLED)
+            thread.join(max(0.0, end - time.monotonic()))
 
     # --- in the threads ---
 
@@ -235,11 +238,12 @@ class Pool:
             loaded = self._loaded
             try:
                 rows = loaded.run(jobs[0].kind, [job.content for job in jobs])
+                pairs = list(zip(jobs, rows, strict=True))
             except Exception as error:  # noqa: BLE001 - it is the request's that asked, and the thread goes on
                 for job in jobs:
                     job.future.set_exception(error)
                 continue
-            for job, row in zip(jobs, rows, strict=True):
+            for job, row in pairs:
                 job.future.set_result((row, loaded))
 
     def _take(self) -> list[_Job]:

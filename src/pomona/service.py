@@ -34,10 +34,10 @@ from starlette.types import Receive, Scope, Send
 import pomona
 from pomona import contract, pool, problems, telemetry, uploads, webpage
 from pomona.errors import PomonaError
-from pomona.gate import Gate
+from pomona.gate import PROBLEM, Gate
 from pomona.guard import Guard
 from pomona.model import Model
-from pomona.pool import MOST_TOP, FullError, Kind, Loaded, Pool, Row, StoppedError
+from pomona.pool import MOST_TOP, FullError, Kind, Loaded, Pool, Row
 from pomona.problems import Problem
 from pomona.uploads import Budget, Limits, overloaded
 
@@ -76,6 +76,8 @@ class Settings:
         Web sites whose pages may ask (CORS).
     guard
         ``child``: decode in child processes.
+    pixels
+        Pixels that may be decoded. Below the tables' limit: a worker takes 8 bytes for each.
     """
 
     keys: tuple[str, ...] = ()
@@ -86,6 +88,7 @@ class Settings:
     watch: float = 0.0
     origins: tuple[str, ...] = ()
     guard: Guard = ""
+    pixels: int = 24_000_000
 
 
 # --- the application ---------------------------------------------------------------------------
@@ -103,7 +106,6 @@ class Service:
     site: webpage.Site
     checked: float = 0.0
     healthy: bool = False
-    stopping: bool = False
     checking: asyncio.Lock = field(default_factory=asyncio.Lock)
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -163,6 +165,7 @@ def create(fetch: Fetch, settings: Settings | None = None) -> FastAPI:
             allow_origins=list(settings.origins),
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-API-Key"],
+            expose_headers=["Retry-After"],
         )
     return app
 
@@ -173,6 +176,7 @@ def _load(found: Model, settings: Settings) -> Loaded:
         device=settings.device,
         threads=settings.workers or pool.cores(),
         guard=settings.guard,
+        pixels=settings.pixels,
     )
 
 
@@ -184,7 +188,6 @@ def _site(loaded: Loaded, settings: Settings) -> webpage.Site:
 async def _life(service: Service) -> AsyncIterator[None]:
     watching = asyncio.create_task(_watch(service)) if service.settings.watch else None
     yield
-    service.stopping = True
     if watching:
         watching.cancel()
     await anyio.to_thread.run_sync(service.pool.stop)
@@ -194,37 +197,32 @@ async def _life(service: Service) -> AsyncIterator[None]:
 
 
 def _handle_errors(app: FastAPI) -> None:
-    async def problem(_: Request, error: Exception) -> Response:
-        assert isinstance(error, Problem)
-        return error.response()
+    async def handle(request: Request, error: Exception) -> Response:
+        problem = _as_problem(error)
+        request.scope[PROBLEM] = problem.code  # for the gate, which counts
+        return problem.response()
 
-    async def http(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        headers = dict(error.headers or {})
-        if error.status_code == 404:
-            return Problem(404, "not_found", "There is nothing here.", headers).response()
-        if error.status_code == 405:
-            detail = f"Use {headers.get('Allow', headers.get('allow', 'another method'))}."
-            return Problem(405, "method_not_allowed", detail, headers).response()
-        return Problem(error.status_code, "http", str(error.detail), headers).response()
+    for kind in (Problem, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, handle)
 
-    async def invalid(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
+
+def _as_problem(error: Exception) -> Problem:
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, RequestValidationError):
         found = "; ".join(
             f"{'.'.join(str(part) for part in each['loc'][1:])}: {each['msg']}"
             for each in error.errors()
         )
-        return Problem(422, "invalid_request", found).response()
-
-    async def bug(_: Request, error: Exception) -> Response:
-        # Starlette raises it again, and uvicorn logs the traceback.
-        detail = "Something went wrong in the server; its log says what."
-        return Problem(500, "internal_error", detail).response()
-
-    app.add_exception_handler(Problem, problem)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(Exception, bug)
+        return Problem(422, "invalid_request", found)
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        return Problem(404, "not_found", "There is nothing here.", headers)
+    if error.status_code == 405:
+        detail = f"Use {headers.get('Allow', headers.get('allow', 'another method'))}."
+        return Problem(405, "method_not_allowed", detail, headers)
+    return Problem(error.status_code, "http", str(error.detail), headers)
 
 
 # --- routes ------------------------------------------------------------------------------------
@@ -248,7 +246,6 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """Tell what is on photos."""
         start = time.perf_counter()
         found = await _answered(service, request, "predict")
-        service.metrics.answers(row for row, _ in found)
         told = [_told(row, top) for row, _ in found]
         return _json({"answers": told, **_about(found, start)})
 
@@ -262,7 +259,6 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """Return photos' features: 1280 numbers each, as in OUT/features."""
         start = time.perf_counter()
         found = await _answered(service, request, "features")
-        service.metrics.answers(row for row, _ in found)
         return _json({"photos": [row for row, _ in found], **_about(found, start)})
 
     @app.get(MODEL, response_model=contract.Card)
@@ -290,7 +286,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """Take over the model that lies where this one came from. Needs a key."""
         try:
             changed = await _renew(service)
-        except (PomonaError, RuntimeError) as error:
+        except (PomonaError, RuntimeError, OSError) as error:
             detail = " ".join(str(error).split())
             raise Problem(409, "not_reloaded", f"The old model stays: {detail}") from error
         return _json({"version": service.pool.loaded.model.version, "changed": changed})
@@ -305,7 +301,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     )
     async def readyz() -> dict[str, str]:
         """Say whether a photo gets an answer: one is sent through the model, at most every 2 s."""
-        if service.stopping or not await _is_ready(service):
+        if not await _is_ready(service):
             raise Problem(503, "not_ready", "A photo got no answer.", {"Retry-After": "2"})
         return {"status": "ready"}
 
@@ -343,31 +339,23 @@ def _told(row: Row, top: int) -> dict[str, Any]:
 async def _answered(service: Service, request: Request, kind: Kind) -> list[tuple[Row, Loaded]]:
     """Read a request's photos, queue them, and wait for their rows."""
     if service.pool.is_full:  # before the body is read: nobody uploads for nothing
-        raise _refused(service, "overloaded")
+        raise overloaded()
     with service.budget.share() as share:
+        contents = await uploads.photos(request, service.settings.limits, share)
         try:
-            contents = await uploads.photos(request, service.settings.limits, share)
             futures = service.pool.submit(kind, contents)
         except FullError:
-            raise _refused(service, "overloaded") from None
-        except StoppedError:
-            raise Problem(503, "stopping", "The server stops.", {"Retry-After": "1"}) from None
-        except Problem as problem:
-            service.metrics.rejected(problem.code)
-            raise
-        found = await _while_there(request, futures)
+            raise overloaded() from None
+        found = await _while_there(service, request, futures)
     if len(found) == 1 and (code := found[0][0]["error"]):
-        service.metrics.rejected(code)
         raise problems.of_photo(code)
+    service.metrics.answers(row for row, _ in found)
     return found
 
 
-def _refused(service: Service, code: str) -> Problem:
-    service.metrics.rejected(code)
-    return overloaded()
-
-
-async def _while_there(request: Request, futures: Sequence[Any]) -> list[tuple[Row, Loaded]]:
+async def _while_there(
+    service: Service, request: Request, futures: Sequence[Any]
+) -> list[tuple[Row, Loaded]]:
     """Wait for futures while the client waits too; if it goes, what hasn't begun is dropped."""
     rows: list[asyncio.Future[Any]] = [asyncio.wrap_future(future) for future in futures]
     gone: asyncio.Future[Any] = asyncio.ensure_future(_gone(request))
@@ -382,8 +370,9 @@ async def _while_there(request: Request, futures: Sequence[Any]) -> list[tuple[R
                 raise error
         return [row.result() for row in rows]
     finally:
-        for each in (gone, *rows):
-            each.cancel()
+        gone.cancel()
+        if sum(future.cancel() for future in futures):  # what hasn't begun
+            service.pool.drop_cancelled()
 
 
 async def _gone(request: Request) -> None:
@@ -408,10 +397,9 @@ def _file(service: Service, request: Request) -> Response:
     """Return a file of the page."""
     file = _find(service, request.url.path)
     if file is None:
-        return Problem(404, "not_found", "There is nothing here.").response()
+        raise HTTPException(404)
     if request.method not in ("GET", "HEAD"):
-        headers = {"Allow": "GET, HEAD"}
-        return Problem(405, "method_not_allowed", "Use GET.", headers).response()
+        raise HTTPException(405, headers={"Allow": "GET, HEAD"})
     headers = webpage.HEADERS | file.headers
     if headers.get("ETag") in request.headers.get("if-none-match", "").split(", "):
         return Response(None, 304, headers)

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import re
 import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pomona.errors import RequestError
+from pomona.problems import Problem
 
 HEAD_SECONDS = 10.0
 """Time that a request's head may take, from the connection or its first byte on."""
@@ -25,15 +28,17 @@ HEAD_BYTES = 64 << 10
 REST_SECONDS = 10.0
 """Time that the rest of a body may take after its answer: a refused upload isn't read for ever."""
 
-CONNECTIONS = 1000
-"""Open connections; beyond, new ones are closed at once."""
+STUCK_SECONDS = 30.0
+"""Time that a client may leave an answer unread."""
 
 IDLE_SECONDS = 15
 """Time that a connection may wait for its next request."""
 
+CONNECTIONS = 1000
+"""Open connections; beyond, new ones are closed at once."""
+
 END_SECONDS = 30
 """Time that requests in flight have after SIGTERM."""
-
 
 LEAST_KEY = 16
 """Characters of a key."""
@@ -105,6 +110,7 @@ def server(app: Any, on_start: Callable[[], None] = lambda: None) -> uvicorn.Ser
     config = uvicorn.Config(
         app,
         http=_Protocol,
+        ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,  # uvicorn's own has the client's address
@@ -125,27 +131,46 @@ class _Server(uvicorn.Server):
         if self.started:
             self.on_start()
 
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 5 == 0:  # twice a second
+            now = time.monotonic()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, _Protocol) and connection.is_late(now):
+                    connection.transport.abort()
+        return await super().on_tick(counter)
+
 
 class _Protocol(HttpToolsProtocol):
     """HTTP with an end to patience.
 
-    uvicorn by itself waits for a request's head, and reads on what it refused, for ever.
+    uvicorn by itself waits for ever for a request's head, for the rest of what it refused, and for
+    a client that doesn't read its answer; and it keeps all headers that come, trailers too.
     """
 
-    _timer: asyncio.TimerHandle | None = None
     _head = 0  # bytes since the head began; -1: there is none under way
     _body = False  # whether a body is under way
+    # Since when the connection waits for a head, for the rest of a body, for its answer to be read.
+    _waits: float | None = None
+    _rests: float | None = None
+    _stuck: float | None = None
+    _left = -1  # bytes that were not sent yet, at the last look
+
+    def is_late(self, now: float) -> bool:
+        """Whether the client has taken too long. One that reads slowly isn't late."""
+        if (
+            self._stuck is not None
+            and (left := self.transport.get_write_buffer_size()) != self._left
+        ):
+            self._stuck, self._left = now, left
+        head = HEAD_SECONDS if self._head > 0 or self.cycle is None else IDLE_SECONDS
+        limits = ((self._waits, head), (self._rests, REST_SECONDS), (self._stuck, STUCK_SECONDS))
+        return any(since is not None and now - since > most for since, most in limits)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._waits = time.monotonic()
         if len(self.connections) > CONNECTIONS:
             transport.abort()
-            return
-        self._close_in(HEAD_SECONDS)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._be_patient()
-        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._head > HEAD_BYTES:
@@ -153,36 +178,57 @@ class _Protocol(HttpToolsProtocol):
             return
         if self._head >= 0:
             self._head += len(data)
+            data = _without_upgrade(data)
         super().data_received(data)
 
     def on_message_begin(self) -> None:
-        self._head = 0
-        self._close_in(HEAD_SECONDS)
+        self._head, self._waits = max(0, self._head), time.monotonic()
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._body:  # a trailer is nothing that is wanted
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        self._head, self._body = -1, True
-        self._be_patient()
+        self._head, self._body, self._waits = -1, True, None
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        self._body = False
-        self._be_patient()
+        self._head, self._body, self._rests = 0, False, None
+        if self.cycle.response_complete:
+            self._waits = time.monotonic()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         if self._body:
-            self._close_in(REST_SECONDS)
+            self._rests = time.monotonic()
+        else:
+            self._waits = time.monotonic()
         super().on_response_complete()
 
-    def _close_in(self, seconds: float) -> None:
-        self._be_patient()
-        self._timer = self.loop.call_later(seconds, self.transport.abort)
+    def pause_writing(self) -> None:
+        self._stuck = time.monotonic()
+        super().pause_writing()
 
-    def _be_patient(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def resume_writing(self) -> None:
+        self._stuck = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        body = Problem(400, "malformed", "This is no HTTP that can be read.").response()
+        head = "".join(f"{name}: {value}\r\n" for name, value in body.headers.items())
+        start = f"HTTP/1.1 400 Bad Request\r\n{head}connection: close\r\n\r\n"
+        self.transport.write(start.encode() + bytes(body.body))
+        self.transport.close()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """Hide an Upgrade header from the parser, which would take the body for another protocol.
+
+    Clients of HTTP/2 send one with their first request; it may be ignored (RFC 9110, 7.8).
+    """
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return re.sub(rb"(?im)^upgrade:", b"x-grade:", head) + end + rest
 
 
 def log_to_stderr(*, access: bool) -> None:

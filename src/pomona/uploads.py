@@ -32,15 +32,25 @@ class Limits:
         Photos in a request.
     seconds
         Time that a body may take to arrive.
+    stall
+        Time in which nothing of it arrives.
     """
 
     body: int = 20 << 20
     photos: int = 16
     seconds: float = 60.0
+    stall: float = 10.0
+
+
+SMALL = 1 << 20
+"""Bytes of a body for which there is room when large ones have taken theirs."""
 
 
 class Budget:
-    """Bytes that all bodies together may take: however many come, memory stays bounded."""
+    """Bytes that all bodies together may take: however many come, memory stays bounded.
+
+    A quarter is for bodies up to `SMALL`: a few large ones don't keep all others out.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
@@ -63,7 +73,10 @@ class Share:
 
     def take(self, count: int) -> None:
         """Take so many bytes more, or raise the problem ``overloaded``."""
-        if self.budget.used + count > self.budget.limit:
+        limit = self.budget.limit
+        if self.used + count > SMALL:
+            limit = limit * 3 // 4
+        if self.budget.used + count > limit:
             raise overloaded()
         self.budget.used += count
         self.used += count
@@ -79,6 +92,10 @@ class _InMemory(MultiPartParser):
     """Starlette's parser spools files above 1 MB to disk; photos stay in memory here."""
 
     spool_max_size = 1 << 62
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
 
 
 async def photos(request: Request, limits: Limits, share: Share) -> list[bytes]:
@@ -104,15 +121,17 @@ async def photos(request: Request, limits: Limits, share: Share) -> list[bytes]:
         )
     _refuse_announced(request, limits)
     try:
-        with anyio.fail_after(limits.seconds):
+        with anyio.fail_after(min(limits.stall, limits.seconds)) as patience:
+            chunks = _chunks(request, limits, share, patience)
             if kind == MULTIPART:
-                return await _form(request, limits, share)
-            return [await _raw(request, limits, share)]
+                return await _form(request, limits, chunks)
+            return [b"".join([chunk async for chunk in chunks])]
     except TimeoutError:
         raise Problem(
             408,
             "timeout",
-            f"The photo took longer than {limits.seconds:g} seconds to arrive: send a smaller one.",
+            f"The photo took longer than {limits.seconds:g} seconds to arrive, or nothing came for "
+            f"{limits.stall:g}: send it again, or a smaller one.",
             {"Connection": "close"},
         ) from None
 
@@ -134,22 +153,30 @@ def _too_large(limits: Limits) -> Problem:
     return problem
 
 
-async def _chunks(request: Request, limits: Limits, share: Share) -> AsyncGenerator[bytes, None]:
+async def _chunks(
+    request: Request, limits: Limits, share: Share, patience: anyio.CancelScope
+) -> AsyncGenerator[bytes, None]:
+    end = anyio.current_time() + limits.seconds
     async for chunk in request.stream():
         if share.used + len(chunk) > _most(limits):
             raise _too_large(limits)
         share.take(len(chunk))
+        patience.deadline = min(end, anyio.current_time() + limits.stall)
         yield chunk
 
 
-async def _raw(request: Request, limits: Limits, share: Share) -> bytes:
-    return b"".join([chunk async for chunk in _chunks(request, limits, share)])
+async def _form(
+    request: Request, limits: Limits, chunks: AsyncGenerator[bytes, None]
+) -> list[bytes]:
+    async def whole() -> AsyncGenerator[bytes, None]:
+        async for chunk in chunks:
+            yield chunk
+        if not parser.ended:  # raised here, the parser closes what it has
+            raise MultiPartException("it ends too early")
 
-
-async def _form(request: Request, limits: Limits, share: Share) -> list[bytes]:
     parser = _InMemory(
         request.headers,
-        _chunks(request, limits, share),
+        whole(),
         max_files=limits.photos,
         max_fields=limits.photos,
         max_part_size=PER_PART,
@@ -162,9 +189,11 @@ async def _form(request: Request, limits: Limits, share: Share) -> list[bytes]:
                 413, "too_many_photos", f"A request holds {limits.photos} photos at most."
             ) from None
         raise Problem(400, "malformed", f"The form can't be read: {error.message}") from None
-    files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-    found = [await file.read() for file in files]
-    await form.close()
+    try:
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+        found = [await file.read() for file in files]
+    finally:
+        await form.close()
     if not found:
         raise Problem(400, "no_photo", "The form holds no file: send at least one photo.")
     return found
