@@ -332,6 +332,14 @@ class Visitor:
         self.page.locator("#here").check()
         self.until(lambda: self("where").startswith("Photos stay"))
 
+    def focused(self) -> str:
+        return str(
+            self.page.evaluate(
+                "document.activeElement.getAttribute('aria-label') || document.activeElement.id"
+                " || document.activeElement.textContent.trim()"
+            )
+        )
+
     def kept(self) -> None:
         """Wait until the service worker has the page."""
         self.page.evaluate("navigator.serviceWorker.ready.then(() => true)")
@@ -447,6 +455,37 @@ def test_only_the_last_ones_stay(served: Served, visit: Any) -> None:
     visitor.see(fruit(1))
     assert len(visitor.states()) == 24
     assert visitor("title") == "Cherry"
+    visitor.page.locator("#strip button").last.click()  # far below the answer, on a phone
+    top, bottom, height = visitor.page.evaluate(
+        "(({ top, bottom }) => [top, bottom, innerHeight])"
+        "(document.getElementById('answer').getBoundingClientRect())"
+    )
+    assert visitor("title") == "Apple"
+    assert -1 < top < bottom < height + 1  # whole pixels
+
+
+DECODED = """() => {
+  const [decode, close] = [createImageBitmap, ImageBitmap.prototype.close];
+  let held = 0;
+  window.most = 0;
+  window.createImageBitmap = async (...given) => {
+    most = Math.max(most, ++held);
+    return decode(...given);
+  };
+  ImageBitmap.prototype.close = function () {
+    held--;
+    close.call(this);
+  };
+}"""
+
+
+def test_one_photo_is_decoded_at_a_time(served: Served, visit: Any) -> None:
+    visitor = visit(served.url)
+    visitor.page.evaluate(DECODED)
+    visitor.choose(*[fruit(0)] * 6)
+    visitor.until(lambda: visitor.page.locator("#strip img:visible").count() == 6)
+    assert visitor.page.evaluate("most") == 1
+    visitor.settled()
 
 
 PASTE = """([kind, content]) => {
@@ -514,6 +553,25 @@ def test_the_server_is_down(served: Served, visit: Any) -> None:
     visitor.page.get_by_role("button", name="Try again", exact=True).click()
     visitor.settled()
     assert visitor("title") == "Apple"
+
+
+def test_try_again_by_keyboard(served: Served, visit: Any) -> None:
+    visitor = visit(served.url, service_workers="block")
+    visitor.expected += ("Failed to load resource: net::ERR_CONNECTION_REFUSED",)
+    routes: list[Any] = []
+    hold = lambda route: routes.append(route)  # noqa: E731, PLW0108 - Playwright takes no builtin
+    visitor.page.route("**/v1/predict*", hold)
+    visitor.choose(fruit(0), fruit(1))
+    visitor.until(lambda: len(routes) == 2)
+    routes[0].abort("connectionrefused")
+    visitor.page.get_by_role("button", name="Try again", exact=True).focus()
+    routes[1].abort("connectionrefused")
+    visitor.until(lambda: visitor.states() == ["error", "error"])
+    assert visitor.focused() == "Try again"
+    visitor.page.unroute("**/v1/predict*")
+    visitor.page.keyboard.press("Enter")
+    visitor.until(lambda: visitor("title") == "Apple")
+    assert visitor.focused() == "title"
 
 
 def busy(times: int, then: list[float]) -> Callable[[Any], None]:
@@ -598,6 +656,9 @@ def with_a_key(visitor: Visitor) -> None:
     dialog = visitor.page.locator("#ask")
     visitor.until(dialog.is_visible)
     assert visitor.page.evaluate("document.activeElement.id") == "key"
+    visitor.page.keyboard.type("“apple-pie-apple-pie”")
+    visitor.page.keyboard.press("Enter")
+    assert "only plain letters" in visitor("ask-text")
     visitor.page.keyboard.type("wrong")
     visitor.page.keyboard.press("Enter")
     visitor.until(lambda: "not accepted" in visitor("ask-text") and dialog.is_visible())
@@ -614,7 +675,55 @@ def with_a_key(visitor: Visitor) -> None:
     assert visitor.page.evaluate("localStorage.getItem('pomona.key')") is None
 
 
+BLOCKED = """for (const name of ['localStorage', 'sessionStorage']) {
+  Object.defineProperty(window, name, {
+    get() {
+      throw new DOMException('blocked', 'SecurityError');
+    },
+  });
+}"""
+
+
+def test_a_key_where_site_data_is_blocked(small: Model, visit: Any) -> None:
+    with serve(small, keys=(KEY,)) as served:
+        visitor = visit(served.url)
+        visitor.page.add_init_script(BLOCKED)
+        visitor.page.reload()
+        visitor.until(lambda: visitor("where") != "")
+        visitor.choose(fruit(0), fruit(1))
+        visitor.until(visitor.page.locator("#ask").is_visible)
+        visitor.page.keyboard.type(KEY)
+        visitor.page.keyboard.press("Enter")
+        visitor.settled()
+        assert visitor.states() == ["done", "done"]
+
+
 # --- on the device -----------------------------------------------------------------------------
+
+
+SPOKEN = """() => {
+  window.spoken = [];
+  new MutationObserver((records) => {
+    for (const { addedNodes } of records) for (const { data } of addedNodes) spoken.push(data);
+  }).observe(document.getElementById('status'), { childList: true });
+}"""
+
+
+def test_loading_is_announced(served: Served, visit: Any) -> None:
+    needs_runtime()
+    visitor = visit(served.url, service_workers="block")
+    visitor.expected += ("Failed to load resource: net::ERR_FAILED",)
+    visitor.page.evaluate(SPOKEN)
+    visitor.page.route("**/device/device.json", lambda route: route.abort())
+    visitor.page.locator("#here").check()
+    visitor.until(lambda: "isn’t on this device yet" in visitor("where"))
+    visitor.page.unroute("**/device/device.json")
+    visitor.page.locator("#here").uncheck()
+    visitor.on_device()
+    begins, fails, begins_again, ends = visitor.page.evaluate("spoken")
+    assert begins == begins_again == "Loading the model …"
+    assert fails.startswith("The model isn’t on this device yet")
+    assert ends == "The model is loaded."
 
 
 def test_no_request_goes_out(served: Served, small: Model, visit: Any) -> None:
@@ -901,12 +1010,7 @@ def test_by_keyboard(served: Served, visit: Any) -> None:
         page.keyboard.press("Tab")
         outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert outline == "solid"  # one sees where one is
-        return str(
-            page.evaluate(
-                "document.activeElement.getAttribute('aria-label') || document.activeElement.id"
-                " || document.activeElement.textContent.trim()"
-            )
-        )
+        return visitor.focused()
 
     page.evaluate("document.activeElement.blur()")
     way = [step() for _ in range(6)]
@@ -916,6 +1020,9 @@ def test_by_keyboard(served: Served, visit: Any) -> None:
     assert visitor("title") == "Cherry"
     assert visitor("status").startswith("photo1.jpg: Cherry")
     assert page.locator("#photo").get_attribute("alt") == "The photo photo1.jpg"
+    assert visitor.focused().startswith("photo1.jpg: Cherry")
+    assert visitor.see(fruit(2)) == "Pear"  # another photo before it
+    assert visitor.focused().startswith("photo1.jpg: Cherry")
     with page.expect_file_chooser():
         page.locator("#choose").press("Enter")
 

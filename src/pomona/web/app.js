@@ -15,6 +15,7 @@ let config = null;
 let selected = null;
 let asking = 0;
 let count = 0;
+let previews = Promise.resolve(); // the last one's end
 
 class Item {
   constructor(file, name) {
@@ -31,13 +32,17 @@ function take(files, name) {
   items.unshift(...fresh);
   for (const old of items.splice(MOST)) forget(old);
   selected = fresh[0];
-  for (const item of fresh) preview(item);
+  for (const item of fresh) previews = previews.then(() => preview(item));
   show();
   next();
 }
 
-/** A small picture, so that photos of many megapixels don't fill the memory. */
+/**
+ * A small picture, which stays; the decoded photo, tens of megabytes large, goes at once. One photo after
+ * the other, or many of them would be in memory together.
+ */
 async function preview(item) {
+  if (!items.includes(item)) return;
   try {
     const image = await createImageBitmap(item.file);
     const scale = Math.min(1, PREVIEW / Math.max(image.width, image.height));
@@ -152,9 +157,11 @@ function again(item) {
 // --- the key -----------------------------------------------------------------------------------
 
 const KEY = 'pomona.key';
+let given = null; // holds the key also where the browser keeps nothing
 
 function key() {
-  return sessionStorage.getItem(KEY);
+  given ??= recalled(KEY, 'sessionStorage');
+  return given;
 }
 
 function askForKey() {
@@ -168,7 +175,14 @@ function askForKey() {
 
 function useKey(event) {
   event.preventDefault();
-  sessionStorage.setItem(KEY, $('key').value.trim());
+  const typed = $('key').value.trim();
+  if (!/^[\x20-\x7e]+$/.test(typed)) { // `fetch` throws where a header holds others
+    $('ask-text').textContent = 'A key has only plain letters, digits and signs. Type it again.';
+    $('key').select();
+    return;
+  }
+  given = typed;
+  remember(KEY, given, 'sessionStorage');
   $('ask').close();
   for (const item of items) if (item.error?.code === 'unauthorized') item.state = 'waiting';
   if (here()) load().catch(() => {});
@@ -180,9 +194,19 @@ function useKey(event) {
 
 const MODE = 'pomona.here';
 let loaded = false;
+let loading = null;
 
-/** Load the model into the page; shows how far it is. */
-async function load() {
+/** Load the model into the page, and say so, once for all who wait for it. */
+function load() {
+  if (!loaded && !loading) say('Loading the model …');
+  loading ??= loadNow().finally(() => {
+    loading = null;
+  });
+  return loading;
+}
+
+/** Shows how far it is. */
+async function loadNow() {
   const bar = $('progress');
   const asked = new URLSearchParams(location.search); // ?runtime=wasm&threads=1, to find faults
   const only = asked.get('runtime');
@@ -200,9 +224,13 @@ async function load() {
   } catch (error) {
     bar.hidden = true;
     if (error.code === 'unauthorized') askForKey();
-    where(error.code === 'stopped' ? null : wordsFor(error.code, error.message).slice(0, 2).join('. '));
+    const stopped = error.code === 'stopped';
+    const text = stopped ? null : wordsFor(error.code, error.message).slice(0, 2).join('. ');
+    where(text);
+    if (text) say(text);
     throw error;
   }
+  if (!loaded) say('The model is loaded.');
   loaded = true;
   bar.hidden = true;
   where();
@@ -221,18 +249,18 @@ function turn() {
   next();
 }
 
-function remember(name, value) {
+function remember(name, value, storage = 'localStorage') {
   try {
-    if (value === null) localStorage.removeItem(name);
-    else localStorage.setItem(name, value);
+    if (value === null) window[storage].removeItem(name);
+    else window[storage].setItem(name, value);
   } catch {
-    // Storage is off: the switch is as it is until the page closes.
+    // Storage is off: switch and key are as they are until the page closes.
   }
 }
 
-function recalled(name) {
+function recalled(name, storage = 'localStorage') {
   try {
-    return localStorage.getItem(name);
+    return window[storage].getItem(name);
   } catch {
     return null;
   }
@@ -311,7 +339,19 @@ function showAnswer(item) {
   $('nearest').hidden = !(done && item.answer.unknown);
   $('bars').replaceChildren(...(done ? bars(item.answer) : []));
   $('facts').textContent = done ? facts(item) : '';
-  $('actions').replaceChildren(...actions(item));
+  showActions(item);
+}
+
+/** Only if they changed, so that a button keeps the keyboard's focus; where it goes, the title has it. */
+function showActions(item) {
+  const panel = $('actions');
+  const buttons = actions(item);
+  const what = [item.id, ...buttons.map((button) => button.textContent)].join();
+  if (panel.dataset.what === what) return;
+  const focused = panel.contains(document.activeElement);
+  panel.dataset.what = what;
+  panel.replaceChildren(...buttons);
+  if (focused) $('title').focus();
 }
 
 function bars({ nearest }) {
@@ -361,16 +401,23 @@ function actions(item) {
   return found;
 }
 
+/** Those that stay aren't moved, in the order that they have: they would lose the keyboard's focus. */
 function showStrip() {
   const strip = $('strip');
   const nodes = new Map([...strip.children].map((node) => [Number(node.dataset.id), node]));
-  strip.replaceChildren(...items.map((item) => filled(nodes.get(item.id) ?? thumbnail(item), item)));
+  for (const [id, node] of nodes) if (!items.some((item) => item.id === id)) node.remove();
+  items.forEach((item, place) => {
+    const node = filled(nodes.get(item.id) ?? thumbnail(item), item);
+    const there = strip.children[place] ?? null;
+    if (there !== node) strip.insertBefore(node, there);
+  });
 }
 
 function thumbnail(item) {
   const onclick = () => {
     selected = item;
     show();
+    $('answer').scrollIntoView({ block: 'nearest' }); // at once: there is no motion to reduce
     say(spoken(item));
   };
   const tile = make('span', { className: 'tile' }, make('img', { alt: '' }));
