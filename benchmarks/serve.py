@@ -38,6 +38,9 @@ import common
 from pomona import backbone, images, model, pool
 
 HOST = "127.0.0.1"
+RAW = "pomona, photo as the body"
+"""The others get forms, which LitServe and most of those who write FastAPI take."""
+
 PHOTOS = 400
 """Photos that requests take in turn."""
 
@@ -106,7 +109,7 @@ def served(name: str, folder: str) -> Iterator[tuple[int, psutil.Process]]:
     if name == "litserve":
         script = str(Path(__file__).with_name("serve_litserve.py"))
         command = [sys.executable, script, folder, str(port)]
-    if name == "pomona":
+    if name in ("pomona", RAW):
         command = [sys.executable, "-m", "pomona", "serve", "--quiet"]
         command += ["--model", folder, "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
@@ -307,9 +310,9 @@ def compare(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
         for name in names:
             with served(name, args.model) as (port, process):
                 load = {"connections": args.connections, "seconds": 3.0}
-                generate(port, args.source, name != "pomona", load)  # warm
+                generate(port, args.source, name != RAW, load)  # warm
                 load["seconds"] = args.seconds
-                got = generate(port, args.source, name != "pomona", load)
+                got = generate(port, args.source, name != RAW, load)
                 found.setdefault(name, []).append(got["answers_per_second"])
                 latest[name] = {**got, "memory_mb": memory(process)}
     rates = {name: statistics.median(values) for name, values in found.items()}
@@ -321,10 +324,10 @@ def under_load(args: argparse.Namespace, names: list[str], capacity: float) -> d
     found: dict[str, Any] = {}
     for name in names:
         with served(name, args.model) as (port, process):
-            generate(port, args.source, name != "pomona", {"connections": 4, "seconds": 3.0})
+            generate(port, args.source, name != RAW, {"connections": 4, "seconds": 3.0})
             for share in (0.5, 0.8, 2.0):
                 load = {"rate": share * capacity, "seconds": args.seconds}
-                got = generate(port, args.source, name != "pomona", load)
+                got = generate(port, args.source, name != RAW, load)
                 found.setdefault(name, {})[f"{share:.0%}"] = {**got, "memory_mb": memory(process)}
     return found
 
@@ -333,10 +336,10 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
     """Return Pomona's memory before, and after so many requests."""
     with served("pomona", args.model) as (port, process):
         load: dict[str, Any] = {"connections": args.connections, "seconds": 3600.0, "count": 500}
-        generate(port, args.source, False, load)
+        generate(port, args.source, True, load)
         before = memory(process)
         load["count"] = args.requests
-        got = generate(port, args.source, False, load)
+        got = generate(port, args.source, True, load)
         with urllib.request.urlopen(f"http://{HOST}:{port}/readyz") as reply:
             ready = reply.status == 200
         return {**got, "before_mb": before, "after_mb": memory(process), "ready": ready}
@@ -371,7 +374,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure everything, and print it."""
-    names = ["pomona", "naive"]
+    names = [RAW, "pomona", "naive"]
     with contextlib.suppress(ImportError):
         import litserve
 
@@ -384,7 +387,7 @@ def run(args: argparse.Namespace) -> None:
         (name, f"{r:.1f}", f"{r / best:.2f}", f"{r / decoding:.2f}") for name, r in rates.items()
     ]
     print(common.table(("", "photos/s", "of bare, pixels", "of bare, decoding"), rows))
-    loads = under_load(args, names, rates["pomona"])
+    loads = under_load(args, names[1:], rates["pomona"])
     head = (
         "at a share of Pomona's rate",
         "p50 ms",

@@ -128,7 +128,7 @@ def document(app: FastAPI, *, keys: bool) -> dict[str, Any]:
 OTHERS = {
     400: {"malformed": "The form can't be read.", "no_photo": "The form holds no file."},
     401: {"unauthorized": "Send a key: Authorization: Bearer KEY."},
-    408: {"timeout": "The photo took too long to arrive: send a smaller one."},
+    408: {"timeout": "The photo took too long to arrive: send it again, or a smaller one."},
     413: {"too_many_photos": "A request holds 16 photos at most."},
     415: {
         "unsupported_media_type": "Send a photo as the body with its type, or a form.",
