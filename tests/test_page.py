@@ -1010,7 +1010,7 @@ def test_by_keyboard(served: Served, visit: Any) -> None:
         page.keyboard.press("Tab")
         outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert outline == "solid"  # one sees where one is
-        return visitor.focused()
+        return str(visitor.focused())
 
     page.evaluate("document.activeElement.blur()")
     way = [step() for _ in range(6)]
