@@ -7,10 +7,11 @@ the seed and its number alone. Runs on the driver, or on workers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 
 WHITE = 225
 """A background pixel's darkest channel is at least this, of 255: Fruits-360 is cut out onto white,
@@ -41,6 +42,10 @@ OCTAVES = {1: 0.25, 2: 0.25, 5: 0.2, 16: 0.1, 64: 0.06}
 """Cells along a side of the noise that backgrounds are made of, and its amplitude at most."""
 
 
+Between = Callable[..., torch.Tensor]
+"""Draws evenly between two numbers, [n, …]."""
+
+
 class Draws(NamedTuple):
     """What is random about n photos: float32, first dimension n."""
 
@@ -52,27 +57,17 @@ class Draws(NamedTuple):
     replace: torch.Tensor  # [n]: 1 where the background is replaced, else 0
     grain: torch.Tensor  # [n, 1, side, side]: standard normal, for the noise
 
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Draws:
+        """Return them with every tensor changed."""
+        octaves = tuple(change(value) for value in self.octaves)
+        others = {
+            name: change(value) for name, value in self._asdict().items() if name != "octaves"
+        }
+        return Draws(octaves=octaves, **others)
+
     def part(self, rank: int, size: int) -> Draws:
         """Return those of every ``size``-th photo from ``rank`` on."""
-        return Draws(
-            *(
-                tuple(value[rank::size] for value in field)
-                if isinstance(field, tuple)
-                else field[rank::size]
-                for field in self
-            )
-        )
-
-    def to(self, device: str) -> Draws:
-        """Return them on a device."""
-        return Draws(
-            *(
-                tuple(value.to(device) for value in field)
-                if isinstance(field, tuple)
-                else field.to(device)
-                for field in self
-            )
-        )
+        return self.each(lambda value: value[rank::size])
 
 
 # --- once for each photo -----------------------------------------------------------------------
@@ -97,11 +92,11 @@ def cut_out(photos: torch.Tensor) -> torch.Tensor:
     while True:
         further = reached
         for _ in range(8):  # a look whether anything changed costs as much as a step
-            further = F.max_pool2d(further, 3, 1, 1) * white
+            further = functional.max_pool2d(further, 3, 1, 1) * white
         if torch.equal(further, reached):
             break
         reached = further
-    return (255 * (1 - F.max_pool2d(reached, 3, 1, 1)[:, 0])).to(torch.uint8)
+    return (255 * (1 - functional.max_pool2d(reached, 3, 1, 1)[:, 0])).to(torch.uint8)
 
 
 # --- once for each step ------------------------------------------------------------------------
@@ -136,8 +131,7 @@ def _noise(n: int, cells: int, generator: torch.Generator) -> torch.Tensor:
     return grey + 0.5 * torch.randn(n, 3, cells, cells, generator=generator)
 
 
-def _matrices(between: object) -> torch.Tensor:
-    assert callable(between)
+def _matrices(between: Between) -> torch.Tensor:
     angle = between(-torch.pi, torch.pi)
     flip = between(-1, 1).sign()
     zoom = torch.exp(between(*(float(torch.log(torch.tensor(end))) for end in SCALE)))
@@ -145,7 +139,14 @@ def _matrices(between: object) -> torch.Tensor:
     shift = between(-2 * SHIFT, 2 * SHIFT, 2)  # the side is 2 in these coordinates
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     rows = torch.stack(
-        [flip * cos * ratio, -sin / ratio, shift[:, 0], flip * sin * ratio, cos / ratio, shift[:, 1]]
+        [
+            flip * cos * ratio,
+            -sin / ratio,
+            shift[:, 0],
+            flip * sin * ratio,
+            cos / ratio,
+            shift[:, 1],
+        ]
     )
     return rows.T.reshape(-1, 2, 3)
 
@@ -153,9 +154,8 @@ def _matrices(between: object) -> torch.Tensor:
 _LUMA = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
-def _colours(between: object) -> torch.Tensor:
+def _colours(between: Between) -> torch.Tensor:
     """Brightness, contrast, saturation and hue are one matrix: all are affine in the channels."""
-    assert callable(between)
     n3 = (-1, 1, 1)
     brightness = between(1 - BRIGHTNESS, 1 + BRIGHTNESS).reshape(n3)
     contrast = between(1 - CONTRAST, 1 + CONTRAST).reshape(n3)
@@ -185,7 +185,7 @@ def apply(photos: torch.Tensor, draws: Draws) -> torch.Tensor:
     planes = photos.permute(0, 3, 1, 2).float() / 255
     planes[:, :3] -= 1  # so that beyond the edge, where zeros are taken, it is white
     grid = _grid(draws.matrix, height, width)
-    moved = F.grid_sample(planes, grid, align_corners=False)
+    moved = functional.grid_sample(planes, grid, align_corners=False)
     moved[:, :3] += 1
     rgb, mask = moved[:, :3], moved[:, 3:]
     mix, shift = draws.colour[:, :, :3], draws.colour[:, :, 3:]
@@ -198,14 +198,14 @@ def apply(photos: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 def _background(draws: Draws, height: int, width: int) -> torch.Tensor:
     layers = [
-        F.interpolate(part, (height, width), mode="bilinear", align_corners=False)
+        functional.interpolate(part, (height, width), mode="bilinear", align_corners=False)
         for part in draws.octaves
     ]
     return (0.5 + torch.stack(layers).sum(dim=0)).clamp(0, 1)
 
 
 def _grid(matrix: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Do what `F.affine_grid` does, whose matrix product takes longer than the network's step."""
+    """Do what torch's affine_grid does, whose matrix product takes longer than a whole step."""
     x, y = (
         (torch.arange(side, device=matrix.device) * 2 + 1) / side - 1 for side in (width, height)
     )
@@ -215,7 +215,7 @@ def _grid(matrix: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def _binomial(planes: torch.Tensor) -> torch.Tensor:
     """Return the planes under a filter of 1 4 6 4 1, both ways."""
-    padded = F.pad(planes, (2, 2, 2, 2), mode="replicate")
+    padded = functional.pad(planes, (2, 2, 2, 2), mode="replicate")
     for dim in (2, 3):
         length = planes.shape[dim]
         a, b, c, d, e = (padded.narrow(dim, start, length) for start in range(5))

@@ -59,6 +59,16 @@ class Out:
         return self.root / "model"
 
     @property
+    def tuned(self) -> Path:
+        """Weights that `pomona finetune` made."""
+        return self.root / "weights.safetensors"
+
+    @property
+    def tuned_about(self) -> Path:
+        """What made them, and how good they are."""
+        return self.root / "weights.json"
+
+    @property
     def report(self) -> Path:
         """Metrics, pictures and the page that shows them."""
         return self.root / "report"

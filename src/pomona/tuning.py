@@ -1,257 +1,39 @@
-"""Training the backbone: recipe, step, schedule, averaged weights, checkpoints. Needs torch.
+"""One training: step, averaged weights, looks at what is held out, checkpoints. Needs torch.
 
-All that is random about a step depends on the seed and the step's number alone: a run that goes on
-from a checkpoint does what it would have done. Several processes draw the same batch, and each does
-its part of it (`World`). Runs on the driver, or on workers.
+A run that goes on from a checkpoint does what it would have done. Runs on the driver, or on
+workers.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from safetensors.numpy import load_file
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
-from pomona import augment, manifest, mobilenet
-from pomona.mobilenet_torch import MobileNetV2
-from pomona.schema import FEATURES
+from pomona import manifest, mobilenet
+from pomona.learner import (
+    Batches,
+    Data,
+    Network,
+    Teacher,
+    World,
+    build,
+    features_of,
+    logits_of,
+)
+from pomona.recipe import Codes, Plan, Recipe, factor, figures, order
 
 Tensors = dict[str, torch.Tensor]
-Codes = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How weights are trained.
-
-    Attributes
-    ----------
-    norm
-        Whether batch norms take each batch's own statistics, as training from a random start needs.
-        Otherwise they are folded into the convolutions before training: weights that come folded
-        and weights that don't are then the same, a batch of one variety does no harm, and a step
-        takes a third less time on a CPU.
-    rate, head_rate
-        AdamW's learning rates at the top of the schedule.
-    decay
-        AdamW's weight decay.
-    smoothing
-        Share of the label that is spread over all labels.
-    average
-        The weights that are judged and kept are a mean of those of about so long a share of the
-        run, the latest weighing most.
-    variety
-        Weight of the second question, which variety it is; 0 leaves it out.
-    distill
-        Weight of the distance to the teacher's features; 0 leaves it out.
-    mixed
-        Convolve in bfloat16.
-    """
-
-    image_size: int = 224
-    batch_size: int = 64
-    norm: bool = False
-    rate: float = 2e-4
-    head_rate: float = 2e-3
-    decay: float = 1e-2
-    warmup: float = 0.03
-    smoothing: float = 0.1
-    average: float = 0.05
-    variety: float = 0.5
-    distill: float = 0.0
-    mixed: bool = False
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Data:
-    """Photos in memory (or mapped into it) and what is known about them.
-
-    Attributes
-    ----------
-    photos
-        uint8 [n, side, side, 4]: RGB and the mask of `augment.cut_out`.
-    labels, groups
-        Codes [n]; without groups each label is one.
-    train, held_out
-        Rows.
-    """
-
-    photos: npt.NDArray[np.uint8]
-    labels: Codes
-    groups: Codes
-    train: Codes
-    held_out: Codes
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many labels and groups there are."""
-        return {"label": int(self.labels.max()) + 1, "group": int(self.groups.max()) + 1}
-
-
-# --- several processes -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes that train together; this one is ``rank`` of ``size``."""
-
-    rank: int = 0
-    size: int = 1
-
-    def add(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replace each tensor by the sum over the processes, in one message."""
-        if self.size == 1 or not tensors:
-            return
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        torch.distributed.all_reduce(flat)
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-    def agree(self, value: float) -> float:
-        """Return the first process's value."""
-        if self.size == 1:
-            return value
-        told = torch.tensor([value], dtype=torch.float64)
-        torch.distributed.broadcast(told, 0)
-        return float(told[0])
-
-
-# --- the schedule ------------------------------------------------------------------------------
-
-
-@dataclass
-class Plan:
-    """How far a run is, in 0…1, whether its length is a number of steps or of seconds.
-
-    With ``seconds`` the rest of the way is cut into as many steps as the time left allows at the
-    speed of the last steps; so a machine that slows down still ends in time, at the end of the
-    schedule. A step that takes much longer than the last ones (the machine slept, or the process
-    was paused) doesn't count in full.
-    """
-
-    steps: int | None = None
-    seconds: float | None = None
-    share: float = 0.0
-    spent: float = 0.0  # seconds
-    typical: float = 0.0  # seconds for a step
-
-    def advance(self, took: float) -> None:
-        """Note that a step took so many seconds."""
-        usual = self.typical or took
-        took = min(took, 5 * usual)
-        self.typical = 0.9 * usual + 0.1 * took
-        self.spent += took
-        ways = []
-        if self.steps is not None:
-            ways.append(1 / self.steps)
-        if self.seconds is not None:
-            left = max(0.0, self.seconds - self.spent)
-            ways.append((1 - self.share) / max(1.0, left / self.typical))
-        self.share = min(1.0, self.share + max(ways))
-        if 1 - self.share < 1e-9:
-            self.share = 1.0
-
-    def left(self) -> float:
-        """Return about how many seconds are left."""
-        return self.spent * (1 - self.share) / self.share if self.share else 0.0
-
-
-def factor(share: float, warmup: float) -> float:
-    """Return what learning rates are multiplied by: up in a line, down in half a cosine.
-
-    >>> factor(0.0, 0.1), factor(0.1, 0.1), round(factor(1.0, 0.1), 3)
-    (0.01, 1.0, 0.0)
-    """
-    if share < warmup:
-        return 0.01 + 0.99 * share / warmup
-    return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
-
-
-# --- the network and its heads -----------------------------------------------------------------
-
-
-class Network(nn.Module):
-    """Pixels in 0…1 to features, and features to the logits of each question."""
-
-    def __init__(self, counts: Mapping[str, int], *, norm: bool) -> None:
-        super().__init__()
-        self.backbone = MobileNetV2(norm=norm)
-        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, n) for name, n in counts.items()})
-        for head in self.heads.values():
-            assert isinstance(head, nn.Linear)
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-        self.mean: torch.Tensor
-        self.std: torch.Tensor
-        for name, value in (("mean", mobilenet.MEAN), ("std", mobilenet.STD)):
-            buffer = torch.tensor(value).reshape(3, 1, 1)
-            self.register_buffer(name, buffer, persistent=False)
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return features [n, 1280] of pixels [n, 3, h, w]."""
-        x = (pixels - self.mean) / self.std
-        maps: torch.Tensor = self.backbone.features(x.contiguous(memory_format=torch.channels_last))
-        return maps.float().mean(dim=(2, 3))
-
-
-def build(state: mobilenet.State, counts: Mapping[str, int], *, norm: bool) -> Network:
-    """Return a network that gives the features that these weights give."""
-    network = Network(counts, norm=norm)
-    tensors = state if norm else mobilenet.folded(state)
-    network.backbone.load_state_dict(
-        {key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}, strict=False
-    )
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-
-def weights_of(tensors: Mapping[str, torch.Tensor], *, norm: bool) -> dict[str, Any]:
-    """Return a network's backbone as weights of all `mobilenet.shapes`, float32."""
-    start = "backbone."
-    found = {
-        key[len(start) :]: value.detach().cpu().contiguous().numpy()
-        for key, value in tensors.items()
-        if key.startswith(start)
-    }
-    return mobilenet.check(found if norm else mobilenet.unfolded(found), "the result")
-
-
-# --- batches -----------------------------------------------------------------------------------
-
-
-class Batches:
-    """The photos of each step: every variety as often as every other."""
-
-    def __init__(self, recipe: Recipe, data: Data, device: str) -> None:
-        self.recipe, self.data, self.device = recipe, data, device
-        keys = data.labels[data.train] * data.counts["group"] + data.groups[data.train]
-        self.kinds = [data.train[keys == key] for key in np.unique(keys)]
-
-    def batch(self, step: int, world: World) -> tuple[Codes, torch.Tensor]:
-        """Return this process's rows of a step, and their pixels as drawn, on the device."""
-        size, side = self.recipe.batch_size, self.data.photos.shape[1]
-        seeds = np.random.SeedSequence([self.recipe.seed, step + 1_000_000])
-        rng = np.random.default_rng(seeds)
-        generator = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
-        kinds = np.concatenate(
-            [rng.permutation(len(self.kinds)) for _ in range(-(-size // len(self.kinds)))]
-        )[:size]
-        rows = np.array([rng.choice(self.kinds[kind]) for kind in kinds])[world.rank :: world.size]
-        draws = augment.draw(size, side, generator).part(world.rank, world.size).to(self.device)
-        photos = torch.from_numpy(self.data.photos[rows]).to(self.device)
-        return rows, augment.apply(photos, draws)
-
-
-# --- one run -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -259,7 +41,9 @@ class Progress:
     """What a run has come to; it goes into the checkpoint as JSON."""
 
     step: int = 0
+    ended: str = ""  # why: planned, or early
     best: dict[str, Any] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)  # what trained weights were worth
     history: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
@@ -322,11 +106,11 @@ class Run:
         """Return the mean loss over these photos."""
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.recipe.mixed):
             features = self.network(pixels)
-        total = features.new_zeros(())
+        total: torch.Tensor = features.new_zeros(())
         for name, head in self.network.heads.items():
             code = torch.from_numpy(self.codes[name][rows]).to(self.device)
             smoothing = self.recipe.smoothing
-            found = F.cross_entropy(head(features), code, label_smoothing=smoothing)
+            found = functional.cross_entropy(head(features), code, label_smoothing=smoothing)
             total = total + self.weights[name] * found
         if self.teacher is not None:
             total = total + self.recipe.distill * self.teacher.distance(features, pixels)
@@ -356,6 +140,7 @@ class Run:
 
     def look(self, rows: Codes) -> bool:
         """Judge, and keep the averaged weights if they are the best so far."""
+        began = time.monotonic()
         self._sync()
         found = self.judge(rows) if self.world.rank == 0 else {}
         about = {
@@ -366,11 +151,12 @@ class Run:
             **found,
         }
         self.progress.history.append(about)
-        better = _order(about) > _order(self.progress.best) if found else False
+        better = not len(rows) or order(about) > order(self.progress.best)
         better = bool(self.world.agree(better))
         if better:
             self.progress.best = about
             self.best = {key: value.clone() for key, value in self.average.items()}
+        self.plan.spent += time.monotonic() - began
         return better
 
     def _sync(self) -> None:
@@ -378,7 +164,7 @@ class Run:
         stats = [v for k, v in self.network.state_dict().items() if "running_" in k]
         self.world.add(stats)
         for value in stats:
-            value /= self.world.size
+            value.div_(self.world.size)
 
     def since_best(self) -> int:
         """Return how many looks ago the best one was."""
@@ -387,22 +173,20 @@ class Run:
 
     # --- checkpoints ---
 
-    def save(self, path: Path, about: Mapping[str, Any]) -> None:
+    def save(self, path: Path) -> None:
         """Write all that the rest of the run depends on: one safetensors file with JSON in it."""
         from safetensors.torch import save_file
 
         tensors: Tensors = {}
         parts = {"network": self.network.state_dict(), "average": self.average, "best": self.best}
         for part, state in parts.items():
-            tensors.update({f"{part}/{k}": v.detach().clone().contiguous() for k, v in state.items()})
+            tensors.update(
+                {f"{part}/{k}": v.detach().clone().contiguous() for k, v in state.items()}
+            )
         for name, parameter in self.network.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = value.detach().clone().contiguous()
-        held = {
-            "plan": self.plan.__dict__,
-            "progress": self.progress.__dict__,
-            "about": dict(about),
-        }
+        held = {"plan": self.plan.__dict__, "progress": self.progress.__dict__}
         with manifest.aside(path) as part_file:
             save_file(tensors, part_file, {"pomona": json.dumps(held)})
 
@@ -419,29 +203,15 @@ class Run:
         self.network.load_state_dict(found["network"])
         self.average, self.best = found["average"], found["best"]
         self.progress = Progress(**held["progress"])
-        ends = {"steps": self.plan.steps, "seconds": self.plan.seconds}
-        self.plan = replace(Plan(**held["plan"]), **ends)
+        self.plan = replace(Plan(**held["plan"]), steps=self.plan.steps, seconds=self.plan.seconds)
         for name, parameter in self.network.named_parameters():
             keys = ("step", "exp_avg", "exp_avg_sq")
-            state = {k: found["optimizer"].get(f"{k}/{name}") for k in keys}
-            if state["step"] is not None:
-                state["step"] = state["step"].cpu()
-                self.optimizer.state[parameter] = state
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """Return the JSON in a checkpoint; empty where there is none, or none that is whole."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(json.loads(file.metadata()["pomona"]))
-    except (OSError, SafetensorError):
-        return {}
-
-
-def _order(about: Mapping[str, Any]) -> tuple[float, float]:
-    return (about.get("accuracy", -1.0), -about.get("loss", math.inf))
+            kept = [found["optimizer"].get(f"{key}/{name}") for key in keys]
+            if all(value is not None for value in kept):
+                step, *means = (value for value in kept if value is not None)
+                # As the parameter lies in memory, or AdamW goes another, slower way.
+                laid = [torch.empty_like(parameter).copy_(value) for value in means]
+                self.optimizer.state[parameter] = dict(zip(keys, [step.cpu(), *laid], strict=True))
 
 
 def _optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:
@@ -460,49 +230,6 @@ def _optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:
             for (head, wide), parameters in groups.items()
         ]
     )
-
-
-# --- judging -----------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def features_of(
-    network: Network, photos: npt.NDArray[np.uint8], rows: Codes, device: str
-) -> torch.Tensor:
-    """Return features [n, 1280] of photos as they are."""
-    network.eval()
-    found = []
-    for start in range(0, len(rows), 64):
-        some = torch.from_numpy(photos[rows[start : start + 64], :, :, :3]).to(device)
-        found.append(network(some.permute(0, 3, 1, 2).float() / 255))
-    return torch.cat(found) if found else torch.zeros(0, FEATURES)
-
-
-def logits_of(
-    network: Network, photos: npt.NDArray[np.uint8], rows: Codes, device: str
-) -> npt.NDArray[np.float32]:
-    """Return the logits of the labels, [n, labels]."""
-    features = features_of(network, photos, rows, device)
-    with torch.inference_mode():
-        logits: npt.NDArray[np.float32] = network.heads["label"](features).cpu().numpy()
-    return logits
-
-
-def figures(
-    logits: npt.NDArray[np.float32], labels: Codes, groups: Codes
-) -> dict[str, float]:
-    """Return accuracy over photos, and accuracy and loss as means over groups."""
-    if not len(labels):
-        return {}
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
-    right = logits.argmax(axis=1) == labels
-    weight = 1 / np.bincount(groups)[groups]
-    return {
-        "accuracy": round(float(right.mean()), 5),
-        "accuracy_by_group": round(float(np.average(right, weights=weight)), 5),
-        "loss": round(float(np.average(losses, weights=weight)), 5),
-    }
 
 
 def probe(run: Run, most: int = 4000) -> None:
@@ -528,47 +255,150 @@ def probe(run: Run, most: int = 4000) -> None:
     run.average = {k: v.detach().clone() for k, v in run.network.state_dict().items()}
 
 
-def _logistic(
-    z: torch.Tensor, code: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _logistic(z: torch.Tensor, code: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     weight = torch.zeros(count, z.shape[1], device=z.device, requires_grad=True)
     bias = torch.zeros(count, device=z.device, requires_grad=True)
     solver = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         solver.zero_grad()
-        loss = F.cross_entropy(z @ weight.T + bias, code) + 0.005 * weight.square().sum()
+        loss = functional.cross_entropy(z @ weight.T + bias, code) + 0.005 * weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    solver.step(closure)  # type: ignore[arg-type]
+    solver.step(closure)  # type: ignore[no-untyped-call]
     return weight.detach(), bias.detach()
 
 
-# --- the teacher -------------------------------------------------------------------------------
+# --- from a folder -----------------------------------------------------------------------------
+
+CHECKPOINT = "checkpoint.safetensors"
+SAVE_EVERY = 60.0
+"""Seconds between checkpoints: what a kill costs at most."""
+
+LOOKS = 20
+"""At what is held out, over the whole plan."""
+
+PATIENCE = 8
+"""Looks without a better one after which a run ends early."""
+
+OnStep = Callable[[Run], None]
 
 
-class Teacher:
-    """A network whose features are the aim. None of its tensors is part of the one that learns."""
+def train(
+    folder: Path, device: str, world: World | None = None, on_step: OnStep | None = None
+) -> None:
+    """Train as a folder's ``job.json`` says, on its photos, and leave all in its checkpoint.
 
-    BATCHES = 8
+    Goes on from the checkpoint that is there.
 
-    def __init__(self, state: mobilenet.State, batches: Batches) -> None:
-        self.network = build(state, {}, norm=False).to(batches.device).eval()
-        self.mixed = batches.recipe.mixed
-        seen = [self.features(batches.batch(-1 - n, World())[1]) for n in range(self.BATCHES)]
-        self.mean = torch.cat(seen).mean(dim=0)
-        self.std = torch.cat(seen).std(dim=0) + 0.05
+    Parameters
+    ----------
+    folder
+        As `pomona.finetuning` fills it. Each process maps the photos; the first one writes.
+    device
+        ``cpu``, ``cuda`` or ``cuda:1``.
+    """
+    world = world or World()
+    run = _open(folder, device, world)
+    saved = time.monotonic()
+    held_out = run.data.held_out
+    while not run.progress.ended:
+        before = int(run.plan.share * LOOKS)
+        run.step()
+        looked = int(run.plan.share * LOOKS) > before
+        if looked:
+            run.look(held_out)
+            run.progress.ended = _end(run)
+        late = bool(world.agree(time.monotonic() - saved > SAVE_EVERY))
+        if world.rank == 0 and (looked or late):
+            run.save(folder / CHECKPOINT)
+        if late:
+            saved = time.monotonic()
+        if on_step:
+            on_step(run)
 
-    def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return its features of these pixels."""
-        with torch.no_grad(), torch.autocast(
-            pixels.device.type, torch.bfloat16, enabled=self.mixed
-        ):
-            found: torch.Tensor = self.network(pixels)
-        return found
 
-    def distance(self, features: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """Return how far features are from its own, in its own standard deviations."""
-        aim = (self.features(pixels) - self.mean) / self.std
-        return F.smooth_l1_loss((features - self.mean) / self.std, aim)
+def _end(run: Run) -> str:
+    if run.plan.share >= 1:
+        return "planned"
+    return "early" if run.since_best() >= PATIENCE else ""
+
+
+def _open(folder: Path, device: str, world: World) -> Run:
+    job = manifest.read_json(folder / "job.json")
+    recipe, ends = Recipe(**job["recipe"]), Plan(job["steps"], job["seconds"])
+    start = load_file(folder / "start.safetensors")
+    place = folder / "teacher.safetensors"
+    teacher = load_file(place) if place.exists() else None
+    data = read_data(folder)
+    run = Run(recipe, data, start, ends, teacher=teacher, device=device, world=world)
+    if (folder / CHECKPOINT).exists():
+        run.restore(folder / CHECKPOINT)
+    elif job["trained"]:
+        probe(run)
+        run.look(data.held_out)
+        run.progress.before = run.progress.best
+        if world.rank == 0:
+            run.save(folder / CHECKPOINT)
+    return run
+
+
+def read_data(folder: Path) -> Data:
+    """Return the photos of a folder, mapped into memory, and what is known about them."""
+    photos = np.load(folder / "photos.npy", mmap_mode="r")
+    rows = load_file(folder / "rows.safetensors")
+    return Data(photos, **rows)
+
+
+def train_together(folder: str) -> None:
+    """Train as one of several processes that torch's launcher has started. Runs on workers."""
+    folder_path = Path(folder)
+    cuda = torch.cuda.is_available()
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    try:
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+        told = folder_path / "progress.json"
+
+        def on_step(run: Run) -> None:
+            if rank == 0:
+                manifest.write_json(told, progress_of(run))
+
+        train(folder_path, device, World(rank, size), on_step)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def progress_of(run: Run) -> dict[str, float]:
+    """Return how far a run is: photos seen, about how many there will be."""
+    seen = run.progress.step * run.recipe.batch_size
+    return {"done": seen, "total": round(seen / max(run.plan.share, 1e-9))}
+
+
+def is_over(folder: Path) -> bool:
+    """Whether a folder's run has come to its end."""
+    from safetensors import safe_open
+
+    if not (folder / CHECKPOINT).exists():
+        return False
+    with safe_open(folder / CHECKPOINT, "np") as file:
+        return bool(json.loads(file.metadata()["pomona"])["progress"]["ended"])
+
+
+def judge_test(folder: Path, network: Network, device: str) -> dict[str, float]:
+    """Return how a network does on Test; empty where there is none."""
+    data = read_data(folder)
+    logits = logits_of(network, data.photos, data.test, device)
+    return figures(logits, data.labels[data.test], data.groups[data.test])
+
+
+def result(folder: Path, device: str) -> tuple[Network, Progress]:
+    """Return the best network so far, from the checkpoint, and what the run has come to."""
+    job = manifest.read_json(folder / "job.json")
+    recipe, data = Recipe(**job["recipe"]), read_data(folder)
+    start = load_file(folder / "start.safetensors")
+    run = Run(recipe, data, start, Plan(), device=device)
+    run.restore(folder / CHECKPOINT)
+    run.network.load_state_dict(run.best)
+    return run.network, run.progress
