@@ -561,11 +561,13 @@ def run_torch(
     function: Callable[[str], None],
     argument: str,
     poll: Poll,
+    log_file: Path | None = None,
 ) -> None:
     """Run a function in processes that train together, started by Spark's TorchDistributor.
 
     With a local master they are children of the driver; on a cluster, tasks of one barrier stage,
-    which see the folder that the argument names on storage that driver and executors share.
+    which see the folder that the argument names on storage that driver and executors share. What
+    they print goes to the log file.
 
     Raises
     ------
@@ -576,7 +578,11 @@ def run_torch(
 
     here = spark.sparkContext.master.startswith("local")
     distributor = TorchDistributor(processes, local_mode=here, use_gpu=on_gpu)
-    _wait([lambda: distributor.run(function, argument)], spark, 1, poll)
+    with (
+        (log_file or Path(os.devnull)).open("a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+    ):
+        _wait([lambda: distributor.run(function, argument)], spark, 1, poll)
 
 
 def partition() -> int:

@@ -344,7 +344,8 @@ class Job:
             tuning.train(self.folder, self.device, on_step=on_step)
             return
         told = self.folder / "progress.json"
-        with engine.session(self.cluster) as spark:
+        cluster = replace(self.cluster, log_file=self.out.log)
+        with engine.session(cluster) as spark:
             engine.run_torch(
                 spark,
                 self.options.processes,
@@ -352,6 +353,7 @@ class Job:
                 tuning.train_together,
                 str(self.folder),
                 poll=lambda: self._tell(manifest.read_json(told)),
+                log_file=self.out.log,
             )
         if not tuning.is_over(self.folder):
             raise JobError(

@@ -300,6 +300,8 @@ def train(
         ``cpu``, ``cuda`` or ``cuda:1``.
     """
     world = world or World()
+    if world.size == 1:
+        torch.set_num_threads(_cores())  # what ran before may have left another number
     run = _open(folder, device, world)
     saved = time.monotonic()
     held_out = run.data.held_out
@@ -317,6 +319,15 @@ def train(
             saved = time.monotonic()
         if on_step:
             on_step(run)
+
+
+def _cores() -> int:
+    """Return how many threads to take: sums, and so results, depend on it."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal():
+        return max(1, int(asked))
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _end(run: Run) -> str:
