@@ -179,6 +179,12 @@ def test_stops_early_when_held_out_groups_say_so(
     assert record["held_out"]["step"] == 1 and record["history"][-1]["step"] == 3
 
 
+def test_nothing_held_out_keeps_the_last(shapes: Path, tmp_path: Path) -> None:
+    record = finetune(shapes, tmp_path, replace(OPTIONS, hold_out=0.0, epochs=1))
+    assert record["held_out"]["photos"] == 0 and "accuracy" not in record["held_out"]
+    assert record["held_out"]["share"] == 1 and record["ended"] == "planned"
+
+
 def test_minutes_end_in_time(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "PATIENCE", 99)
     options = replace(OPTIONS, epochs=None, minutes=3 / 60)
@@ -198,6 +204,7 @@ def test_minutes_end_in_time(shapes: Path, tmp_path: Path, monkeypatch: pytest.M
         ({"minutes": -1.0}, "--minutes is above 0"),
         ({"image_size": 8}, "--image-size is 32 to 512"),
         ({"batch_size": 1}, "--batch-size is at least 2"),
+        ({"hold_out": 0.9}, "--hold-out is a share from 0 to 0.5"),
         ({"precision": "half"}, "--precision is auto, float32, mixed"),
         ({"processes": 5}, "--processes is 1 to half of --batch-size"),
         ({"label": "middle"}, "--label is parent or top"),

@@ -39,7 +39,8 @@ LocalOut = Annotated[str, typer.Option("--out", help="The folder that takes the 
 Weights = Annotated[
     str | None,
     typer.Option(
-        help="imagenet, random:SEED (untrained), or a .safetensors, .pth or .onnx file. "
+        help="imagenet, fruits (in the package), random:SEED (untrained), or a .safetensors, "
+        ".pth or .onnx file. "
         "[default: POMONA_WEIGHTS, or imagenet]",
         show_default=False,
     ),
@@ -321,7 +322,8 @@ def finetune(
         str | None,
         typer.Option(
             "--from",
-            help="Weights to start from: imagenet, random:SEED, or a .safetensors or .pth file. "
+            help="Weights to start from: imagenet, fruits, random:SEED, or a .safetensors or .pth "
+            "file. "
             "[default: POMONA_WEIGHTS, or imagenet]",
             show_default=False,
         ),
@@ -345,6 +347,13 @@ def finetune(
         typer.Option(help="Weights whose features are to be matched, too: named as for --from."),
     ] = None,
     seed: Annotated[int, typer.Option(help="On one device, it decides the result.")] = 0,
+    hold_out: Annotated[
+        float,
+        typer.Option(
+            help="Share of each label's groups (of its photos, where it has one group) that "
+            "training doesn't see: they choose the best weights. 0: the last ones are kept."
+        ),
+    ] = 0.2,
     processes: Annotated[
         int, typer.Option(help="How many train together, by Spark's TorchDistributor.")
     ] = 1,

@@ -29,9 +29,6 @@ from pomona.weights import load as load_weights
 EPOCHS = 20.0
 """Where neither epochs nor minutes are given."""
 
-HOLD_OUT = 0.2
-"""Share of each label's groups that the run is judged by while it trains."""
-
 HELD_OUT_PHOTOS = 1000
 """Of them that are looked at, evenly by group: looks must not cost more than steps."""
 
@@ -57,6 +54,7 @@ class FinetuneOptions:
     teacher: str | None = None
     test_fraction: float | None = None
     seed: int = 0
+    hold_out: float = 0.2
     processes: int = 1
     judge_test: bool = True
     fold: int = 0
@@ -78,6 +76,8 @@ def check(options: FinetuneOptions) -> None:
             raise RequestError(f"{name} is above 0, not {value:g}")
     if options.batch_size < 2:
         raise RequestError(f"--batch-size is at least 2, not {options.batch_size}")
+    if not 0 <= options.hold_out <= 0.5:
+        raise RequestError(f"--hold-out is a share from 0 to 0.5, not {options.hold_out:g}")
     if options.precision not in MODES:
         raise RequestError(f"--precision is {', '.join(MODES)}, not {options.precision}")
     if not 1 <= options.processes <= options.batch_size // 2:
@@ -435,7 +435,9 @@ def _arrange(photos: pa.Table, options: FinetuneOptions) -> tuple[dict[str, Any]
     label = np.where(labels[places] == names, places, -1)
     rows = np.flatnonzero(training)
     _, group = np.unique(folders, return_inverse=True)
-    out = rows[rules.hold_out(label[rows], group[rows], HOLD_OUT, options.seed, options.fold)]
+    out = rows[
+        rules.hold_out(label[rows], group[rows], options.hold_out, options.seed, options.fold)
+    ]
     train = np.setdiff1d(rows, out)
     test = np.flatnonzero(~training & (label >= 0))
     kinds = list(dict.fromkeys(np.concatenate([np.sort(folders[r]) for r in (train, out, test)])))

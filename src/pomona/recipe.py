@@ -117,8 +117,10 @@ def hold_out(labels: Codes, groups: Codes, share: float, seed: int, fold: int = 
     """Return the rows to hold out: whole groups where a label has two, else single photos.
 
     Of each label's groups, drawn in an order of their own, every ``1 / share``-th from ``fold`` on
-    is held out, but never all of them; of its photos, where it has one group.
+    is held out, but never all of them; of its photos, where it has one group. With 0 none are.
     """
+    if not share:
+        return np.zeros(0, np.int64)
     every = max(2, round(1 / share))
     rng = np.random.default_rng(seed)
     found: list[Codes] = []
