@@ -228,8 +228,8 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """The run under way: hidden, so that it is neither pushed nor taken for a result."""
-        return self.out.root / ".finetune"
+        """The run under way."""
+        return self.out.tuning
 
     def run(self, photos: pa.Table, made_from: dict[str, Any]) -> dict[str, Any]:
         """Do what isn't done yet. Returns the record."""

@@ -69,6 +69,11 @@ class Out:
         return self.root / "weights.json"
 
     @property
+    def tuning(self) -> Path:
+        """A finetune that isn't finished: hidden, so that it is neither pushed nor a result."""
+        return self.root / ".finetune"
+
+    @property
     def report(self) -> Path:
         """Metrics, pictures and the page that shows them."""
         return self.root / "report"

@@ -81,8 +81,8 @@ def load(name: str | None = None, on_bytes: OnBytes | None = None) -> Weights:
     Parameters
     ----------
     name
-        ``imagenet``, ``fruits``, ``random:SEED``, or the path of a ``.pth``, ``.safetensors`` or ``.onnx``
-        file; by default `default`.
+        ``imagenet``, ``fruits``, ``random:SEED``, or the path of a ``.pth``, ``.safetensors`` or
+        ``.onnx`` file; by default `default`.
     on_bytes
         Told the progress of a download.
 
