@@ -22,21 +22,21 @@ BORDER = 0.5
 
 SCALE = (0.7, 1.4)
 """Of the photo's side: below 1 the fruit gets smaller, above 1 the photo is cropped."""
-SHIFT = 0.12
+SHIFT = 0.1
 """Of the side, either way."""
 STRETCH = 0.15
 """The sides' ratio: at most e to this."""
-BRIGHTNESS, CONTRAST, SATURATION = 0.3, 0.3, 0.4
+BRIGHTNESS, CONTRAST, SATURATION = 0.25, 0.2, 0.4
 """Factors are 1 ± these."""
-HUE = 0.25
+HUE = 0.3
 """Radians about the grey axis, either way."""
-TINT = 0.06
+TINT = 0.05
 """Of the light: added to each channel, ± this (1 is white)."""
-NOISE = 0.03
+NOISE = 0.02
 """A sensor's: standard deviation at most."""
-KEEP_WHITE = 0.4
+KEEP_WHITE = 0.5
 """Share of the photos that keep their background: Test photos have one of that kind too."""
-BLURRED = 0.3
+BLURRED = 0.2
 """Share of the photos that are blurred."""
 OCTAVES = {1: 0.25, 2: 0.25, 5: 0.2, 16: 0.1, 64: 0.06}
 """Cells along a side of the noise that backgrounds are made of, and its amplitude at most."""

@@ -338,7 +338,7 @@ def finetune(
     image_size: ImageSize = 224,
     label: Label = "parent",
     test_fraction: TestFraction = None,
-    batch_size: Annotated[int, typer.Option(help="Photos per step, over all processes.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Photos per step, over all processes.")] = 32,
     precision: Annotated[
         str, typer.Option(help="float32, mixed (bfloat16), or auto: mixed on a GPU that has it.")
     ] = "auto",

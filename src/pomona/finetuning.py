@@ -48,7 +48,7 @@ class FinetuneOptions:
     image_size: int = 224
     epochs: float | None = None
     minutes: float | None = None
-    batch_size: int = 64
+    batch_size: int = 32
     device: str = "auto"
     precision: str = "auto"
     teacher: str | None = None
@@ -196,7 +196,14 @@ def recipe_for(options: FinetuneOptions, trained: bool, distilled: bool, device:
 
 
 DISTILL = 5.0
-FROM_RANDOM: dict[str, Any] = {"norm": True, "rate": 2e-3, "decay": 5e-2}
+FROM_RANDOM: dict[str, Any] = {
+    "norm": True,
+    "rate": 2e-3,
+    "head_rate": 2e-3,
+    "decay": 5e-2,
+    "average": 0.05,
+    "variety": 0.5,
+}
 """A random start needs batch norms that follow the batch, and bears larger steps."""
 
 

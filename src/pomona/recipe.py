@@ -45,15 +45,15 @@ class Recipe:
     """
 
     image_size: int = 224
-    batch_size: int = 64
+    batch_size: int = 32
     norm: bool = False
     rate: float = 2e-4
-    head_rate: float = 2e-3
+    head_rate: float = 5e-4
     decay: float = 1e-2
-    warmup: float = 0.03
+    warmup: float = 0.1
     smoothing: float = 0.1
-    average: float = 0.05
-    variety: float = 0.5
+    average: float = 0.15
+    variety: float = 0.0
     distill: float = 0.0
     mixed: bool = False
     seed: int = 0
