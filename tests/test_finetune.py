@@ -423,14 +423,14 @@ def discs(n: int = 6) -> Any:
 
 def test_the_mask_is_the_fruit_gleam_and_all() -> None:
     photos, far = discs()
-    mask = augment.cut_out(photos)[0].numpy()
+    mask = augment.cut_out(photos.numpy())[0]
     assert (mask[far < 14] == 255).all() and (mask[far > 17] == 0).all()
 
 
 def test_a_photo_that_is_not_on_white_is_all_foreground() -> None:
     photos, _ = discs()
     dark = photos // 2
-    assert (augment.cut_out(dark) == 255).all()
+    assert (augment.cut_out(dark.numpy()) == 255).all()
 
 
 def drawn(n: int, seed: int = 0) -> augment.Draws:
@@ -438,7 +438,7 @@ def drawn(n: int, seed: int = 0) -> augment.Draws:
 
 
 def with_mask(photos: Any) -> Any:
-    return torch.cat([photos, augment.cut_out(photos).unsqueeze(3)], dim=3)
+    return torch.cat([photos, torch.from_numpy(augment.cut_out(photos.numpy()))[..., None]], dim=3)
 
 
 def test_each_process_s_part_is_that_of_the_whole() -> None:

@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
+
+Mask = npt.NDArray[np.bool_]
 
 WHITE = 225
 """A background pixel's darkest channel is at least this, of 255: Fruits-360 is cut out onto white,
@@ -73,7 +77,7 @@ class Draws(NamedTuple):
 # --- once for each photo -----------------------------------------------------------------------
 
 
-def cut_out(photos: torch.Tensor) -> torch.Tensor:
+def cut_out(photos: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Return the masks of what isn't white background: uint8 [n, h, w], 0 or 255.
 
     White that is joined to the border is background, as far as it reaches and one pixel more; white
@@ -84,19 +88,35 @@ def cut_out(photos: torch.Tensor) -> torch.Tensor:
     photos
         uint8 [n, h, w, 3].
     """
-    white = (photos.amin(dim=3) >= WHITE).float().unsqueeze(1)
-    border = torch.ones_like(white)
-    border[:, :, 1:-1, 1:-1] = 0
-    on_white = (white * border).sum(dim=(2, 3)) / border.sum(dim=(2, 3)) >= BORDER
-    reached = white * border * on_white[:, :, None, None]
-    while True:
-        further = reached
-        for _ in range(8):  # a look whether anything changed costs as much as a step
-            further = functional.max_pool2d(further, 3, 1, 1) * white
-        if torch.equal(further, reached):
-            break
-        reached = further
-    return (255 * (1 - functional.max_pool2d(reached, 3, 1, 1)[:, 0])).to(torch.uint8)
+    white = photos.min(axis=3) >= WHITE
+    border = np.ones(white.shape[1:], bool)
+    border[1:-1, 1:-1] = False
+    on_white = white[:, border].mean(axis=1) >= BORDER
+    reached = white & border & on_white[:, None, None]
+    count = -1
+    while (now := int(reached.sum())) != count:  # twice for a fruit without bays
+        count = now
+        for axis in (1, 2):
+            reached = _run_on(reached, white, axis)
+            reached = np.flip(_run_on(np.flip(reached, axis), np.flip(white, axis), axis), axis)
+    wider = np.pad(reached, ((0, 0), (1, 1), (1, 1)))
+    height, width = white.shape[1:]
+    grown = np.zeros_like(white)
+    for y in range(3):
+        for x in range(3):
+            grown |= wider[:, y : y + height, x : x + width]
+    return np.where(grown, 0, 255).astype(np.uint8)
+
+
+def _run_on(reached: Mask, white: Mask, axis: int) -> Mask:
+    """Go on along an axis from what is reached, as far as it is white."""
+    shape = [1, 1, 1]
+    shape[axis] = -1
+    place = np.arange(white.shape[axis], dtype=np.int16).reshape(shape)
+    last_reached = np.maximum.accumulate(np.where(reached, place, -1), axis=axis)
+    last_wall = np.maximum.accumulate(np.where(white, -1, place), axis=axis)
+    found: Mask = last_reached > last_wall
+    return found
 
 
 # --- once for each step ------------------------------------------------------------------------

@@ -311,8 +311,6 @@ class Job:
 
         Each photo is decoded in a child process: one that ends the decoder costs only itself.
         """
-        import torch
-
         from pomona import augment
 
         total, side = photos.num_rows, self.options.image_size
@@ -333,7 +331,7 @@ class Job:
                     good.append(row)
                 row += 1
             some = pixels[start : len(good)]
-            some[..., 3] = augment.cut_out(torch.from_numpy(some[..., :3])).numpy()
+            some[..., 3] = augment.cut_out(some[..., :3])
             self.on_tick(Tick("decode", row, total, sum(codes.values())))
         pixels.flush()
         if not good:

@@ -280,8 +280,8 @@ LOOKS = 20
 """At what is held out, over the whole plan."""
 
 PATIENCE = 10
-"""Looks without a better one after which a run ends early: at the top of the schedule varieties never
-seen fare worse for a while."""
+"""Looks without a better one after which a run ends early: at the top of the schedule varieties
+never seen fare worse for a while."""
 
 OnStep = Callable[[Run], None]
 
