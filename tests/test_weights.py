@@ -32,6 +32,18 @@ def test_random_weights_repeat() -> None:
     assert not one.trained
 
 
+def test_the_package_s_own_weights_are_float16_with_a_name(tmp_path: Path) -> None:
+    state = mobilenet.unfolded(mobilenet.folded(mobilenet.random_state(1)))
+    half = {key: value.astype(np.float16) for key, value in state.items()}
+    save_file(half, tmp_path / "fruits.safetensors")
+    found = weights.fruits(tmp_path / "fruits.safetensors")
+    assert found.name == "fruits" and found.trained
+    assert found.state is not None
+    assert all(value.dtype == np.float32 for value in found.state.values())
+    with pytest.raises(WeightsError, match=r"holds no weights of its own: set POMONA_WEIGHTS"):
+        weights.fruits(tmp_path / "none.safetensors")
+
+
 @pytest.mark.parametrize("name", ["random:", "random:x", "random:-1", "random:1.5"])
 def test_random_needs_a_seed(name: str) -> None:
     with pytest.raises(WeightsError, match="random:SEED"):

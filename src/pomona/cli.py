@@ -40,7 +40,8 @@ LocalOut = Annotated[str, typer.Option("--out", help="The folder that takes the 
 Weights = Annotated[
     str | None,
     typer.Option(
-        help="imagenet, random:SEED (untrained), or a .safetensors, .pth or .onnx file. "
+        help="imagenet, fruits (in the package), random:SEED (untrained), or a .safetensors, "
+        ".pth or .onnx file. "
         "[default: POMONA_WEIGHTS, or imagenet]",
         show_default=False,
     ),
@@ -405,6 +406,72 @@ def _print_started(made: Any, address: str) -> None:
 
     text = console.served(made.state.service.pool.loaded.model, address)
     typer.echo(text, err=True)
+
+
+@app.command()
+def finetune(
+    source: Source,
+    out: LocalOut,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Weights to start from: imagenet, fruits, random:SEED, or a .safetensors or .pth "
+            "file. "
+            "[default: POMONA_WEIGHTS, or imagenet]",
+            show_default=False,
+        ),
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the photos. [default: 20, unless --minutes]")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="The time there is, decoding included.")
+    ] = None,
+    device: Device = "auto",
+    image_size: ImageSize = 224,
+    label: Label = "parent",
+    test_fraction: TestFraction = None,
+    batch_size: Annotated[int, typer.Option(help="Photos per step, over all processes.")] = 32,
+    precision: Annotated[
+        str, typer.Option(help="float32, mixed (bfloat16), or auto: mixed on a GPU that has it.")
+    ] = "auto",
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Weights whose features are to be matched, too: named as for --from."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="On one device, it decides the result.")] = 0,
+    hold_out: Annotated[
+        float,
+        typer.Option(
+            help="Share of each label's groups (of its photos, where it has one group) that "
+            "training doesn't see: they choose the best weights. 0: the last ones are kept."
+        ),
+    ] = 0.2,
+    processes: Annotated[
+        int, typer.Option(help="How many train together, by Spark's TorchDistributor.")
+    ] = 1,
+    master: Master = "local[*]",
+    spark_conf: SparkConf = None,
+    no_mlflow: NoMlflow = False,
+    max_error_rate: MaxErrorRate = 0.05,
+    as_json: AsJson = False,
+) -> None:
+    """Train the weights themselves on photos: --weights OUT/weights.safetensors takes them."""
+    from pomona import console, finetuning, manifest
+
+    manifest.refuse_uri(out, "--out")
+    given = locals()
+    _check_rate(max_error_rate)
+    options = finetuning.FinetuneOptions(
+        **{name: given[name] for name in finetuning.OPTIONS if name in given}
+    )
+    with _progress() as on_tick, _log_to(out):
+        cluster = _cluster(master, spark_conf)
+        record = finetuning.finetune(source, out, options, cluster, on_tick)
+        record["mlflow"] = "off" if no_mlflow else finetuning.track(out, record)
+    _print(record, as_json, console.finetuned)
+    _exit_by(record, max_error_rate)
 
 
 @app.command()

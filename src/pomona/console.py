@@ -26,6 +26,8 @@ WORDS = {
     "train": "training",
     "report": "writing the report",
     "predict": "answering",
+    "decode": "decoding photos",
+    "finetune": "training (photos)",
     "export": "exporting",
     "publish": "publishing",
     "forget": "forgetting",
@@ -35,6 +37,8 @@ WORDS = {
     "lock": "waiting whether another run is alive (seconds)",
     "inspect": "looking at photos",
 }
+TIMED = ("extract", "synthesize", "inspect", "predict", "decode", "finetune")
+"""Stages whose time left is told."""
 LINE_EVERY = 5.0
 """Seconds between lines where there is no terminal."""
 
@@ -66,7 +70,7 @@ def describe(tick: Any, per_second: float) -> str:
     '100/s, 0:06 left, 2 rejected'
     """
     words = []
-    if per_second and tick.stage in ("extract", "synthesize", "inspect", "predict"):
+    if per_second and tick.stage in TIMED:
         left = int((tick.total - tick.done) / per_second)
         words.append(f"{per_second:.0f}/s")
         words.append(
@@ -334,6 +338,29 @@ def served(found: Model, address: str) -> str:
         f"pomona: model {found.version} ({named}){right}{on}{kind}\n"
         f"pomona: {address} answers; the page is there too. Ctrl-C ends it."
     )
+
+
+def finetuned(record: dict[str, Any]) -> Table:
+    """Return the rows of ``pomona finetune``."""
+    held_out, test = record["held_out"], record["test"]
+    what = "groups" if held_out["by"] == "group" else "photos"
+    rows = [
+        ("photos", f"{record['photos']:,}, {len(record['labels'])} labels"),
+        ("rejected", ", ".join(f"{k}: {v}" for k, v in record["rejected"].items()) or "none"),
+        (f"{what} held out", _share_right(held_out, held_out["before"])),
+        ("Test", _share_right(test, {}) if test else "none"),
+        ("ended", f"{record['ended']}, after {held_out['step']:,} steps"),
+        ("weights", "weights.safetensors: pomona run SOURCE --weights takes it"),
+        ("MLflow", record["mlflow"]),
+    ]
+    return _two_columns(rows)
+
+
+def _share_right(found: dict[str, Any], before: dict[str, Any]) -> str:
+    if "accuracy" not in found:
+        return "not judged"
+    text = f"{found['accuracy']:.1%} right, {found['accuracy_by_group']:.1%} by group"
+    return text + (f" (before: {before['accuracy']:.1%})" if before else "")
 
 
 def published(record: dict[str, Any]) -> Table:

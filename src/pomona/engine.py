@@ -554,6 +554,37 @@ def run_here(task: Callable[[int], Answer], count: int, poll: Poll | None = None
     return answers
 
 
+def run_torch(
+    spark: SparkSession,
+    processes: int,
+    on_gpu: bool,
+    function: Callable[[str], None],
+    argument: str,
+    poll: Poll,
+    log_file: Path | None = None,
+) -> None:
+    """Run a function in processes that train together, started by Spark's TorchDistributor.
+
+    With a local master they are children of the driver; on a cluster, tasks of one barrier stage,
+    which see the folder that the argument names on storage that driver and executors share. What
+    they print goes to the log file.
+
+    Raises
+    ------
+    JobError
+        If one of them failed.
+    """
+    from pyspark.ml.torch.distributor import TorchDistributor
+
+    here = spark.sparkContext.master.startswith("local")
+    distributor = TorchDistributor(processes, local_mode=here, use_gpu=on_gpu)
+    with (
+        (log_file or Path(os.devnull)).open("a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+    ):
+        _wait([lambda: distributor.run(function, argument)], spark, 1, poll)
+
+
 def partition() -> int:
     """Return the number of the partition that this worker is at."""
     from pyspark import TaskContext

@@ -44,6 +44,7 @@ STORE, ARTIFACTS = "mlflow.db", "mlflow-artifacts"
 OWN = {
     *DERIVED,
     *("features", "report", "export", "forgotten", "_work", "rejected.csv", "manifest.json"),
+    *("weights.safetensors", "weights.json", ".finetune"),
     *("pomona.log", ".lock", ".places.json", STORE, ARTIFACTS),
     *(f"{STORE}-{end}" for end in ("wal", "shm", "journal")),
 }
@@ -464,6 +465,8 @@ def _without(
 def _stage_work(out: Out, found: Found, change: Change) -> None:
     """Stage the parts of an extract that isn't finished; the other leavings of killed runs go."""
     _stage_plan(out, found, change)
+    if out.tuning.exists():  # it holds pixels of all photos
+        change.remove(out.tuning.name)
     kept = set()
     dropped = dict(_dropped(found))
     for number, name in enumerate(found.index.files):

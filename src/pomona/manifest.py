@@ -59,6 +59,21 @@ class Out:
         return self.root / "model"
 
     @property
+    def tuned(self) -> Path:
+        """Weights that `pomona finetune` made."""
+        return self.root / "weights.safetensors"
+
+    @property
+    def tuned_about(self) -> Path:
+        """What made them, and how good they are."""
+        return self.root / "weights.json"
+
+    @property
+    def tuning(self) -> Path:
+        """A finetune that isn't finished: hidden, so that it is neither pushed nor a result."""
+        return self.root / ".finetune"
+
+    @property
     def report(self) -> Path:
         """Metrics, pictures and the page that shows them."""
         return self.root / "report"

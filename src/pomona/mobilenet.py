@@ -188,6 +188,33 @@ def fold(state: State, conv: Conv) -> tuple[npt.NDArray[np.float32], npt.NDArray
     return weight.astype(np.float32), (beta - mean * factor).astype(np.float32)
 
 
+def folded(state: State) -> dict[str, npt.NDArray[np.float32]]:
+    """Return every convolution's weight and bias, its batch norm folded in: 104 tensors.
+
+    Whether the weights' own batch norms are folded already makes no difference to what comes out.
+    """
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    for conv in convs():
+        found[f"{conv.weight}.weight"], found[f"{conv.weight}.bias"] = fold(state, conv)
+    return found
+
+
+def unfolded(state: State) -> dict[str, npt.NDArray[np.float32]]:
+    """Return weights of all `shapes` that do what `folded` ones do: the batch norms add the bias.
+
+    Their mean is 0 and their variance 1; the factor makes up for epsilon.
+    """
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    for conv in convs():
+        bias = np.asarray(state[f"{conv.weight}.bias"], np.float32)
+        ones, zeros = np.ones_like(bias), np.zeros_like(bias)
+        found[f"{conv.weight}.weight"] = np.asarray(state[f"{conv.weight}.weight"], np.float32)
+        found[f"{conv.norm}.weight"] = ones * np.float32(np.sqrt(1 + BN_EPSILON))
+        found[f"{conv.norm}.bias"] = bias
+        found[f"{conv.norm}.running_mean"], found[f"{conv.norm}.running_var"] = zeros, ones
+    return found
+
+
 def to_onnx(state: State, image_size: int, name: str, weights_digest: str) -> bytes:
     """Build the ONNX file: uint8 ``image`` [n, h, w, 3] in, float32 ``features`` [n, 1280] out.
 

@@ -17,11 +17,15 @@ Runner = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
 
 class MobileNetV2(nn.Module):
-    """The backbone: float32 [n, 3, h, w], normalised, to features [n, 1280]."""
+    """The backbone: float32 [n, 3, h, w], normalised, to features [n, 1280].
 
-    def __init__(self) -> None:
+    Without ``norm`` each convolution has a bias and no batch norm follows: what `mobilenet.folded`
+    holds.
+    """
+
+    def __init__(self, *, norm: bool = True) -> None:
         super().__init__()
-        self.features = nn.Sequential(*[_block(block) for block in mobilenet.blocks()])
+        self.features = nn.Sequential(*[_block(block, norm) for block in mobilenet.blocks()])
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Return the mean over the last convolution's positions."""
@@ -32,10 +36,11 @@ class MobileNetV2(nn.Module):
 class InvertedResidual(nn.Module):
     """Expand, filter each channel, narrow; add the input where the shape stays."""
 
-    def __init__(self, block: mobilenet.Block) -> None:
+    def __init__(self, block: mobilenet.Block, norm: bool) -> None:
         super().__init__()
         *wide, narrow = block.convs
-        self.conv = nn.Sequential(*[_conv_norm_relu(conv) for conv in wide], *_layers(narrow))
+        layers = [_conv_norm_relu(conv, norm) for conv in wide]
+        self.conv = nn.Sequential(*layers, *_layers(narrow, norm))
         self.residual = block.residual
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,15 +49,17 @@ class InvertedResidual(nn.Module):
         return x + y if self.residual else y
 
 
-def _block(block: mobilenet.Block) -> nn.Module:
-    return _conv_norm_relu(block.convs[0]) if len(block.convs) == 1 else InvertedResidual(block)
+def _block(block: mobilenet.Block, norm: bool) -> nn.Module:
+    if len(block.convs) == 1:
+        return _conv_norm_relu(block.convs[0], norm)
+    return InvertedResidual(block, norm)
 
 
-def _conv_norm_relu(conv: mobilenet.Conv) -> nn.Sequential:
-    return nn.Sequential(*_layers(conv), nn.ReLU6(inplace=True))
+def _conv_norm_relu(conv: mobilenet.Conv, norm: bool) -> nn.Sequential:
+    return nn.Sequential(*_layers(conv, norm), nn.ReLU6(inplace=True))
 
 
-def _layers(conv: mobilenet.Conv) -> tuple[nn.Module, nn.Module]:
+def _layers(conv: mobilenet.Conv, norm: bool) -> tuple[nn.Module, nn.Module]:
     convolution = nn.Conv2d(
         conv.inputs,
         conv.outputs,
@@ -60,8 +67,10 @@ def _layers(conv: mobilenet.Conv) -> tuple[nn.Module, nn.Module]:
         conv.stride,
         padding=conv.kernel // 2,
         groups=conv.groups,
-        bias=False,
+        bias=not norm,
     )
+    if not norm:
+        return convolution, nn.Identity()
     return convolution, nn.BatchNorm2d(conv.outputs, eps=mobilenet.BN_EPSILON)
 
 

@@ -174,11 +174,18 @@ def artifacts(out: Out) -> list[Path]:
     return [out.report, out.model, out.manifest, out.rejected]
 
 
+Curve = Sequence[tuple[int, float]]
+"""(step, value)."""
+
 # --- the run -----------------------------------------------------------------------------------
 
 
 def record(
-    out: Out, params: dict[str, Any], metrics: dict[str, float], files: Sequence[Path]
+    out: Out,
+    params: dict[str, Any],
+    metrics: dict[str, float],
+    files: Sequence[Path],
+    curves: Mapping[str, Curve] | None = None,
 ) -> str:
     """Write a run to ``MLFLOW_TRACKING_URI``, or to ``OUT/mlflow.db``.
 
@@ -192,7 +199,7 @@ def record(
     uri = store_of(out)
     try:
         with connected(uri) as client:
-            run_id = new_run(client, out, params, metrics, files)
+            run_id = new_run(client, out, params, metrics, files, curves)
     except Exception as error:  # a run that is done is not lost to its book-keeping
         log.warning("MLflow failed", exc_info=error)
         reason = first_line(error)[:200]
@@ -206,6 +213,7 @@ def new_run(
     params: dict[str, Any],
     metrics: dict[str, float],
     files: Sequence[Path],
+    curves: Mapping[str, Curve] | None = None,
 ) -> str:
     """Write a run, note it in the manifest, and return its id.
 
@@ -219,7 +227,14 @@ def new_run(
         now = int(time.time() * 1000)
         client.log_batch(
             run_id,
-            [Metric(name, value, now, 0) for name, value in metrics.items()],
+            [
+                *(Metric(name, value, now, 0) for name, value in metrics.items()),
+                *(
+                    Metric(f"curve_{name}", value, now, step)
+                    for name, curve in (curves or {}).items()
+                    for step, value in curve
+                ),
+            ],
             [Param(name, str(value)) for name, value in params.items()],
         )
         for path in files:

@@ -22,6 +22,10 @@ from pomona.manifest import sha256
 OFFICIAL_URL = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
 """torchvision's MobileNet_V2_Weights.IMAGENET1K_V1; its name holds the start of its sha256."""
 
+FRUITS = Path(__file__).with_name("data") / "fruits.safetensors"
+"""Weights in the package, float16, trained by `pomona finetune` from a random start; the model card
+lies beside them (benchmarks/fruits.py makes both)."""
+
 OnBytes = Callable[[int, int], None]
 """Called with (bytes so far, bytes in all; 0 if unknown)."""
 
@@ -38,7 +42,7 @@ class Weights:
     Attributes
     ----------
     name
-        ``imagenet``, ``random:SEED``, or a file's name.
+        ``imagenet``, ``fruits``, ``random:SEED``, or a file's name.
     digest
         sha256 of the values (of the file, for ONNX).
     state
@@ -77,8 +81,8 @@ def load(name: str | None = None, on_bytes: OnBytes | None = None) -> Weights:
     Parameters
     ----------
     name
-        ``imagenet``, ``random:SEED``, or the path of a ``.pth``, ``.safetensors`` or ``.onnx``
-        file; by default `default`.
+        ``imagenet``, ``fruits``, ``random:SEED``, or the path of a ``.pth``, ``.safetensors`` or
+        ``.onnx`` file; by default `default`.
     on_bytes
         Told the progress of a download.
 
@@ -92,6 +96,8 @@ def load(name: str | None = None, on_bytes: OnBytes | None = None) -> Weights:
         return _random(name)
     if name == "imagenet":
         return _from_state("imagenet", _read_pth(_official(on_bytes)), "the official file")
+    if name == "fruits":
+        return fruits(FRUITS)
     path = Path(name).expanduser()
     if not path.is_file():
         raise WeightsError(f"no weights at {name}: {REMEDIES}")
@@ -102,6 +108,19 @@ def load(name: str | None = None, on_bytes: OnBytes | None = None) -> Weights:
     if path.suffix in (".pth", ".pt"):
         return _from_state(path.name, _read_pth(path), str(path))
     raise WeightsError(f"{name}: weights are a .safetensors, .pth or .onnx file")
+
+
+def fruits(path: Path) -> Weights:
+    """Return the weights in the package.
+
+    Raises
+    ------
+    WeightsError
+        If this package was built without them.
+    """
+    if not path.is_file():
+        raise WeightsError(f"this build of Pomona holds no weights of its own: {REMEDIES}")
+    return _from_state("fruits", _read_safetensors(path), "the package's file")
 
 
 def pack(weights: Weights) -> bytes:

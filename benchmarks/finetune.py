@@ -1,0 +1,67 @@
+"""How much fine-tuning brings on varieties never seen: each fold of Training held out in turn.
+
+    python benchmarks/finetune.py SOURCE --weights W --image-size 128 --minutes 10
+
+Test is not looked at: `pomona finetune` does that once, with the recipe that was chosen here.
+"before" is logistic regression on the features of the weights as they came.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import common
+from pomona import finetuning
+from pomona.finetuning import FinetuneOptions
+
+
+def main() -> int:
+    found = common.parser(__doc__)
+    common.add_source(found)
+    found.add_argument("--label", default="top", help="top or parent (default: top)")
+    found.add_argument("--image-size", type=common.positive, default=128)
+    found.add_argument("--minutes", type=float, help="for each fold")
+    found.add_argument("--epochs", type=float, help="for each fold")
+    found.add_argument("--folds", type=common.positive, default=5, help="of five, how many to run")
+    options = found.parse_args()
+    runs = []
+    with common.scratch() as folder:
+        for fold in range(min(5, options.folds)):
+            common.say(f"fold {fold + 1} of {options.folds}")
+            runs.append(_fold(options, folder / str(fold), fold))
+    rows = [
+        (
+            run["fold"] + 1,
+            run["photos"],
+            100 * run.get("before", {}).get("accuracy", 0.0),
+            100 * run["accuracy"],
+            run["step"],
+        )
+        for run in runs
+    ]
+    print(common.table(("fold", "photos held out", "before, %", "after, %", "steps"), rows))
+    total = sum(run["photos"] for run in runs)
+    print(f"mean over photos: {sum(r['accuracy'] * r['photos'] for r in runs) / total:.2%}")
+    common.write_figures(options.json, {"folds": runs})
+    return 0
+
+
+def _fold(options: Any, out: Path, fold: int) -> dict[str, Any]:
+    asked = FinetuneOptions(
+        start=options.weights,
+        label=options.label,
+        image_size=options.image_size,
+        minutes=options.minutes,
+        epochs=options.epochs,
+        judge_test=False,
+        fold=fold,
+    )
+    record = finetuning.finetune(options.source, out, asked)
+    shutil.rmtree(out)
+    return {"fold": fold, **record["held_out"], "history": record["history"]}
+
+
+if __name__ == "__main__":
+    common.start(main)

@@ -1,0 +1,214 @@
+"""The network that learns, its teacher, and its batches. Needs torch. Runs on workers, too.
+
+All that is random about a step depends on the seed and the step's number alone. Several processes
+draw the same batch, and each does its part of it (`World`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pomona import augment, mobilenet
+from pomona.mobilenet_torch import MobileNetV2
+from pomona.recipe import Codes, Recipe
+from pomona.schema import FEATURES
+
+
+@dataclass(frozen=True)
+class Data:
+    """Photos in memory (or mapped into it) and what is known about them.
+
+    Attributes
+    ----------
+    photos
+        uint8 [n, side, side, 4]: RGB and the mask of `augment.cut_out`.
+    labels, groups
+        Codes [n]; without groups each label is one.
+    train, held_out, test
+        Rows.
+    """
+
+    photos: npt.NDArray[np.uint8]
+    labels: Codes
+    groups: Codes
+    train: Codes
+    held_out: Codes
+    test: Codes
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many labels and groups are trained on."""
+        return {
+            "label": int(self.labels[self.train].max()) + 1,
+            "group": int(self.groups[self.train].max()) + 1,
+        }
+
+
+# --- several processes -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together; this one is ``rank`` of ``size``."""
+
+    rank: int = 0
+    size: int = 1
+
+    def add(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by the sum over the processes, in one message."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        start = 0
+        for tensor in tensors:
+            tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
+            start += tensor.numel()
+
+    def agree(self, value: float) -> float:
+        """Return the first process's value."""
+        if self.size == 1:
+            return value
+        told = torch.tensor([value], dtype=torch.float64)
+        torch.distributed.broadcast(told, 0)
+        return float(told[0])
+
+
+# --- the network and its heads -----------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """Pixels in 0…1 to features, and features to the logits of each question."""
+
+    def __init__(self, counts: Mapping[str, int], *, norm: bool) -> None:
+        super().__init__()
+        self.norm = norm
+        self.backbone = MobileNetV2(norm=norm)
+        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, n) for name, n in counts.items()})
+        for head in self.heads.values():
+            assert isinstance(head, nn.Linear)
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        for name, value in (("mean", mobilenet.MEAN), ("std", mobilenet.STD)):
+            buffer = torch.tensor(value).reshape(3, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return features [n, 1280] of pixels [n, 3, h, w]."""
+        x = (pixels - self.mean) / self.std
+        maps: torch.Tensor = self.backbone.features(x.contiguous(memory_format=torch.channels_last))
+        return maps.float().mean(dim=(2, 3))
+
+
+def build(state: mobilenet.State, counts: Mapping[str, int], *, norm: bool) -> Network:
+    """Return a network that gives the features that these weights give."""
+    network = Network(counts, norm=norm)
+    tensors = state if norm else mobilenet.folded(state)
+    network.backbone.load_state_dict(
+        {key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}, strict=False
+    )
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def weights_of(tensors: Mapping[str, torch.Tensor], *, norm: bool) -> dict[str, Any]:
+    """Return a network's backbone as weights of all `mobilenet.shapes`, float32."""
+    start = "backbone."
+    found = {
+        key[len(start) :]: value.detach().cpu().contiguous().numpy()
+        for key, value in tensors.items()
+        if key.startswith(start)
+    }
+    return mobilenet.check(found if norm else mobilenet.unfolded(found), "the result")
+
+
+# --- batches -----------------------------------------------------------------------------------
+
+
+class Batches:
+    """The photos of each step: every variety as often as every other."""
+
+    def __init__(self, recipe: Recipe, data: Data, device: str) -> None:
+        self.recipe, self.data, self.device = recipe, data, device
+        keys = data.labels[data.train] * data.counts["group"] + data.groups[data.train]
+        self.kinds = [data.train[keys == key] for key in np.unique(keys)]
+
+    def batch(self, step: int, world: World) -> tuple[Codes, torch.Tensor]:
+        """Return this process's rows of a step, and their pixels as drawn, on the device."""
+        size, side = self.recipe.batch_size, self.data.photos.shape[1]
+        seeds = np.random.SeedSequence([self.recipe.seed, step + 1_000_000])
+        rng = np.random.default_rng(seeds)
+        generator = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
+        kinds = np.concatenate(
+            [rng.permutation(len(self.kinds)) for _ in range(-(-size // len(self.kinds)))]
+        )[:size]
+        rows = np.array([rng.choice(self.kinds[kind]) for kind in kinds])[world.rank :: world.size]
+        draws = augment.draw(size, side, generator).part(world.rank, world.size)
+        draws = draws.each(lambda value: value.to(self.device))
+        photos = torch.from_numpy(self.data.photos[rows]).to(self.device)
+        return rows, augment.apply(photos, draws)
+
+
+# --- judging -----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def features_of(
+    network: Network, photos: npt.NDArray[np.uint8], rows: Codes, device: str
+) -> torch.Tensor:
+    """Return features [n, 1280] of photos as they are."""
+    network.eval()
+    found = []
+    for start in range(0, len(rows), 64):
+        some = torch.from_numpy(photos[rows[start : start + 64], :, :, :3]).to(device)
+        found.append(network(some.permute(0, 3, 1, 2).float() / 255))
+    return torch.cat(found) if found else torch.zeros(0, FEATURES)
+
+
+def logits_of(
+    network: Network, photos: npt.NDArray[np.uint8], rows: Codes, device: str
+) -> npt.NDArray[np.float32]:
+    """Return the logits of the labels, [n, labels]."""
+    features = features_of(network, photos, rows, device)
+    with torch.inference_mode():
+        logits: npt.NDArray[np.float32] = network.heads["label"](features).cpu().numpy()
+    return logits
+
+
+# --- the teacher -------------------------------------------------------------------------------
+
+
+class Teacher:
+    """A network whose features are the aim. None of its tensors is part of the one that learns."""
+
+    BATCHES = 8
+
+    def __init__(self, state: mobilenet.State, batches: Batches) -> None:
+        self.network = build(state, {}, norm=False).to(batches.device).eval()
+        self.mixed = batches.recipe.mixed
+        seen = [self.features(batches.batch(-1 - n, World())[1]) for n in range(self.BATCHES)]
+        self.mean = torch.cat(seen).mean(dim=0)
+        self.std = torch.cat(seen).std(dim=0) + 0.05
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return its features of these pixels."""
+        with (
+            torch.no_grad(),
+            torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.mixed),
+        ):
+            found: torch.Tensor = self.network(pixels)
+        return found
+
+    def distance(self, features: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """Return how far features are from its own, in its own standard deviations."""
+        aim = (self.features(pixels) - self.mean) / self.std
+        return functional.smooth_l1_loss((features - self.mean) / self.std, aim)
