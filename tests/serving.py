@@ -28,7 +28,7 @@ def running(app: Any) -> Iterator[str]:
             assert not thread.is_alive()
 
 
-def until(condition: Any, seconds: float = 10.0) -> None:
+def until(condition: Any, seconds: float = 60.0) -> None:
     """Wait until the condition holds."""
     end = time.monotonic() + seconds
     while not condition():

@@ -614,7 +614,7 @@ def test_really_busy(small: Model, visit: Any, monkeypatch: pytest.MonkeyPatch) 
     pool = pytest.importorskip("pomona.pool")
     go, run = threading.Event(), pool.Loaded.run
     with serve(small, queue=1) as served:
-        monkeypatch.setattr(pool.Loaded, "run", lambda *given: go.wait(30) and run(*given))
+        monkeypatch.setattr(pool.Loaded, "run", lambda *given: go.wait(300) and run(*given))
         waiting = served.app.state.service.pool
         other = visit(served.url)
         other.expected += (f"{REFUSED} 503",)

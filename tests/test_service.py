@@ -58,12 +58,12 @@ def url(found: Model) -> Iterator[str]:
 
 
 def send(url: str, content: bytes, path: str = "/v1/predict", **headers: str) -> Any:
-    return httpx.post(url + path, content=content, headers=JPEG | headers, timeout=30)
+    return httpx.post(url + path, content=content, headers=JPEG | headers, timeout=120)
 
 
 def form(url: str, *contents: bytes, path: str = "/v1/predict") -> Any:
     files = [("photo", (f"{n}.jpg", content, "image/jpeg")) for n, content in enumerate(contents)]
-    return httpx.post(url + path, files=files, timeout=30)
+    return httpx.post(url + path, files=files, timeout=120)
 
 
 def code(reply: Any, status: int) -> str:
@@ -241,7 +241,7 @@ def test_a_body_that_doesnt_say_its_length_is_cut(url: str, found: Model) -> Non
             yield bytes(1 << 20)
 
     try:
-        reply = httpx.post(url + "/v1/predict", content=chunks(), headers=JPEG, timeout=30)
+        reply = httpx.post(url + "/v1/predict", content=chunks(), headers=JPEG, timeout=120)
         assert code(reply, 413) == "too_large"
     except httpx.TransportError:  # the connection was cut while it sent
         pass
@@ -338,7 +338,7 @@ def test_a_client_that_doesnt_read_is_cut(found: Model, monkeypatch: pytest.Monk
 
 
 def test_a_client_that_reads_slowly_gets_all(found: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "STUCK_SECONDS", 1.0)
+    monkeypatch.setattr(serving, "STUCK_SECONDS", 2.0)
     app = service.create(lambda: found, Settings(workers=1))
     large = webpage.File(bytes(12 << 20), "application/octet-stream")
     app.state.service.site = app.state.service.site | {"large.bin": large}
@@ -350,7 +350,7 @@ def test_a_client_that_reads_slowly_gets_all(found: Model, monkeypatch: pytest.M
         got, pause = 0, time.monotonic()
         while more := raw.recv(1 << 16):
             got += len(more)
-            if got > (12 << 20) * (time.monotonic() - pause) / 3:  # three times the limit
+            if got > (12 << 20) * (time.monotonic() - pause) / 5:  # longer than the limit
                 time.sleep(0.05)
     assert got > 12 << 20
 
@@ -423,7 +423,7 @@ def brake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Brake]:
     def slow(self: Any, kind: Any, contents: Any) -> Any:
         held.begun.extend(contents)
         if contents[0] != pool.sample():
-            assert held.go.wait(30)
+            assert held.go.wait(300)
         return run(self, kind, contents)
 
     monkeypatch.setattr(pool.Loaded, "run", slow)
@@ -582,18 +582,18 @@ def test_ready_means_that_a_photo_gets_an_answer(
     found: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "FRESH", 0.0)
-    monkeypatch.setattr(service, "CHECK", 0.3)
+    monkeypatch.setattr(service, "CHECK", 1.0)
     app, run = service.create(lambda: found, Settings(workers=1)), pool.Loaded.run
     stuck = threading.Event()
 
     def hang(self: Any, kind: Any, contents: Any) -> Any:
         if contents[0] == photo(5):
-            stuck.wait(30)
+            stuck.wait(300)
         return run(self, kind, contents)
 
     monkeypatch.setattr(pool.Loaded, "run", hang)
     with running(app) as url, ThreadPoolExecutor(2) as clients:
-        assert httpx.get(url + "/readyz").json() == {"status": "ready"}
+        until(lambda: httpx.get(url + "/readyz").json() == {"status": "ready"})
         clients.submit(send, url, photo(5))
         until(lambda: app.state.service.budget.used > 0)
         assert code(httpx.get(url + "/readyz"), 503) == "not_ready"
