@@ -503,7 +503,7 @@ def test_two_processes_learn_what_one_does(
     one = finetune(shapes, tmp_path / "one", options)
     two = finetune(shapes, tmp_path / "two", replace(options, processes=2))
     assert capfd.readouterr().out == ""
-    assert two["ended"] == "planned"
+    assert two["ended"] == "planned" and two["made_from"]["teacher"]["name"] == start.name
     a, b = one["history"], two["history"]
     assert [look["step"] for look in a] == [look["step"] for look in b]
     for ours, theirs in zip(a, b, strict=True):

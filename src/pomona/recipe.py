@@ -37,7 +37,8 @@ class Recipe:
         The weights that are judged and kept are a mean of those of about so long a share of the
         run, the latest weighing most.
     variety
-        Weight of the second question, which variety it is; 0 leaves it out.
+        Weight of the second question, which variety it is; 0 leaves it out. Without it features
+        come to tell labels and nothing else, and nothing is unknown to them any more.
     distill
         Weight of the distance to the teacher's features; 0 leaves it out.
     mixed
@@ -53,7 +54,7 @@ class Recipe:
     warmup: float = 0.1
     smoothing: float = 0.1
     average: float = 0.15
-    variety: float = 0.0
+    variety: float = 0.5
     distill: float = 0.0
     mixed: bool = False
     seed: int = 0
