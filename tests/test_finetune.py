@@ -371,6 +371,13 @@ def test_a_pause_is_not_time_spent() -> None:
     assert plan.share < 0.3
 
 
+def test_a_pause_in_the_first_step_is_not_the_machine_s_speed() -> None:
+    plan = Plan(seconds=600.0)
+    for took in (900.0, 0.5, 0.5, 0.5):
+        plan.advance(took)
+    assert plan.share < 0.05 and plan.spent <= 62 and plan.typical == 0.5
+
+
 def test_steps_and_seconds_whichever_comes_first() -> None:
     plan = Plan(steps=10, seconds=1000.0)
     for _ in range(10):
