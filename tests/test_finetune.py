@@ -371,6 +371,13 @@ def test_a_pause_is_not_time_spent() -> None:
     assert plan.share < 0.3
 
 
+def test_a_pause_in_the_first_step_is_not_the_machine_s_speed() -> None:
+    plan = Plan(seconds=600.0)
+    for took in (900.0, 0.5, 0.5, 0.5):
+        plan.advance(took)
+    assert plan.share < 0.05 and plan.spent <= 62 and plan.typical == 0.5
+
+
 def test_steps_and_seconds_whichever_comes_first() -> None:
     plan = Plan(steps=10, seconds=1000.0)
     for _ in range(10):
@@ -503,7 +510,7 @@ def test_two_processes_learn_what_one_does(
     one = finetune(shapes, tmp_path / "one", options)
     two = finetune(shapes, tmp_path / "two", replace(options, processes=2))
     assert capfd.readouterr().out == ""
-    assert two["ended"] == "planned"
+    assert two["ended"] == "planned" and two["made_from"]["teacher"]["name"] == start.name
     a, b = one["history"], two["history"]
     assert [look["step"] for look in a] == [look["step"] for look in b]
     for ours, theirs in zip(a, b, strict=True):

@@ -438,7 +438,11 @@ def finetune(
     ] = "auto",
     teacher: Annotated[
         str | None,
-        typer.Option(help="Weights whose features are to be matched, too: named as for --from."),
+        typer.Option(
+            help="Weights whose features are to be matched, too: named as for --from, or none. "
+            "[default: those of --from, if they are trained]",
+            show_default=False,
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="On one device, it decides the result.")] = 0,
     hold_out: Annotated[

@@ -32,6 +32,7 @@ EPOCHS = 20.0
 HELD_OUT_PHOTOS = 1000
 """Of them that are looked at, evenly by group: looks must not cost more than steps."""
 
+NO_TEACHER = "none"
 MODES = ("auto", "float32", "mixed")
 
 
@@ -118,7 +119,10 @@ def finetune(
         raise RequestError(f"{source}: finetune reads local folders, s3:// and gs://")
     device = backbone.find_device("torch", options.device)
     start = _load(options.start, "--from", on_tick)
-    teacher = _load(options.teacher, "--teacher", on_tick) if options.teacher else None
+    teacher = start if start.trained else None
+    if options.teacher:
+        kept = options.teacher != NO_TEACHER
+        teacher = _load(options.teacher, "--teacher", on_tick) if kept else None
     folder = manifest.open_out(out)
     if folder.root.is_relative_to(where.root):
         raise RequestError(f"--out {out} lies inside the source: choose a folder outside it")
@@ -190,12 +194,19 @@ def recipe_for(options: FinetuneOptions, trained: bool, distilled: bool, device:
         batch_size=options.batch_size,
         seed=options.seed,
         mixed=_mixed(options.precision, device),
-        distill=DISTILL if distilled else 0.0,
+        distill=ANCHOR if distilled else 0.0,
     )
-    return found if trained else replace(found, **FROM_RANDOM)
+    if trained:
+        return found
+    return replace(found, **FROM_RANDOM, distill=DISTILL if distilled else 0.0)
 
+
+ANCHOR = 1.0
+"""Of trained weights, to the teacher that they are themselves: they stay general."""
 
 DISTILL = 5.0
+"""Of a random start, which learns most of what it knows from the teacher."""
+
 FROM_RANDOM: dict[str, Any] = {
     "norm": True,
     "rate": 2e-3,

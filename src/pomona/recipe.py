@@ -37,7 +37,8 @@ class Recipe:
         The weights that are judged and kept are a mean of those of about so long a share of the
         run, the latest weighing most.
     variety
-        Weight of the second question, which variety it is; 0 leaves it out.
+        Weight of the second question, which variety it is; 0 leaves it out. Without it features
+        come to tell labels and nothing else, and nothing is unknown to them any more.
     distill
         Weight of the distance to the teacher's features; 0 leaves it out.
     mixed
@@ -53,13 +54,20 @@ class Recipe:
     warmup: float = 0.1
     smoothing: float = 0.1
     average: float = 0.15
-    variety: float = 0.0
+    variety: float = 0.5
     distill: float = 0.0
     mixed: bool = False
     seed: int = 0
 
 
 # --- the schedule ------------------------------------------------------------------------------
+
+
+FIRST = 5
+"""Steps whose speed says little: libraries warm up, and a pause looks like a slow machine."""
+
+LONGEST = 60.0
+"""Seconds that one of them counts for at most."""
 
 
 @dataclass
@@ -77,19 +85,23 @@ class Plan:
     share: float = 0.0
     spent: float = 0.0  # seconds
     typical: float = 0.0  # seconds for a step
+    count: int = 0
 
     def advance(self, took: float) -> None:
         """Note that a step took so many seconds."""
-        usual = self.typical or took
-        took = min(took, 5 * usual)
-        self.typical = 0.9 * usual + 0.1 * took
+        self.count += 1
+        first = self.count <= FIRST
+        usual = min(self.typical or took, took) if first else self.typical
+        took = min(took, 5 * usual, LONGEST if first else math.inf)
+        self.typical = usual if first else 0.9 * usual + 0.1 * took
         self.spent += took
         ways = []
         if self.steps is not None:
             ways.append(1 / self.steps)
         if self.seconds is not None:
             left = max(0.0, self.seconds - self.spent)
-            ways.append((1 - self.share) / max(1.0, left / self.typical))
+            way = (1 - self.share) / max(1.0, left / self.typical)
+            ways.append(min(way, 0.01) if first and left else way)
         self.share = min(1.0, self.share + max(ways))
         if 1 - self.share < 1e-9:
             self.share = 1.0
