@@ -40,7 +40,7 @@ LocalOut = Annotated[str, typer.Option("--out", help="The folder that takes the 
 Weights = Annotated[
     str | None,
     typer.Option(
-        help="imagenet, fruits (in the package), random:SEED (untrained), or a .safetensors, "
+        help="imagenet, random:SEED (untrained), or a .safetensors, "
         ".pth or .onnx file. "
         "[default: POMONA_WEIGHTS, or imagenet]",
         show_default=False,
@@ -416,7 +416,7 @@ def finetune(
         str | None,
         typer.Option(
             "--from",
-            help="Weights to start from: imagenet, fruits, random:SEED, or a .safetensors or .pth "
+            help="Weights to start from: imagenet, random:SEED, or a .safetensors or .pth "
             "file. "
             "[default: POMONA_WEIGHTS, or imagenet]",
             show_default=False,
