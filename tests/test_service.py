@@ -18,23 +18,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
-from pomona import backbone, model, pool, serving
+from pomona import backbone, model, pool, problems, service, serving, uploads, webpage
 from pomona.errors import PomonaError, RequestError
 from pomona.model import Model
 from pomona.schema import ERRORS
+from pomona.service import Settings
 from tests.conftest import photo
 from tests.serving import running, until
 from tests.test_model import ABOUT, SIZE, features, make_head  # noqa: F401 - a fixture
 
 pytest.importorskip("sklearn")
-httpx = pytest.importorskip("httpx")
-
-from pomona import problems, service, uploads, webpage  # noqa: E402 - they need the extra
-from pomona.service import Settings  # noqa: E402
 
 KEY = "0123456789abcdef-key"
 JPEG = {"Content-Type": "image/jpeg"}
