@@ -124,6 +124,21 @@ def test_threads_change_nothing(spec: BackboneSpec) -> None:
     assert np.abs(one - two).max() <= 1e-5
 
 
+@pytest.mark.parametrize("backend", ["onnx", "torch"])
+def test_one_photo_alone_as_among_others(backend: str) -> None:
+    """Alone it isn't copied, and is not writable."""
+    if backend == "torch":
+        pytest.importorskip("torch")
+    spec = make_spec(weights.load("random:0"), image_size=SIZE, backend=backend, device="cpu")
+
+    def features(*contents: bytes) -> Any:
+        batch = pa.record_batch({"content": pa.array(contents, pa.binary())})
+        return np.array(next(extract(iter([batch]), spec))["features"].to_pylist())
+
+    alone, among = features(photo(1)), features(photo(1), photo(2))
+    np.testing.assert_allclose(alone[0], among[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["onnx", "torch"])
 def test_canonical_features(name: str, real_photos: Path, real_weights: Path) -> None:
     """Against float64 values of an independent implementation (shared/data)."""

@@ -127,6 +127,8 @@ def build_runner(
 
     @torch.inference_mode()
     def run(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        if not image.flags.writeable:  # one photo alone comes as it was decoded
+            image = image.copy()
         x = torch.from_numpy(image).to(device, non_blocking=True)
         x = ((x.float() / 255 - mean) / std).permute(0, 3, 1, 2)
         with torch.autocast("cuda", torch.float16, enabled=mixed):
