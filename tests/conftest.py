@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -97,6 +98,26 @@ def real_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with tarfile.open(REAL_PHOTOS) as archive:
         archive.extractall(folder, filter="data")
     return next(path for path in folder.iterdir() if path.is_dir())
+
+
+INSECURE = "--host-resolver-rules=MAP fruit.test 127.0.0.1"
+"""A name for this machine that the browser takes for another one's: plain http isn't trusted."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no chromium here (Debian: apt-get install chromium)")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+    with api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(
+            executable_path=chromium,
+            args=[*flags, "--disable-component-update", "--disable-sync", INSECURE],
+        )
+        yield found
+        found.close()
 
 
 @pytest.fixture(scope="session")

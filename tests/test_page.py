@@ -254,26 +254,6 @@ def test_export_refuses_places(out: Path, tmp_path: Path, monkeypatch: pytest.Mo
 # --- a browser ---------------------------------------------------------------------------------
 
 
-INSECURE = "--host-resolver-rules=MAP fruit.test 127.0.0.1"
-"""A name for this machine that the browser takes for another one's: plain http isn't trusted."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not chromium:
-        pytest.skip("no chromium here (Debian: apt-get install chromium)")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
-    with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(
-            executable_path=chromium,
-            args=[*flags, "--disable-component-update", "--disable-sync", INSECURE],
-        )
-        yield found
-        found.close()
-
-
 class Visitor:
     """Somebody who looks at the page. Anything on the console that isn't expected is an error."""
 

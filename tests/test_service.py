@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -318,16 +319,23 @@ def test_slow_clients_are_cut(found: Model, monkeypatch: pytest.MonkeyPatch) -> 
         assert send(url, photo(1)).status_code == 200
 
 
-def test_a_client_that_doesnt_read_is_cut(found: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "STUCK_SECONDS", 0.5)
+@contextlib.contextmanager
+def large_file_asked_for(found: Model, size: int) -> Iterator[socket.socket]:
+    """A connection with a small buffer, on which a file of so many bytes is to come."""
     app = service.create(lambda: found, Settings(workers=1))
-    large = webpage.File(bytes(30 << 20), "application/octet-stream")
+    large = webpage.File(bytes(size), "application/octet-stream")
     app.state.service.site = app.state.service.site | {"large.bin": large}
     with running(app) as url, socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.settimeout(10)
         raw.connect(("127.0.0.1", int(url.rpartition(":")[2])))
-        raw.sendall(b"GET /large.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+        raw.sendall(b"GET /large.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        yield raw
+
+
+def test_a_client_that_doesnt_read_is_cut(found: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "STUCK_SECONDS", 0.5)
+    with large_file_asked_for(found, 30 << 20) as raw:
         time.sleep(2)
         got = 0
         while more := raw.recv(1 << 16):
@@ -337,14 +345,7 @@ def test_a_client_that_doesnt_read_is_cut(found: Model, monkeypatch: pytest.Monk
 
 def test_a_client_that_reads_slowly_gets_all(found: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "STUCK_SECONDS", 2.0)
-    app = service.create(lambda: found, Settings(workers=1))
-    large = webpage.File(bytes(12 << 20), "application/octet-stream")
-    app.state.service.site = app.state.service.site | {"large.bin": large}
-    with running(app) as url, socket.socket() as raw:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        raw.settimeout(10)
-        raw.connect(("127.0.0.1", int(url.rpartition(":")[2])))
-        raw.sendall(b"GET /large.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    with large_file_asked_for(found, 12 << 20) as raw:
         got, pause = 0, time.monotonic()
         while more := raw.recv(1 << 16):
             got += len(more)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -403,16 +402,8 @@ def _write(out: Out, dest: Path, files: Files, about: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # an extract that isn't finished has its parts there
             out.work.rmdir()
         return
-    staged = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
+    with manifest.folder_aside(dest, "--dest") as staged:
         _fill(staged, files, about)
-        if dest.exists():
-            shutil.rmtree(dest)
-        staged.rename(dest)
-    except OSError as error:
-        raise RequestError(f"--dest {dest} can't be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _fill(folder: Path, files: Files, about: dict[str, Any]) -> None:

@@ -291,6 +291,27 @@ def aside(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def folder_aside(dest: Path, option: str) -> Iterator[Path]:
+    """Give a folder to make and fill; it takes the place of ``dest`` when it is whole.
+
+    Raises
+    ------
+    RequestError
+        If it can't be written; names the command's ``option``.
+    """
+    staged = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        yield staged
+        if dest.exists():
+            shutil.rmtree(dest)
+        staged.rename(dest)
+    except OSError as error:
+        raise RequestError(f"{option} {dest} can't be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write sorted JSON; a reader sees the old file or the new one, never a part."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

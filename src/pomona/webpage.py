@@ -13,8 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -304,17 +302,9 @@ def write(dest: Path, files: Site) -> None:
         If the folder holds other files, or can't be written.
     """
     refuse_foreign(dest)
-    staged = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.part")
     record = json.dumps({"files": [*sorted(files), RECORD]}, indent=1).encode()
-    try:
+    with manifest.folder_aside(dest, "--web") as staged:
         for name, content in {**{n: f.read() for n, f in files.items()}, RECORD: record}.items():
             path = staged / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        if dest.exists():
-            shutil.rmtree(dest)
-        staged.rename(dest)
-    except OSError as error:
-        raise RequestError(f"--web {dest} can't be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
