@@ -72,6 +72,9 @@ def test_result_is_weights_like_any(done: tuple[Path, dict[str, Any]], shapes: P
     found = weights.load(str(place))
     assert found.digest == record["digests"]["weights"] != weights.load("random:0").digest
     assert set(load_file(place)) == set(mobilenet.shapes())
+    kinds = {f"Training/{name}/{name} {n}" for name in ("Box", "Ball") for n in range(3)}
+    kinds -= set(record["held_out"]["groups"])
+    assert len(kinds) == 4 and set(found.tuned_on) == {weights.mark(kind) for kind in kinds}
     photo = next((shapes / "Test").rglob("*.jpg")).read_bytes()
     got = [features(found, photo, kind, 32) for kind in ("onnx", "torch")]
     assert np.allclose(got[0], got[1], rtol=1e-4, atol=1e-4)
@@ -342,12 +345,55 @@ def test_a_teacher_s_features_come_nearer() -> None:
 
     def distance() -> float:
         with torch.no_grad():
-            return float(teacher.distance(run.network(pixels), pixels))
+            return float(teacher.distances(run.network.maps(pixels), teacher.maps(pixels))[0])
 
     first = distance()
     for _ in range(12):
         run.step()
     assert distance() < 0.9 * first
+
+
+def test_blocks_learn_apart_first() -> None:
+    rules, data = tiny(distill=1.0, apart=0.5, rate=1e-2)
+    start, plan = mobilenet.random_state(4), Plan(steps=16)
+    run = tuning.Run(rules, data, start, plan, teacher=with_statistics())
+    teacher = run.teacher
+    assert teacher is not None
+    _, pixels = run.batches.batch(0, learner.World())
+    aims = teacher.maps(pixels)
+    blocks = list(run.network.backbone.features)
+
+    def changed() -> list[bool]:
+        """Which blocks have a gradient from what the last one gives."""
+        run.network.zero_grad()
+        found = run.network.maps(pixels, aims if run.apart else None)
+        learner.pooled(found).square().sum().backward()  # type: ignore[no-untyped-call]
+        return [any(p.grad is not None for p in block.parameters()) for block in blocks]
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float(teacher.distances(run.network.maps(pixels, aims), aims)[1])
+
+    assert run.apart
+    assert changed() == [False] * (len(blocks) - 1) + [True]
+    first = distance()
+    for _ in range(8):
+        run.step()
+    assert distance() < 0.9 * first
+    assert not run.apart
+    assert changed() == [True] * len(blocks)
+
+
+def test_nothing_is_judged_while_blocks_learn_apart(shapes: Path, tmp_path: Path) -> None:
+    from pomona import finetuning
+
+    options = finetuning.FinetuneOptions(
+        start="random:3", teacher="random:4", label="top", image_size=32, epochs=2, batch_size=8
+    )
+    record = finetune(shapes, tmp_path / "out", options)
+    assert record["recipe"]["apart"] == finetuning.FROM_TEACHER["apart"]
+    assert record["history"][0]["share"] >= record["recipe"]["apart"]
+    assert record["ended"] == "planned"
 
 
 # --- the schedule ------------------------------------------------------------------------------

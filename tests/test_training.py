@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pomona import manifest, model, reduction, samples, stages
+from pomona import manifest, model, reduction, samples, stages, weights
 from pomona.engine import Cluster
 from pomona.errors import MismatchError, RequestError
 from pomona.stages import ExtractOptions, ReduceOptions
@@ -79,6 +79,37 @@ def test_what_a_training_leaves(trained: Path) -> None:
     stages_told = json.loads((trained / "manifest.json").read_text())["stages"]
     assert stages_told["train"]["digests"] == found.about["digests"]
     assert not (trained / "_work").exists()
+
+
+def tuned_on(out: Path, kinds: range) -> None:
+    """Note in OUT that its weights were tuned on these kinds of each label."""
+    place = out / "features" / "_table.json"
+    table = json.loads(place.read_text())
+    folders = [f"Training/Fruit {n}/Kind {n}-{kind}" for n in range(3) for kind in kinds]
+    place.write_text(json.dumps({**table, "tuned_on": [weights.mark(f) for f in folders]}))
+
+
+def test_what_tuned_weights_saw_judges_nothing(out: Path) -> None:
+    before = stages.train(out)
+    assert not figures(out)["cross_validation"]["weights_saw"]
+    tuned_on(out, range(4))
+    record = stages.train(out)
+    told = figures(out)["cross_validation"]
+    assert record["made_from"] != before["made_from"]
+    assert (told["units"], told["photos"], told["weights_saw"]) == (3, 24, False)
+    assert "weights_saw" not in record["metrics"]["cross_validation"]
+
+
+def test_where_tuned_weights_saw_all_it_is_said(out: Path) -> None:
+    from pomona import console
+
+    tuned_on(out, range(5))
+    record = stages.train(out)
+    assert figures(out)["cross_validation"]["units"] == 15
+    assert record["metrics"]["cross_validation"]["weights_saw"]
+    table = console._figures(record["metrics"])
+    assert "on which the weights were tuned" in str(table.columns[1].header)
+    assert "too optimistic" in stages.report(out).read_text()
 
 
 def test_training_again_does_nothing_or_the_same(out: Path) -> None:

@@ -124,4 +124,6 @@ def headline(figures: dict[str, Any]) -> dict[str, Any]:
         rows = figures.get(part) or {}
         if "accuracy" in rows:
             found[part] = {name: rows[name] for name in (*names, "photos", "units", "by")}
+            if rows.get("weights_saw"):
+                found[part]["weights_saw"] = True
     return found

@@ -22,7 +22,7 @@ from pomona.rows import even_bounds, write_chunks
 from pomona.schema import SPLITS, UNREADABLE
 from pomona.sources import Listing, Source
 from pomona.ticks import OnTick, Tick, quiet
-from pomona.weights import OnBytes
+from pomona.weights import Weights
 from pomona.weights import load as load_weights
 
 log = logging.getLogger("pomona")
@@ -53,6 +53,7 @@ class Job:
     out: Out
     source: Source
     spec: BackboneSpec
+    tuned_on: tuple[str, ...]
     options: ExtractOptions
     spark: GetSpark
     on_tick: OnTick
@@ -83,14 +84,17 @@ def extract(
     if options.reader == "spark":
         where = replace(where, kind="hadoop")
     cluster = cluster or Cluster()
-    spec = _spec(options, cluster, on_tick)
+    weights = load_weights(
+        options.weights, lambda done, total: on_tick(Tick("weights", done, total))
+    )
+    spec = _spec(weights, options, cluster)
     folder = manifest.open_out(out)
     cluster = replace(cluster, log_file=folder.log)
     cluster = replace(cluster, master=engine.local_master(cluster.master, spec.device))
     with manifest.lock(folder), contextlib.ExitStack() as mine:
         tombstones.refuse_erasing(folder)
         spark = (keep or mine).enter_context(engine.lazy_session(cluster))
-        job = Job(folder, where, spec, options, spark, on_tick)
+        job = Job(folder, where, spec, weights.tuned_on, options, spark, on_tick)
         table = _table(job)
         started = time.time()
         photos, forgotten = tombstones.leave_out(folder, _list(job))
@@ -114,10 +118,9 @@ def _refuse_nesting(where: Source, out: str) -> None:
         raise RequestError(f"the source lies inside --out {out}: choose another folder")
 
 
-def _spec(options: ExtractOptions, cluster: Cluster, on_tick: OnTick) -> BackboneSpec:
-    on_bytes: OnBytes = lambda done, total: on_tick(Tick("weights", done, total))  # noqa: E731
+def _spec(weights: Weights, options: ExtractOptions, cluster: Cluster) -> BackboneSpec:
     return make_spec(
-        load_weights(options.weights, on_bytes),
+        weights,
         image_size=options.image_size,
         backend=options.backend,
         device=options.device,
@@ -134,6 +137,7 @@ def _table(job: Job) -> dict[str, Any]:
         "format": manifest.FORMAT,
         "spec": spec.fingerprint(),
         "weights": spec.weights,
+        "tuned_on": list(job.tuned_on),
         "source": source.name,
         "label": options.label,
         "test_fraction": options.test_fraction,

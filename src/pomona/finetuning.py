@@ -23,7 +23,7 @@ from pomona.manifest import Out
 from pomona.recipe import Codes, Recipe
 from pomona.schema import SPLITS
 from pomona.ticks import OnTick, Tick, quiet
-from pomona.weights import Weights
+from pomona.weights import Weights, mark, to_bytes
 from pomona.weights import load as load_weights
 
 EPOCHS = 20.0
@@ -198,14 +198,14 @@ def recipe_for(options: FinetuneOptions, trained: bool, distilled: bool, device:
     )
     if trained:
         return found
-    return replace(found, **FROM_RANDOM, distill=DISTILL if distilled else 0.0)
+    return replace(found, **FROM_RANDOM, **(FROM_TEACHER if distilled else {}))
 
 
 ANCHOR = 1.0
 """Of trained weights, to the teacher that they are themselves: they stay general."""
 
-DISTILL = 5.0
-"""Of a random start, which learns most of what it knows from the teacher."""
+FROM_TEACHER: dict[str, Any] = {"distill": 5.0, "apart": 0.6}
+"""A random start learns most of what it knows from the teacher, at first block by block."""
 
 FROM_RANDOM: dict[str, Any] = {
     "norm": True,
@@ -382,8 +382,6 @@ class Job:
 
     def _write(self, made_from: dict[str, Any], *, finished: bool) -> dict[str, Any]:
         """Write the best weights so far, and the JSON beside them."""
-        from safetensors.numpy import save
-
         from pomona import tuning
         from pomona.learner import weights_of
 
@@ -391,7 +389,7 @@ class Job:
         network, progress = tuning.result(self.folder, self.device)
         state = weights_of(network.state_dict(), norm=network.norm)
         with manifest.aside(self.out.tuned) as part:
-            part.write_bytes(save(state, {"pomona": "finetune"}))
+            part.write_bytes(to_bytes(state, (*self.start.tuned_on, *job["tuned_on"])))
         record = {
             "made_from": made_from,
             "finished": finished,
@@ -468,6 +466,7 @@ def _arrange(photos: pa.Table, options: FinetuneOptions) -> tuple[dict[str, Any]
         "held_out": sorted(set(folders[out].tolist())) if by_group else [],
         "held_out_photos": len(looked_at),
         "train_photos": len(train),
+        "tuned_on": sorted({mark(folder) for folder in folders[train]}),
     }
     codes = {"labels": label, "groups": groups, "train": train, "held_out": looked_at, "test": test}
     return about, {name: value.astype(np.int64) for name, value in codes.items()}

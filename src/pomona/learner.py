@@ -105,9 +105,27 @@ class Network(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return features [n, 1280] of pixels [n, 3, h, w]."""
-        x = (pixels - self.mean) / self.std
-        maps: torch.Tensor = self.backbone.features(x.contiguous(memory_format=torch.channels_last))
-        return maps.float().mean(dim=(2, 3))
+        return pooled(self.maps(pixels))
+
+    def maps(
+        self, pixels: torch.Tensor, given: Sequence[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        """Return what each block gives, each [n, channels, h, w]; features are the last's mean.
+
+        Each block takes what the one before it gives or, with ``given``, what that one should.
+        """
+        x = ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        found: list[torch.Tensor] = []
+        for block in self.backbone.features:
+            if found:
+                x = found[-1] if given is None else given[len(found) - 1]
+            found.append(block(x))
+        return found
+
+
+def pooled(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return features of what `Network.maps` gave: float32 [n, 1280]."""
+    return maps[-1].float().mean(dim=(2, 3))
 
 
 def build(state: mobilenet.State, counts: Mapping[str, int], *, norm: bool) -> Network:
@@ -195,20 +213,38 @@ class Teacher:
     def __init__(self, state: mobilenet.State, batches: Batches) -> None:
         self.network = build(state, {}, norm=False).to(batches.device).eval()
         self.mixed = batches.recipe.mixed
-        seen = [self.features(batches.batch(-1 - n, World())[1]) for n in range(self.BATCHES)]
-        self.mean = torch.cat(seen).mean(dim=0)
-        self.std = torch.cat(seen).std(dim=0) + 0.05
+        seen = [self.maps(batches.batch(-1 - n, World())[1]) for n in range(self.BATCHES)]
+        features = torch.cat([pooled(maps) for maps in seen])
+        self.scale = _scale(features, dim=(0,))
+        self.scales = [_scale(torch.cat(block), dim=(0, 2, 3)) for block in zip(*seen, strict=True)]
 
-    def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return its features of these pixels."""
+    def maps(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Return what each of its blocks gives for these pixels."""
         with (
             torch.no_grad(),
             torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.mixed),
         ):
-            found: torch.Tensor = self.network(pixels)
-        return found
+            return self.network.maps(pixels)
 
-    def distance(self, features: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """Return how far features are from its own, in its own standard deviations."""
-        aim = (self.features(pixels) - self.mean) / self.std
-        return functional.smooth_l1_loss((features - self.mean) / self.std, aim)
+    def distances(
+        self, maps: Sequence[torch.Tensor], aims: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return how far features are from its own, and what the blocks give: the blocks' mean.
+
+        Both in its own standard deviations. `aims` is what `maps` gave for the same pixels.
+        """
+        of_blocks = [
+            _distance(x, aim, scale) for x, aim, scale in zip(maps, aims, self.scales, strict=True)
+        ]
+        of_features = _distance(pooled(maps), pooled(aims), self.scale)
+        return of_features, torch.stack(of_blocks).mean()
+
+
+def _scale(values: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
+    """Return each channel's standard deviation, kept from 0 where a channel is all but still."""
+    std = values.float().std(dim=dim, keepdim=True)
+    return std + 0.1 * std.mean()
+
+
+def _distance(found: torch.Tensor, aim: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return functional.smooth_l1_loss(found.float() / scale, aim.float() / scale)

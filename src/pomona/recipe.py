@@ -41,6 +41,10 @@ class Recipe:
         come to tell labels and nothing else, and nothing is unknown to them any more.
     distill
         Weight of the distance to the teacher's features; 0 leaves it out.
+    apart
+        Share of the run at whose start each block learns by itself to give what the teacher's gives
+        (Li et al. 2020, "Blockwisely supervised neural architecture search with knowledge
+        distillation"). A random start learns much faster so.
     mixed
         Convolve in bfloat16.
     """
@@ -56,6 +60,7 @@ class Recipe:
     average: float = 0.15
     variety: float = 0.5
     distill: float = 0.0
+    apart: float = 0.0
     mixed: bool = False
     seed: int = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -18,9 +19,11 @@ from pomona.classifier import Classifier, Codes
 from pomona.errors import MismatchError, RequestError
 from pomona.evaluation import calibration, headline, judge_leakage, judge_test
 from pomona.manifest import Out
+from pomona.metrics import Flags
 from pomona.samples import MAX_ROWS, Photos, groups_of, read_photos
 from pomona.ticks import OnTick, Tick, quiet
 from pomona.unknown import Detector
+from pomona.weights import mark
 
 RECIPE = 1
 """Raise it when the same rows and options would give another model: then old ones are remade."""
@@ -78,6 +81,8 @@ def train(
             "settings": options.__dict__,
             "recipe": RECIPE,
         }
+        if tuned_on := manifest.read_json(folder.table_file).get("tuned_on"):
+            made_from["tuned_on"] = tuned_on
         old = manifest.read_json(folder.manifest).get("stages", {}).get("train", {})
         if old.get("made_from") == made_from and _is_whole(folder, old):
             return dict(old)
@@ -130,7 +135,8 @@ def _train(
     steps = Steps(on_tick, len(cls.STRENGTHS) + len(unknown.left_out(y)) + 4)
     figures: dict[str, Any] = {"photos": len(y), "photos_in_table": photos.of, "labels": labels}
     with cls.one_thread_each():
-        fitted, searched = _fit(photos, y, labels, groups, options, steps)
+        new = _new_to_weights(photos, made_from.get("tuned_on", []))
+        fitted, searched = _fit(photos, y, labels, groups, new, options, steps)
     figures |= searched
     seconds = {"fit": time.time() - start}
     projection = proj.load(out.projection)
@@ -156,6 +162,7 @@ def _fit(
     y: Codes,
     labels: tuple[str, ...],
     groups: Codes | None,
+    new: Flags,
     options: TrainOptions,
     steps: Steps,
 ) -> tuple[tuple[Classifier, Detector], dict[str, Any]]:
@@ -166,6 +173,9 @@ def _fit(
     z, ys, gs = photos.z[some], y[some], None if groups is None else groups[some]
     kinds = ys if gs is None else gs
     cut = cls.folds(ys, gs)
+    if new.any():  # only photos that the weights never saw say how well new ones fare
+        cut = [(fit, held[new[some][held]]) for fit, held in cut]
+        cut = [fold for fold in cut if len(fold[1])]
     figures: dict[str, Any] = {
         "search": [],
         "cross_validation": None,
@@ -181,6 +191,7 @@ def _fit(
             "by": "photo" if gs is None else "group",
             "folds": len(cut),
             "not_judged": len(ys) - len(best.rows),
+            "weights_saw": not new.any(),
             **metrics.measure(cls.softmax(best.logits / temperature), ys[best.rows], units),
             **calibration(best.logits, temperature, ys[best.rows]),
         }
@@ -207,6 +218,14 @@ def _fit(
         "unknown": {"method": method, "threshold": limit, "keep": options.keep, **compared},
     }
     return (found, detector), figures
+
+
+def _new_to_weights(photos: Photos, tuned_on: list[str]) -> Flags:
+    """Return which photos the weights were not tuned on, bool [n]."""
+    folders = [re.sub(r"/[^/]*$", "", path) for path in photos.paths]
+    seen = set(tuned_on)
+    marked = {folder: mark(folder) in seen for folder in set(folders)}
+    return np.array([not marked[folder] for folder in folders], bool)
 
 
 def _best(

@@ -30,6 +30,7 @@ from pomona.learner import (
     build,
     features_of,
     logits_of,
+    pooled,
 )
 from pomona.recipe import Codes, Plan, Recipe, factor, figures, order
 
@@ -77,6 +78,11 @@ class Run:
         self.batches = Batches(recipe, data, device)
         self.teacher = None if teacher is None else Teacher(teacher, self.batches)
 
+    @property
+    def apart(self) -> bool:
+        """Whether the blocks still learn each by itself: as a whole they are worth nothing yet."""
+        return self.teacher is not None and self.plan.share < self.recipe.apart
+
     # --- a step ---
 
     def step(self) -> float:
@@ -104,16 +110,21 @@ class Run:
 
     def loss(self, pixels: torch.Tensor, rows: Codes) -> torch.Tensor:
         """Return the mean loss over these photos."""
+        aims = None if self.teacher is None else self.teacher.maps(pixels)
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.recipe.mixed):
-            features = self.network(pixels)
+            maps = self.network.maps(pixels, aims if self.apart else None)
+        features = pooled(maps)
         total: torch.Tensor = features.new_zeros(())
         for name, head in self.network.heads.items():
             code = torch.from_numpy(self.codes[name][rows]).to(self.device)
             smoothing = self.recipe.smoothing
             found = functional.cross_entropy(head(features), code, label_smoothing=smoothing)
             total = total + self.weights[name] * found
-        if self.teacher is not None:
-            total = total + self.recipe.distill * self.teacher.distance(features, pixels)
+        if self.teacher is not None and aims is not None:
+            features_off, blocks_off = self.teacher.distances(maps, aims)
+            total = total + self.recipe.distill * features_off
+            if self.apart:
+                total = total + len(maps) * blocks_off
         return total
 
     def _average(self) -> None:
@@ -309,10 +320,10 @@ def train(
     while not run.progress.ended:
         before = int(run.plan.share * LOOKS)
         run.step()
-        looked = int(run.plan.share * LOOKS) > before
+        looked = int(run.plan.share * LOOKS) > before and not run.apart
         if looked:
             run.look(held_out)
-            run.progress.ended = _end(run)
+        run.progress.ended = _end(run)
         late = bool(world.agree(time.monotonic() - saved > SAVE_EVERY))
         if world.rank == 0 and (looked or late):
             run.save(folder / CHECKPOINT)

@@ -8,8 +8,8 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,9 @@ OFFICIAL_URL = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
 FRUITS = Path(__file__).with_name("data") / "fruits.safetensors"
 """Weights in the package, float16, trained by `pomona finetune` from a random start; the model card
 lies beside them (benchmarks/fruits.py makes both)."""
+
+TUNED_ON = "pomona.tuned_on"
+"""Key of a ``.safetensors`` file's metadata."""
 
 OnBytes = Callable[[int, int], None]
 """Called with (bytes so far, bytes in all; 0 if unknown)."""
@@ -49,12 +52,15 @@ class Weights:
         The backbone's tensors, float32; None where the file is ONNX.
     onnx
         An ONNX file's bytes.
+    tuned_on
+        `mark` of each folder of photos that `pomona finetune` trained them on.
     """
 
     name: str
     digest: str
     state: dict[str, npt.NDArray[np.float32]] | None = None
     onnx: bytes | None = None
+    tuned_on: tuple[str, ...] = ()
 
     @property
     def trained(self) -> bool:
@@ -104,7 +110,7 @@ def load(name: str | None = None, on_bytes: OnBytes | None = None) -> Weights:
     if path.suffix == ".onnx":
         return _onnx(path)
     if path.suffix == ".safetensors":
-        return _from_state(path.name, _read_safetensors(path), str(path))
+        return _from_file(path.name, path, str(path))
     if path.suffix in (".pth", ".pt"):
         return _from_state(path.name, _read_pth(path), str(path))
     raise WeightsError(f"{name}: weights are a .safetensors, .pth or .onnx file")
@@ -120,7 +126,7 @@ def fruits(path: Path) -> Weights:
     """
     if not path.is_file():
         raise WeightsError(f"this build of Pomona holds no weights of its own: {REMEDIES}")
-    return _from_state("fruits", _read_safetensors(path), "the package's file")
+    return _from_file("fruits", path, "the package's file")
 
 
 def pack(weights: Weights) -> bytes:
@@ -167,6 +173,18 @@ def unpack(name: str, kind: str, content: bytes, digest: str, where: str) -> Wei
     return found
 
 
+def mark(folder: str) -> str:
+    """Return what stands for a folder of photos in tuned weights: names may tell of people."""
+    return hashlib.sha256(folder.encode()).hexdigest()[:16]
+
+
+def to_bytes(state: mobilenet.State, tuned_on: Iterable[str]) -> bytes:
+    """Return the ``.safetensors`` file of tuned weights; `load` gives ``tuned_on`` back."""
+    from safetensors.numpy import save
+
+    return save(dict(state), {TUNED_ON: " ".join(sorted(set(tuned_on)))})
+
+
 def _random(name: str) -> Weights:
     if not re.fullmatch(r"random:\d{1,9}", name):
         raise WeightsError(f"{name}: random weights are named random:SEED, for example random:0")
@@ -176,6 +194,15 @@ def _random(name: str) -> Weights:
 def _from_state(name: str, state: mobilenet.State, where: str) -> Weights:
     checked = mobilenet.check(state, where)
     return Weights(name, mobilenet.digest(checked), state=checked)
+
+
+def _from_file(name: str, path: Path, where: str) -> Weights:
+    from safetensors import safe_open
+
+    found = _from_state(name, _read_safetensors(path), where)
+    with safe_open(path, "np") as file:
+        marks = (file.metadata() or {}).get(TUNED_ON, "")
+    return replace(found, tuned_on=tuple(marks.split()))
 
 
 def _onnx(path: Path) -> Weights:
