@@ -1,37 +1,41 @@
-"""Make the weights that lie in the package, from a random start, and their model card.
+"""Make what the package holds: weights from a random start, a model on them, their card.
 
-    python benchmarks/fruits.py SOURCE --teacher WEIGHTS --work FOLDER --minutes 40 20
+    python benchmarks/fruits.py SOURCE --teacher WEIGHTS --not-fruit FOLDER --work WORK
 
 Two runs of `pomona finetune`: small photos from ``random:0``, then larger ones from what that gave.
 The teacher's features are an aim; none of its values is in the result, which starts from random
-numbers. SOURCE is Fruits-360 (the 3-body edition); its Test varieties are not trained on. Killed,
-it goes on. What made the weights is written beside them, as JSON.
+numbers. Then `pomona run` on the weights, whose model is judged, packed and described. SOURCE is
+Fruits-360 (the 3-body edition); its Test varieties are not trained on. Killed, it goes on.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
+import backbones
 import common
-from pomona import manifest, mobilenet, weights
+from pomona import manifest, mobilenet, model, quantisation, weights
 
 SIZES = (96, 128)
+CARD = Path(__file__).with_name("fruits.md")
 
 
 def main() -> int:
     found = common.parser(__doc__)
     found.add_argument("source", type=Path, metavar="SOURCE", help="a local folder of photos")
     found.add_argument("--teacher", default=weights.default(), help="default: POMONA_WEIGHTS")
+    found.add_argument("--not-fruit", type=Path, required=True, help="photos of something else")
     found.add_argument("--work", type=Path, required=True, help="takes the runs; kept")
-    found.add_argument("--minutes", type=float, nargs=2, default=(60.0, 30.0))
+    found.add_argument("--minutes", type=float, nargs=2, default=(42.0, 18.0))
     found.add_argument("--seed", type=int, default=0)
     found.add_argument(
-        "--to", type=Path, default=weights.FRUITS, help="the file to write (default: the package's)"
+        "--to", type=Path, default=weights.FRUITS.parent, help="default: into the package"
     )
     options = found.parse_args()
     start, runs = f"random:{options.seed}", []
@@ -40,7 +44,14 @@ def main() -> int:
         common.say(f"run {number + 1}: {size} pixels from {start}, {minutes:g} minutes")
         runs.append(_finetune(options, out, start, size, minutes))
         start = str(out / "weights.safetensors")
-    about = write(Path(start), options.to, runs)
+    place = options.to / weights.FRUITS.name
+    about = write(Path(start), place, runs)
+    name = "fruits" if place == weights.FRUITS else str(place)
+    out = options.work / "run"
+    about["figures"] = backbones.judge(options.source, out, name, SIZES[-1], options.not_fruit)
+    about["model"] = pack(out / "model", options.to / model.PACKAGED.name)
+    manifest.write_json(place.with_suffix(".json"), about)
+    (options.to / "README.md").write_text(card(about))
     print(json.dumps(about, indent=2, sort_keys=True))
     common.write_figures(options.json, about)
     return 0
@@ -55,30 +66,63 @@ def _finetune(options: Any, out: Path, start: str, size: int, minutes: float) ->
 
 
 def write(result: Path, to: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write the weights as float16, and what made them as JSON beside them."""
+    """Write the weights as float16. Returns what made them."""
     state = mobilenet.check(load_file(result), str(result))
     half = {key: value.astype(np.float16) for key, value in narrow(state).items()}
     to.parent.mkdir(parents=True, exist_ok=True)
     with manifest.aside(to) as part:
-        part.write_bytes(save(half, {"pomona": "finetune from a random start"}))
+        part.write_bytes(weights.to_bytes(half, weights.load(str(result)).tuned_on))
     about: dict[str, Any] = {
         "digest": weights.fruits(to).digest,
         "bytes": to.stat().st_size,
         "sha256": manifest.sha256(to),
         "runs": [
-            {k: run[k] for k in ("recipe", "made_from", "held_out", "test", "labels", "times")}
+            {k: run[k] for k in ("recipe", "made_from", "test", "labels", "groups", "times")}
+            | {"steps": run["held_out"]["step"], "training_loss": run["held_out"]["training_loss"]}
             for run in runs
         ],
     }
     for run in about["runs"]:
         run["made_from"] = {**run["made_from"], "source": Path(run["made_from"]["source"]).name}
-    manifest.write_json(to.with_suffix(".json"), about)
     return about
 
 
 def narrow(state: dict[str, Any]) -> dict[str, Any]:
     """Fold batch norms first: their variances may lie outside of what float16 holds well."""
     return mobilenet.unfolded(mobilenet.folded(state))
+
+
+def pack(made: Path, to: Path) -> dict[str, Any]:
+    """Copy a model's folder with the backbone in float16: of weights that are, nothing is lost."""
+    found = model.load(made)
+    shutil.rmtree(to, ignore_errors=True)
+    to.mkdir(parents=True)
+    shutil.copyfile(made / "classifier.safetensors", to / "classifier.safetensors")
+    (to / "model.onnx").write_bytes(quantisation.half(found.content, head=False))
+    model.write_about(to, {k: v for k, v in found.about.items() if k not in ("digest", "digests")})
+    packed = model.load(to)
+    return {"version": packed.version, "bytes": sum(p.stat().st_size for p in to.iterdir())}
+
+
+def card(about: dict[str, Any]) -> str:
+    """Return the model card: the text beside this file with the figures in it."""
+    figures = about["figures"]
+    low, high = figures["unseen_interval"]
+    facts = {
+        "seconds": sum(run["times"]["seconds"] for run in about["runs"]),
+        "photos_seen": sum(run["steps"] * run["recipe"]["batch_size"] for run in about["runs"]),
+        "minutes": " ".join(
+            f"{run['made_from']['settings']['minutes']:g}" for run in about["runs"]
+        ),
+        "seed": about["runs"][0]["made_from"]["settings"]["seed"],
+        "model_mb": about["model"]["bytes"] / 1e6,
+        "mb": about["bytes"] / 1e6,
+        "low": low,
+        "high": high,
+        **{k: about[k] for k in ("digest", "sha256")},
+        **figures,
+    }
+    return CARD.read_text().format(**facts)
 
 
 if __name__ == "__main__":

@@ -396,6 +396,34 @@ def test_nothing_is_judged_while_blocks_learn_apart(shapes: Path, tmp_path: Path
     assert record["ended"] == "planned"
 
 
+def test_the_result_lies_between_the_start_and_what_was_learned(tmp_path: Path) -> None:
+    rules, data = tiny(norm=False, blend=0.75, rate=1e-2)
+    start = mobilenet.random_state(4)
+    run = tuning.Run(rules, data, start, Plan(steps=4))
+    tuning.probe(run)  # the heads' start is what this gives
+    first = {key: value.clone() for key, value in run.network.state_dict().items()}
+    for _ in range(2):
+        run.step()
+    run.save(tmp_path / "a")
+    again = tuning.Run(rules, data, start, Plan(steps=4))
+    again.restore(tmp_path / "a")
+    again.look(data.held_out)
+    moved = 0.0
+    for key, value in again.best.items():
+        assert torch.allclose(value, 0.25 * first[key] + 0.75 * run.average[key], atol=1e-5)
+        moved += float((value - first[key]).abs().sum())
+    assert moved > 1
+
+
+@pytest.mark.parametrize("teacher, blend", [("start", 0.8), ("none", 0.8), ("another", 1.0)])
+def test_what_is_matched_to_another_network_goes_all_the_way(teacher: str, blend: float) -> None:
+    from pomona import finetuning
+
+    start, another = weights.Weights("a.pth", "1"), weights.Weights("b.pth", "2")
+    named = {"start": start, "none": None, "another": another}[teacher]
+    assert finetuning.recipe_for(OPTIONS, start, named, "cpu").blend == blend
+
+
 # --- the schedule ------------------------------------------------------------------------------
 
 

@@ -40,7 +40,7 @@ LocalOut = Annotated[str, typer.Option("--out", help="The folder that takes the 
 Weights = Annotated[
     str | None,
     typer.Option(
-        help="imagenet, random:SEED (untrained), or a .safetensors, "
+        help="imagenet, fruits (in the package), random:SEED (untrained), or a .safetensors, "
         ".pth or .onnx file. "
         "[default: POMONA_WEIGHTS, or imagenet]",
         show_default=False,
@@ -109,6 +109,14 @@ Keep = Annotated[
 NoTrain = Annotated[bool, typer.Option("--no-train", help="Train no classifier.")]
 NoPlots = Annotated[bool, typer.Option("--no-plots", help="Draw nothing, and write no report.")]
 NoMlflow = Annotated[bool, typer.Option("--no-mlflow", help="Record nothing in MLflow.")]
+AModel = Annotated[
+    str | None,
+    typer.Option(
+        help="A model: OUT/model, its URI (s3://, gs://), or models:/NAME@champion. [default: the "
+        "one in the package]",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -274,10 +282,7 @@ def predict(
         list[str],
         typer.Argument(help="Photos, folders, URIs (s3://, gs://), or - for standard input."),
     ],
-    model: Annotated[
-        str,
-        typer.Option(help="A model: OUT/model, its URI (s3://, gs://), or models:/NAME@champion."),
-    ],
+    model: AModel = None,
     top: Annotated[int, typer.Option(help="How many labels to give for each photo.")] = 3,
     out: Annotated[
         str | None, typer.Option("--out", help="A new folder that takes the answers, as Parquet.")
@@ -296,7 +301,7 @@ def predict(
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV with a header.")] = False,
 ) -> None:
     """Tell what is on photos. Killed, with --out, it goes on where it stopped."""
-    from pomona import answers, manifest, prediction
+    from pomona import answers, console, manifest, prediction
 
     if out:
         manifest.refuse_uri(out, "--out")
@@ -307,6 +312,8 @@ def predict(
     most = None if as_json or as_csv else prediction.SPARK_ABOVE
     options = prediction.PredictOptions(top, device, out, most, master, conf)
     found = _model(model)
+    if model is None:
+        typer.echo(f"pomona: {console.which(found)}", err=True)
     printer = answers.printer(sys.stdout, found, as_json=as_json, as_csv=as_csv)
     with printer as show, _progress() as on_tick:
         record = prediction.predict(photos, found, options, on_tick, show)
@@ -317,10 +324,7 @@ def predict(
 
 @app.command()
 def serve(
-    model: Annotated[
-        str,
-        typer.Option(help="A model: OUT/model, its URI (s3://, gs://), or models:/NAME@champion."),
-    ],
+    model: AModel = None,
     host: Annotated[str, typer.Option(help="The address to answer at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0: any that is free.")] = 8000,
     api_key: Annotated[
@@ -416,8 +420,8 @@ def finetune(
         str | None,
         typer.Option(
             "--from",
-            help="Weights to start from: imagenet, random:SEED, or a .safetensors or .pth "
-            "file. "
+            help="Weights to start from: imagenet, fruits (in the package), random:SEED, or a "
+            ".safetensors or .pth file. "
             "[default: POMONA_WEIGHTS, or imagenet]",
             show_default=False,
         ),
@@ -770,9 +774,11 @@ def _end_forget(out: str, on_tick: Any, cluster: Any = None) -> bool:
     return False
 
 
-def _model(name: str) -> Any:
+def _model(name: str | None) -> Any:
     from pomona import manifest, model
 
+    if name is None:
+        return model.load(model.PACKAGED)
     if manifest.is_store(name):
         from pomona.remote import fetch_model
 
@@ -908,7 +914,7 @@ def demo(
             progress=lambda done, total: on_tick(_tick("synthesize", done, total)),
         )
         synthetic.breakage(photos)
-        options = stages.ExtractOptions(weights="random:0")
+        options = stages.ExtractOptions(weights="fruits")
         cluster = _cluster(master, None)
         records = stages.run(
             photos,

@@ -218,6 +218,7 @@ def _figures(metrics: dict[str, Any]) -> Table:
     for part, figures in metrics.items():
         what = "Test" if part == "test" else f"cross-validation by {figures['by']}"
         units = f", {figures['units']:,} groups" if figures["by"] == "group" else ""
+        units += ", on which the weights were tuned" if "weights_saw" in figures else ""
         table.add_column(f"{what} ({figures['photos']:,} photos{units})")
     for name, words in FIGURES.items():
         cells = [
@@ -327,6 +328,15 @@ def exported(record: dict[str, Any]) -> Group:
 
 def served(found: Model, address: str) -> str:
     """Return the lines of ``pomona serve`` when it answers."""
+    return (
+        f"pomona: {which(found)}\npomona: {address} answers; the page is there too. Ctrl-C ends it."
+    )
+
+
+def which(found: Model) -> str:
+    """Return a line that tells which model it is, and how good."""
+    from pomona.model import PACKAGED
+
     labels = found.labels
     named = ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
     metrics = found.about.get("metrics", {})
@@ -334,10 +344,8 @@ def served(found: Model, address: str) -> str:
     right = f", right on {judged['accuracy']['value']:.1%}" if "accuracy" in judged else ""
     on = f" of {judged['photos']:,} Test photos" if metrics.get("test") and right else ""
     kind = "" if found.about["weights"]["trained"] else "; its weights are untrained"
-    return (
-        f"pomona: model {found.version} ({named}){right}{on}{kind}\n"
-        f"pomona: {address} answers; the page is there too. Ctrl-C ends it."
-    )
+    what = "the package's model" if found.folder == PACKAGED else "model"
+    return f"{what} {found.version} ({named}){right}{on}{kind}"
 
 
 def finetuned(record: dict[str, Any]) -> Table:

@@ -187,22 +187,28 @@ def _made_from(
     }
 
 
-def recipe_for(options: FinetuneOptions, trained: bool, distilled: bool, device: str) -> Recipe:
+def recipe_for(
+    options: FinetuneOptions, start: Weights, teacher: Weights | None, device: str
+) -> Recipe:
     """Return the recipe: the one for weights that are trained already, or for a random start."""
     found = Recipe(
         image_size=options.image_size,
         batch_size=options.batch_size,
         seed=options.seed,
         mixed=_mixed(options.precision, device),
-        distill=ANCHOR if distilled else 0.0,
+        distill=ANCHOR if teacher else 0.0,
     )
-    if trained:
-        return found
-    return replace(found, **FROM_RANDOM, **(FROM_TEACHER if distilled else {}))
+    if not start.trained:
+        return replace(found, **FROM_RANDOM, **(FROM_TEACHER if teacher else {}))
+    another = teacher is not None and teacher.digest != start.digest
+    return found if another else replace(found, blend=BLEND)
 
 
 ANCHOR = 1.0
 """Of trained weights, to the teacher that they are themselves: they stay general."""
+
+BLEND = 0.8
+"""Of trained weights, unless another network is to be matched."""
 
 FROM_TEACHER: dict[str, Any] = {"distill": 5.0, "apart": 0.6}
 """A random start learns most of what it knows from the teacher, at first block by block."""
@@ -297,7 +303,7 @@ class Job:
         if self.teacher is not None and self.teacher.state is not None:
             save_file(self.teacher.state, self.folder / "teacher.safetensors")
         options = self.options
-        recipe = recipe_for(options, self.start.trained, self.teacher is not None, self.device)
+        recipe = recipe_for(options, self.start, self.teacher, self.device)
         epochs = EPOCHS if options.epochs is None and options.minutes is None else options.epochs
         a_pass = len(data["train"]) / recipe.batch_size
         seconds = options.minutes and options.minutes * 60

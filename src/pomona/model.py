@@ -29,6 +29,9 @@ FORMAT = 1
 ones: add a branch to `load`, and a folder of the old format to tests/."""
 
 FILES = ("model.onnx", "classifier.safetensors")
+PACKAGED = Path(__file__).with_name("data") / "model"
+"""The model in the package: apple, cherry or tomato. benchmarks/fruits.py makes it."""
+
 OUTPUTS = ("probabilities", "score", "pca_features", "features")
 ANSWER = ("probabilities", "score")
 """The outputs that an answer needs."""

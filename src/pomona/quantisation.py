@@ -96,14 +96,19 @@ def phone(content: bytes) -> bytes:
     return bytes(proto.SerializeToString())
 
 
-def half(content: bytes) -> bytes:
-    """Return the file with float16 weights, each cast to float32 before its use."""
+def half(content: bytes, *, head: bool = True) -> bytes:
+    """Return the file with float16 weights, each cast to float32 before its use.
+
+    Without ``head`` what comes after the backbone stays as it is.
+    """
     from onnx import TensorProto, checker, helper, load_from_string, numpy_helper
 
     proto = load_from_string(content)
     casts = []
     for tensor in proto.graph.initializer:
         if tensor.data_type != TensorProto.FLOAT:
+            continue
+        if tensor.name.startswith("head.") and not head:
             continue
         value = numpy_helper.to_array(tensor)
         if value.size < SMALL or np.abs(value).max() > np.finfo(np.float16).max:

@@ -36,6 +36,10 @@ class Recipe:
     average
         The weights that are judged and kept are a mean of those of about so long a share of the
         run, the latest weighing most.
+    blend
+        The result lies so far on the line from the start to the averaged weights (Wortsman et al.
+        2022, "Robust fine-tuning of zero-shot models"): what is nearer to the start does better on
+        what training didn't see.
     variety
         Weight of the second question, which variety it is; 0 leaves it out. Without it features
         come to tell labels and nothing else, and nothing is unknown to them any more.
@@ -58,6 +62,7 @@ class Recipe:
     warmup: float = 0.1
     smoothing: float = 0.1
     average: float = 0.15
+    blend: float = 1.0
     variety: float = 0.5
     distill: float = 0.0
     apart: float = 0.0

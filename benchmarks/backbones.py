@@ -1,0 +1,148 @@
+"""What a backbone is worth: the same pipeline on several weights, all on the same photos.
+
+    python benchmarks/backbones.py SOURCE --not-fruit FOLDER imagenet:224 fruits:128
+
+Each argument is weights and the side of the photos. ``unseen``: Test, whose varieties neither the
+backbone nor the classifier saw. ``seen``: a random quarter of Training, each variety a label of
+its own; where the weights were tuned on Training, the backbone saw those photos. ``AUROC``: Test
+against photos of something else, each whole and in quarters; ``refused``: those of them that are
+called unknown; ``kept``: Test photos that aren't.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+import accuracy
+import common
+from pomona import backbone, classifier, manifest, metrics, model, quantisation
+from pomona.reduction import features_of
+
+Pixels = Any
+
+
+def main() -> int:
+    found = common.parser(__doc__)
+    found.add_argument("source", type=Path, metavar="SOURCE", help="a local folder of photos")
+    found.add_argument("weights", nargs="+", metavar="WEIGHTS:SIDE")
+    found.add_argument("--not-fruit", type=Path, required=True, help="photos of something else")
+    found.add_argument("--work", type=Path, help="takes the runs, and is kept")
+    options = found.parse_args()
+    with common.scratch() as scratch:
+        rows = []
+        for number, asked in enumerate(options.weights):
+            name, _, side = asked.rpartition(":")
+            common.say(f"{name} at {side} pixels")
+            out = (options.work or scratch) / f"{number}-{Path(name).stem}-{side}"
+            rows.append(judge(options.source, out, name, int(side), options.not_fruit))
+    print(table(rows))
+    common.write_figures(options.json, {"backbones": rows})
+    return 0
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the figures as a table, shares in percent."""
+    shares = ("unseen", "seen", "near_copies", "kept")
+    head = ("weights", "side", *shares, "AUROC", "refused", "MB", "MB half", "ms", "photos/s")
+    return common.table(
+        head,
+        [
+            (
+                row["weights"],
+                row["side"],
+                *(100 * row[name] for name in shares),
+                row["auroc"],
+                f"{row['refused']} of {row['strangers']}",
+                row["phone_mb"],
+                row["half_mb"],
+                row["photo_ms"],
+                row["photos_per_second"],
+            )
+            for row in rows
+        ],
+    )
+
+
+def judge(source: Path, out: Path, weights: str, side: int, not_fruit: Path) -> dict[str, Any]:
+    """Run the pipeline into ``out``, and return what the weights are worth."""
+    words = ["run", source, "--out", out, "--label", "top", "--weights", weights]
+    words += ["--image-size", side, "--no-mlflow", "--no-plots"]
+    ran = common.run_pomona(*map(str, words)).answer
+    figures = manifest.read_json(manifest.Out(out).metrics)
+    made = model.load(out / "model")
+    with classifier.one_thread_each():
+        seen = accuracy.seen_varieties(accuracy.read(out, "Training"))[accuracy.DEFAULT][0]
+    known, strange = scores_of_test(out, made), scores(made, photos_of(not_fruit, side))
+    limit = float(made.about["unknown"]["threshold"])
+    phone = quantisation.phone(made.content)
+    test = figures["test"]
+    return {
+        "weights": Path(weights).name,
+        "side": side,
+        "unseen": test["accuracy"]["value"],
+        "unseen_interval": [test["accuracy"]["low"], test["accuracy"]["high"]],
+        "unseen_groups": test["units"],
+        "unseen_photos": test["photos"],
+        "cross_validation": figures["cross_validation"]["accuracy"]["value"],
+        "seen": seen,
+        "near_copies": figures["leakage"]["near_copies"] / figures["leakage"]["looked_at"],
+        "calibration_error": test["calibration_error"]["value"],
+        "kept": test["kept"],
+        "method": made.about["unknown"]["method"],
+        "auroc": metrics.auroc(known, strange),
+        "refused": int((strange < limit).sum()),
+        "strangers": len(strange),
+        "phone_mb": common.megabytes(len(phone)),
+        "half_mb": common.megabytes(len(quantisation.half(phone))),
+        "photo_ms": milliseconds(made, side),
+        "photos_per_second": ran["extract"]["times"]["photos_per_second"],
+    }
+
+
+def scores_of_test(out: Path, made: model.Model) -> Any:
+    """Return the scores of Test's photos, from the table of features."""
+    rows = pq.read_table(out / "features" / "split=Test", columns=["features"])["features"]
+    return made.head().apply(features_of(rows.filter(rows.is_valid())))["score"]
+
+
+def photos_of(folder: Path, side: int) -> Pixels:
+    """Return a folder's photos, each whole and its four quarters: uint8 [5 n, side, side, 3]."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        with Image.open(path) as image:
+            whole = image.convert("RGB")
+        w, h = whole.width // 2, whole.height // 2
+        boxes = [(x, y, x + w, y + h) for x in (0, w) for y in (0, h)]
+        for part in (whole, *(whole.crop(box) for box in boxes)):
+            found.append(np.asarray(part.resize((side, side), Image.Resampling.BILINEAR)))
+    return np.stack(found)
+
+
+def scores(made: model.Model, pixels: Pixels) -> Any:
+    run = backbone.load(made.spec())
+    place = made.spec().outputs.index("score")
+    return np.concatenate([run(pixels[n : n + 1])[place] for n in range(len(pixels))])
+
+
+def milliseconds(made: model.Model, side: int) -> float:
+    """Return how long one photo takes, the median of 100 calls on all cores."""
+    run = backbone.load(made.spec(threads=os.cpu_count() or 1))
+    pixels = np.zeros((1, side, side, 3), np.uint8)
+    took = []
+    for _ in range(110):
+        began = time.perf_counter()
+        run(pixels)
+        took.append(time.perf_counter() - began)
+    return round(1000 * statistics.median(took[10:]), 2)
+
+
+if __name__ == "__main__":
+    common.start(main)
