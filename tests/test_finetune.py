@@ -345,12 +345,51 @@ def test_a_teacher_s_features_come_nearer() -> None:
 
     def distance() -> float:
         with torch.no_grad():
-            return float(teacher.distances(run.network.maps(pixels), teacher.maps(pixels))[0])
+            return float(teacher.distance(run.network.maps(pixels), teacher.aims(pixels)[0]))
 
     first = distance()
     for _ in range(12):
         run.step()
     assert distance() < 0.9 * first
+
+
+def test_a_block_that_does_what_the_teacher_s_does_has_not_its_values() -> None:
+    """The teacher itself, turned as its aims are, meets them all, and shares no convolution."""
+    rules, data = tiny(distill=1.0)
+    theirs = mobilenet.folded(with_statistics())
+    run = tuning.Run(rules, data, with_statistics(), Plan(steps=1), teacher=with_statistics())
+    teacher = run.teacher
+    assert teacher is not None
+    turned = {key: value.copy() for key, value in theirs.items()}
+    turns = [None if turn is None else turn.numpy() for turn in teacher.turns]
+    for number, block in enumerate(mobilenet.blocks()):
+        first, last = block.convs[0], block.convs[-1]
+        into, out = turns[number - 1] if number else None, turns[number]
+        for conv, turn, side in ((first, into, 1), (last, out, 0)):
+            if turn is None:
+                continue
+            kernel = turned[f"{conv.weight}.weight"]
+            flat = turn[:, :, 0, 0]
+            if side == 0:
+                kernel = np.einsum("ab,bcij->acij", flat, kernel)
+                turned[f"{conv.weight}.bias"] = flat @ turned[f"{conv.weight}.bias"]
+            else:
+                kernel = np.einsum("acij,bc->abij", kernel, flat)
+            turned[f"{conv.weight}.weight"] = kernel.astype(np.float32)
+    network = learner.build(mobilenet.unfolded(turned), {}, norm=False).eval()
+    _, pixels = run.batches.batch(0, learner.World())
+    features, aims = teacher.aims(pixels)
+    with torch.no_grad():
+        maps = network.maps(pixels)
+    assert float(teacher.distance(maps, features)) < 1e-3
+    assert float(teacher.blocks(maps, aims)) < 1e-3
+    for conv in mobilenet.convs():
+        if conv.groups == 1 and conv.weight not in ("features.0.0", "features.1.conv.0.0"):
+            ours, its = turned[f"{conv.weight}.weight"], theirs[f"{conv.weight}.weight"]
+            cosines = (ours * its).sum(axis=(1, 2, 3)) / np.sqrt(
+                (ours**2).sum(axis=(1, 2, 3)) * (its**2).sum(axis=(1, 2, 3))
+            )
+            assert abs(np.median(cosines)) < 0.5
 
 
 def test_blocks_learn_apart_first() -> None:
@@ -360,7 +399,7 @@ def test_blocks_learn_apart_first() -> None:
     teacher = run.teacher
     assert teacher is not None
     _, pixels = run.batches.batch(0, learner.World())
-    aims = teacher.maps(pixels)
+    _, aims = teacher.aims(pixels)
     blocks = list(run.network.backbone.features)
 
     def changed() -> list[bool]:
@@ -372,7 +411,7 @@ def test_blocks_learn_apart_first() -> None:
 
     def distance() -> float:
         with torch.no_grad():
-            return float(teacher.distances(run.network.maps(pixels, aims), aims)[1])
+            return float(teacher.blocks(run.network.maps(pixels, aims), aims))
 
     assert run.apart
     assert changed() == [False] * (len(blocks) - 1) + [True]

@@ -85,6 +85,10 @@ class World:
 # --- the network and its heads -----------------------------------------------------------------
 
 
+Aims = Sequence[torch.Tensor | None]
+"""What each block should give; None where that is its own affair."""
+
+
 class Network(nn.Module):
     """Pixels in 0…1 to features, and features to the logits of each question."""
 
@@ -107,19 +111,17 @@ class Network(nn.Module):
         """Return features [n, 1280] of pixels [n, 3, h, w]."""
         return pooled(self.maps(pixels))
 
-    def maps(
-        self, pixels: torch.Tensor, given: Sequence[torch.Tensor] | None = None
-    ) -> list[torch.Tensor]:
+    def maps(self, pixels: torch.Tensor, given: Aims | None = None) -> list[torch.Tensor]:
         """Return what each block gives, each [n, channels, h, w]; features are the last's mean.
 
-        Each block takes what the one before it gives or, with ``given``, what that one should.
+        Each block takes what the one before it gives, or what that one should: ``given``.
         """
         x = ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         found: list[torch.Tensor] = []
         for block in self.backbone.features:
-            if found:
-                x = found[-1] if given is None else given[len(found) - 1]
             found.append(block(x))
+            aim = given[len(found) - 1] if given else None
+            x = found[-1] if aim is None else aim
         return found
 
 
@@ -206,38 +208,71 @@ def logits_of(
 
 
 class Teacher:
-    """A network whose features are the aim. None of its tensors is part of the one that learns."""
+    """A network whose features are the aim. None of its tensors is part of the one that learns.
+
+    What blocks are to give is turned, at random, in the space of its channels: a block that learned
+    exactly what the teacher's does would still not have its values. Features are not turned.
+    """
 
     BATCHES = 8
 
     def __init__(self, state: mobilenet.State, batches: Batches) -> None:
         self.network = build(state, {}, norm=False).to(batches.device).eval()
         self.mixed = batches.recipe.mixed
-        seen = [self.maps(batches.batch(-1 - n, World())[1]) for n in range(self.BATCHES)]
-        features = torch.cat([pooled(maps) for maps in seen])
-        self.scale = _scale(features, dim=(0,))
-        self.scales = [_scale(torch.cat(block), dim=(0, 2, 3)) for block in zip(*seen, strict=True)]
+        self.turns = _turns(batches.recipe.seed, batches.device)
+        seen = [self.aims(batches.batch(-1 - n, World())[1]) for n in range(self.BATCHES)]
+        self.scale = _scale(torch.cat([features for features, _ in seen]), dim=(0,))
+        self.scales = [
+            _scale(torch.cat(some), dim=(0, 2, 3)) if some[0] is not None else None
+            for some in zip(*(aims for _, aims in seen), strict=True)
+        ]
 
-    def maps(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """Return what each of its blocks gives for these pixels."""
+    def aims(self, pixels: torch.Tensor) -> tuple[torch.Tensor, Aims]:
+        """Return its features of these pixels, and what blocks are to give."""
         with (
             torch.no_grad(),
             torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.mixed),
         ):
-            return self.network.maps(pixels)
+            maps = self.network.maps(pixels)
+            turned = [
+                None if turn is None else functional.conv2d(found, turn)
+                for found, turn in zip(maps, self.turns, strict=True)
+            ]
+            return pooled(maps), turned
 
-    def distances(
-        self, maps: Sequence[torch.Tensor], aims: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return how far features are from its own, and what the blocks give: the blocks' mean.
+    def distance(self, maps: Sequence[torch.Tensor], features: torch.Tensor) -> torch.Tensor:
+        """Return how far the features of these maps are, in its own standard deviations."""
+        return _distance(pooled(maps), features, self.scale)
 
-        Both in its own standard deviations. `aims` is what `maps` gave for the same pixels.
-        """
-        of_blocks = [
-            _distance(x, aim, scale) for x, aim, scale in zip(maps, aims, self.scales, strict=True)
-        ]
-        of_features = _distance(pooled(maps), pooled(aims), self.scale)
-        return of_features, torch.stack(of_blocks).mean()
+    def blocks(self, maps: Sequence[torch.Tensor], aims: Aims) -> torch.Tensor:
+        """Return how far what the blocks give is, summed over the blocks."""
+        return torch.stack(
+            [
+                _distance(found, aim, scale)
+                for found, aim, scale in zip(maps, aims, self.scales, strict=True)
+                if aim is not None and scale is not None
+            ]
+        ).sum()
+
+
+def _turns(seed: int, device: str) -> list[torch.Tensor | None]:
+    """Return an orthogonal matrix for what each block gives, as a convolution [c, c, 1, 1].
+
+    Blocks that add their input share it. None for single convolutions: a turn doesn't pass their
+    activation.
+    """
+    rng = np.random.default_rng(seed)
+    found: list[torch.Tensor | None] = []
+    for block in mobilenet.blocks():
+        if len(block.convs) == 1:
+            found.append(None)
+        elif block.residual:
+            found.append(found[-1])
+        else:
+            width = block.convs[-1].outputs
+            turn, _ = np.linalg.qr(rng.normal(size=(width, width)))
+            found.append(torch.tensor(turn[:, :, None, None], dtype=torch.float32, device=device))
+    return found
 
 
 def _scale(values: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:

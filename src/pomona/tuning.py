@@ -115,9 +115,9 @@ class Run:
 
     def loss(self, pixels: torch.Tensor, rows: Codes) -> torch.Tensor:
         """Return the mean loss over these photos."""
-        aims = None if self.teacher is None else self.teacher.maps(pixels)
+        aims = self.teacher.aims(pixels) if self.teacher else None
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.recipe.mixed):
-            maps = self.network.maps(pixels, aims if self.apart else None)
+            maps = self.network.maps(pixels, aims[1] if aims and self.apart else None)
         features = pooled(maps)
         total: torch.Tensor = features.new_zeros(())
         for name, head in self.network.heads.items():
@@ -125,11 +125,10 @@ class Run:
             smoothing = self.recipe.smoothing
             found = functional.cross_entropy(head(features), code, label_smoothing=smoothing)
             total = total + self.weights[name] * found
-        if self.teacher is not None and aims is not None:
-            features_off, blocks_off = self.teacher.distances(maps, aims)
-            total = total + self.recipe.distill * features_off
+        if self.teacher and aims:
+            total = total + self.recipe.distill * self.teacher.distance(maps, aims[0])
             if self.apart:
-                total = total + len(maps) * blocks_off
+                total = total + self.teacher.blocks(maps, aims[1])
         return total
 
     def _average(self) -> None:
