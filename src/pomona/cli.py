@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
 import logging
 import os
-import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pomona.errors import BusyError, JobError, MissingError, PomonaError, RequestError
+from pomona import cloudcommand, command
+from pomona.command import (
+    AModel,
+    AsJson,
+    Backend,
+    BatchSize,
+    ClassWeight,
+    Components,
+    Device,
+    ImageSize,
+    Keep,
+    KeepDeleted,
+    Label,
+    LocalOut,
+    Master,
+    MaxErrorRate,
+    MaxRows,
+    NoMlflow,
+    NoPlots,
+    NoScale,
+    NoTrain,
+    OutDir,
+    Power,
+    Reader,
+    Source,
+    SourceMoved,
+    SparkConf,
+    TestFraction,
+    Unknown,
+    Weights,
+    Whiten,
+)
+from pomona.errors import MissingError, PomonaError, RequestError
 
 app = typer.Typer(
     name="pomona",
@@ -26,98 +53,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Recognise fruit in photos at scale: photos become features, and features PCA features.",
 )
-
-TOO_MANY_REJECTED = 3
-
-Source = Annotated[
-    str, typer.Argument(help="A folder of photos, or a URI (s3://, gs://, hdfs://).")
-]
-OutDir = Annotated[
-    str,
-    typer.Option("--out", help="What takes the results: a folder, or a URI (s3://, gs://)."),
-]
-LocalOut = Annotated[str, typer.Option("--out", help="The folder that takes the results.")]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        help="imagenet, fruits (in the package), random:SEED (untrained), or a .safetensors, "
-        ".pth or .onnx file. "
-        "[default: POMONA_WEIGHTS, or imagenet]",
-        show_default=False,
-    ),
-]
-Backend = Annotated[str, typer.Option(help="onnx or torch.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-ImageSize = Annotated[int, typer.Option(help="Side that photos are stretched to, in pixels.")]
-BatchSize = Annotated[
-    int | None, typer.Option(help="Photos per call of the network. [default: 8, on a GPU 128]")
-]
-Label = Annotated[
-    str, typer.Option(help="parent: the photo's folder; top: the first folder under the split.")
-]
-TestFraction = Annotated[
-    float | None,
-    typer.Option(help="Share that goes to Test, in a source without Training and Test folders."),
-]
-Master = Annotated[
-    str, typer.Option(help="Spark's master, or sc://HOST:PORT, unless a session is active.")
-]
-SparkConf = Annotated[
-    list[str] | None,
-    typer.Option("--spark-conf", help="A setting of Spark, KEY=VALUE; repeatable."),
-]
-MaxErrorRate = Annotated[
-    float, typer.Option(help="Share of rejected photos above which the exit code is 3.")
-]
-KeepDeleted = Annotated[
-    bool, typer.Option("--keep-deleted", help="Keep the rows of photos that left the source.")
-]
-SourceMoved = Annotated[
-    bool, typer.Option("--source-moved", help="The photos of OUT lie at another place now.")
-]
-Reader = Annotated[
-    str, typer.Option(help="auto, or spark: read through Spark's binaryFile, whatever the source.")
-]
-Components = Annotated[
-    str, typer.Option(help="How many (50), or the share of the variance to keep (0.95).")
-]
-NoScale = Annotated[
-    bool, typer.Option("--no-scale", help="Don't bring features to standard deviation 1 first.")
-]
-Whiten = Annotated[
-    bool, typer.Option("--whiten", help="Bring pca_features to standard deviation 1.")
-]
-Power = Annotated[
-    float, typer.Option(help="Raise features to this power first: 0.5, or 1 to leave them.")
-]
-ClassWeight = Annotated[
-    str, typer.Option(help="none, or balanced: each label weighs the same in training.")
-]
-MaxRows = Annotated[
-    int, typer.Option(help="Photos to train on at most: above, a sample stratified by label.")
-]
-Unknown = Annotated[
-    str,
-    typer.Option(
-        help="How photos of something else are told: auto (the best on labels left out), "
-        "max_probability, energy, distance or neighbours."
-    ),
-]
-Keep = Annotated[
-    float, typer.Option(help="Share of photos of known labels that must not be called unknown.")
-]
-NoTrain = Annotated[bool, typer.Option("--no-train", help="Train no classifier.")]
-NoPlots = Annotated[bool, typer.Option("--no-plots", help="Draw nothing, and write no report.")]
-NoMlflow = Annotated[bool, typer.Option("--no-mlflow", help="Record nothing in MLflow.")]
-AModel = Annotated[
-    str | None,
-    typer.Option(
-        help="A model: OUT/model, its URI (s3://, gs://), or models:/NAME@champion. [default: the "
-        "one in the package]",
-        show_default=False,
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 def _version(wanted: bool) -> None:
@@ -171,22 +106,22 @@ def run(
     from pomona import stages
 
     options = None if no_train else stages.TrainOptions(class_weight, max_rows, unknown, keep)
-    with _progress() as on_progress, _at(out, on_progress, source) as home:
+    with command.progress() as on_progress, command.at(out, on_progress, source) as home:
         on_tick = home.ticks(on_progress)
         records = stages.run(
             source,
             home.folder,
-            _extract_options(locals()),
-            _reduce_options(components, no_scale, whiten, power, no_plots),
-            _cluster(master, spark_conf),
+            command.extract_options(locals()),
+            command.reduce_options(components, no_scale, whiten, power, no_plots),
+            command.cluster(master, spark_conf),
             on_tick,
             options,
             home.after,
         )
-        _end_forget(home.folder, on_tick, _cluster(master, spark_conf))
+        command.end_forget(home.folder, on_tick, command.cluster(master, spark_conf))
         records["mlflow"] = "off" if no_mlflow else stages.track(home.folder, records)
-    _print_run(records, home, as_json)
-    _exit_by(records["extract"], max_error_rate)
+    command.show_run(records, home, as_json)
+    command.exit_by(records["extract"], max_error_rate)
 
 
 @app.command()
@@ -211,13 +146,13 @@ def extract(
     """Turn photos into features. Killed, it goes on where it stopped."""
     from pomona import stages
 
-    given = _extract_options(locals())
-    with _progress() as on_progress, _at(out, on_progress, source) as home:
+    given = command.extract_options(locals())
+    with command.progress() as on_progress, command.at(out, on_progress, source) as home:
         on_tick = home.ticks(on_progress)
-        cluster = _cluster(master, spark_conf)
+        cluster = command.cluster(master, spark_conf)
         record = stages.extract(source, home.folder, given, cluster, on_tick)
-    _print_run({"extract": record}, home, as_json)
-    _exit_by(record, max_error_rate)
+    command.show_run({"extract": record}, home, as_json)
+    command.exit_by(record, max_error_rate)
 
 
 @app.command()
@@ -235,11 +170,11 @@ def reduce(
     """Turn features into PCA features: power, scaler and PCA, fitted on Training."""
     from pomona import stages
 
-    options = _reduce_options(components, no_scale, whiten, power, no_plots)
-    with _progress() as on_progress, _at(out, on_progress) as home:
+    options = command.reduce_options(components, no_scale, whiten, power, no_plots)
+    with command.progress() as on_progress, command.at(out, on_progress) as home:
         on_tick = home.ticks(on_progress)
-        record = stages.reduce(home.folder, options, _cluster(master, spark_conf), on_tick)
-    _print_run({"reduce": record}, home, as_json)
+        record = stages.reduce(home.folder, options, command.cluster(master, spark_conf), on_tick)
+    command.show_run({"reduce": record}, home, as_json)
 
 
 @app.command()
@@ -256,13 +191,13 @@ def train(
     from pomona import stages
 
     options = stages.TrainOptions(class_weight, max_rows, unknown, keep)
-    with _progress() as on_progress, _at(out, on_progress) as home:
+    with command.progress() as on_progress, command.at(out, on_progress) as home:
         on_tick = home.ticks(on_progress)
         record = stages.train(home.folder, options, on_tick)
         if not no_plots:
             home.after("train")
             stages.report(home.folder, on_tick)
-    _print_run({"train": record}, home, as_json)
+    command.show_run({"train": record}, home, as_json)
 
 
 @app.command()
@@ -270,7 +205,7 @@ def report(out: OutDir) -> None:
     """Write OUT/report/report.html again, from what there is in OUT."""
     from pomona import stages
 
-    with _progress() as on_progress, _at(out, on_progress) as home:
+    with command.progress() as on_progress, command.at(out, on_progress) as home:
         on_tick = home.ticks(on_progress)
         path = stages.report(home.folder, on_tick)
     typer.echo(home.shown(path))
@@ -307,19 +242,19 @@ def predict(
         manifest.refuse_uri(out, "--out")
     if as_json and as_csv:
         raise RequestError("--json or --csv, not both")
-    _check_rate(max_error_rate)
-    conf = _cluster(master or "", spark_conf).conf
+    command.check_rate(max_error_rate)
+    conf = command.cluster(master or "", spark_conf).conf
     most = None if as_json or as_csv else prediction.SPARK_ABOVE
     options = prediction.PredictOptions(top, device, out, most, master, conf)
     found = _model(model)
     if model is None:
         typer.echo(f"pomona: {console.which(found)}", err=True)
     printer = answers.printer(sys.stdout, found, as_json=as_json, as_csv=as_csv)
-    with printer as show, _progress() as on_tick:
+    with printer as show, command.progress() as on_tick:
         record = prediction.predict(photos, found, options, on_tick, show)
     if out:
-        _print(record, as_json, answers.summary)
-    _exit_by(record, max_error_rate)
+        command.show(record, as_json, answers.summary)
+    command.exit_by(record, max_error_rate)
 
 
 @app.command()
@@ -470,16 +405,16 @@ def finetune(
 
     manifest.refuse_uri(out, "--out")
     given = locals()
-    _check_rate(max_error_rate)
+    command.check_rate(max_error_rate)
     options = finetuning.FinetuneOptions(
         **{name: given[name] for name in finetuning.OPTIONS if name in given}
     )
-    with _progress() as on_tick, _log_to(out):
-        cluster = _cluster(master, spark_conf)
+    with command.progress() as on_tick, command.log_to(out):
+        cluster = command.cluster(master, spark_conf)
         record = finetuning.finetune(source, out, options, cluster, on_tick)
         record["mlflow"] = "off" if no_mlflow else finetuning.track(out, record)
-    _print(record, as_json, console.finetuned)
-    _exit_by(record, max_error_rate)
+    command.show(record, as_json, console.finetuned)
+    command.exit_by(record, max_error_rate)
 
 
 @app.command()
@@ -508,10 +443,10 @@ def export(
     from pomona import console, exporting
 
     options = exporting.ExportOptions(int8, half, dest, calibration, held_out, web)
-    with _progress() as on_progress, _at(out, on_progress) as home:
+    with command.progress() as on_progress, command.at(out, on_progress) as home:
         on_tick = home.ticks(on_progress)
         record = exporting.export(home.folder, options, on_tick)
-    _print({**record, "folder": home.shown(record["folder"])}, as_json, console.exported)
+    command.show({**record, "folder": home.shown(record["folder"])}, as_json, console.exported)
 
 
 @app.command()
@@ -527,165 +462,13 @@ def publish(
     from pomona import console, registry
 
     options = registry.PublishOptions(name, promote)
-    with _progress() as on_progress, _at(out, on_progress) as home:
+    with command.progress() as on_progress, command.at(out, on_progress) as home:
         on_tick = home.ticks(on_progress)
         record = registry.publish(home.folder, options, on_tick)
-    _print(record, as_json, console.published)
+    command.show(record, as_json, console.published)
 
 
-# --- the cloud ---------------------------------------------------------------------------------
-
-cloud = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pomona on a cluster.")
-emr = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pomona on Amazon EMR.")
-cloud.add_typer(emr, name="emr")
-app.add_typer(cloud, name="cloud")
-
-StackName = Annotated[
-    str, typer.Option("--stack", help="The CloudFormation stack of deploy/emr/template.yaml.")
-]
-Region = Annotated[str | None, typer.Option(help="[default: AWS's own setting, or eu-central-1]")]
-JobId = Annotated[str, typer.Argument(help="The id that submit printed.")]
-
-
-@emr.command("submit")
-def emr_submit(
-    source: Annotated[str, typer.Argument(help="Photos: s3://BUCKET/FOLDER.")],
-    out: Annotated[str, typer.Option("--out", help="Results: s3://BUCKET/FOLDER.")],
-    options: Annotated[
-        list[str] | None,
-        typer.Argument(help="After --: further options of pomona run.", metavar="RUN_OPTIONS"),
-    ] = None,
-    stack: StackName = "pomona",
-    region: Region = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="As for run, or s3://…; a file is uploaded. "
-            "[default: POMONA_WEIGHTS, or imagenet]",
-            show_default=False,
-        ),
-    ] = None,
-    executors: Annotated[int, typer.Option(help="At most so many, of 4 vCPUs each.")] = 8,
-    spark_conf: SparkConf = None,
-    timeout_minutes: Annotated[
-        int, typer.Option(help="EMR Serverless ends the job after that.")
-    ] = 720,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until the job is over.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Run `pomona run` as a job on EMR Serverless or an EMR cluster."""
-    from pomona import cloud, console
-
-    job = cloud.Job(
-        source,
-        out,
-        tuple(options or ()),
-        weights,
-        executors,
-        _cluster("", spark_conf).conf,
-        timeout_minutes,
-    )
-    found = cloud.find(stack, region)
-    with _progress() as on_tick:
-        record = cloud.submit(
-            found, job, lambda done, total: on_tick(_tick("weights", done, total))
-        )
-    if wait:
-        record |= _wait(found, record["job"])
-    _print(record, as_json, console.cloud_job)
-
-
-def _wait(stack: Any, job: str) -> dict[str, Any]:
-    from pomona import cloud, console
-
-    seen: list[str] = []
-
-    def on_state(record: dict[str, Any]) -> None:
-        line = console.cloud_state(record)
-        if line not in seen[-1:]:
-            seen.append(line)
-            typer.echo(line, err=True)
-
-    try:
-        return cloud.wait(stack, job, on_state)
-    except KeyboardInterrupt:
-        raise PomonaError(
-            f"the job goes on without you: pomona cloud emr status {job} --stack {stack.name}"
-        ) from None
-
-
-@emr.command("status")
-def emr_status(
-    job: Annotated[
-        str | None, typer.Argument(help="The id that submit printed. [default: the last ten]")
-    ] = None,
-    stack: StackName = "pomona",
-    region: Region = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show how far a job is, or the last jobs."""
-    from pomona import cloud, console
-
-    found = cloud.find(stack, region)
-    if job:
-        _print(cloud.status(found, job), as_json, console.cloud_job)
-    else:
-        listed = {"stack": stack, "mode": found.mode, "jobs": cloud.recent(found)}
-        _print(listed, as_json, console.cloud_jobs)
-
-
-@emr.command("logs")
-def emr_logs(
-    job: JobId,
-    stack: StackName = "pomona",
-    region: Region = None,
-    lines: Annotated[int, typer.Option(help="The last so many of each file; 0 for all.")] = 100,
-    as_json: AsJson = False,
-) -> None:
-    """Show what a job's driver printed."""
-    from pomona import cloud
-
-    found = cloud.logs(cloud.find(stack, region), job)
-    if as_json:
-        typer.echo(json.dumps([{"file": name, "text": text} for name, text in found]))
-        return
-    for name, text in found:
-        typer.echo(f"==> {name} <==", err=True)
-        typer.echo("\n".join(text.splitlines()[-lines if lines > 0 else 0 :]))
-
-
-@emr.command("teardown")
-def emr_teardown(
-    stack: StackName,
-    region: Region = None,
-    delete_data: Annotated[
-        bool,
-        typer.Option("--delete-data", help="Delete what is in the stack's buckets, for good."),
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """End a stack's jobs and delete all that it made, and nothing else."""
-    from pomona import cloud, console
-
-    found = cloud.find(stack, region)
-    held = cloud.holdings(found)
-    if not delete_data:
-        cloud.check_empty(held)
-    if not yes:
-        typer.echo(console.cloud_holdings(held), err=True)
-        _confirm("Delete it?")
-    told = cloud.teardown(found, delete_data, lambda step: typer.echo(step, err=True))
-    _print(told, as_json, lambda record: f"{record['stack']} is gone")
-
-
-def _confirm(question: str) -> None:
-    try:
-        agreed = typer.confirm(question, err=True)
-    except typer.Abort:
-        agreed = False
-    if not agreed:
-        raise RequestError("nothing was touched: answer y, or say --yes")
+app.add_typer(cloudcommand.cloud, name="cloud")
 
 
 @app.command()
@@ -740,38 +523,21 @@ def forget(
     options = forgetting.ForgetOptions(
         named[len(photos or ()) :], not no_rebuild, retire, missing_ok, dry_run
     )
-    with _opened(out, lambda tick: None) as home:
+    with command.opened(out, lambda tick: None) as home:
         if allow:
-            _print(forgetting.allow(home.folder, named), as_json, console.allowed)
+            command.show(forgetting.allow(home.folder, named), as_json, console.allowed)
             return
         if named and not (yes or dry_run):  # before the bar, which would write over the question
             plan = forgetting.forget(home.folder, photos or (), replace(options, dry_run=True))
             if not as_json:
-                _print(plan, False, console.forget_plan)
+                command.show(plan, False, console.forget_plan)
             typer.confirm("This can't be undone. Forget them?", abort=True, err=True)
-        with _progress() as on_progress, _log_to(home.folder):
-            cluster, on_tick = _cluster(master, spark_conf), home.ticks(on_progress)
+        with command.progress() as on_progress, command.log_to(home.folder):
+            cluster, on_tick = command.cluster(master, spark_conf), home.ticks(on_progress)
             record = forgetting.forget(
                 home.folder, photos or (), options, cluster, on_tick, home.after
             )
-    _print(record, as_json, console.forget_plan if dry_run else console.forgotten)
-
-
-def _end_forget(out: str, on_tick: Any, cluster: Any = None) -> bool:
-    """End a forget that was killed: its rows, and with ``cluster`` what is made from the rest.
-
-    Returns whether something may have changed.
-    """
-    from pomona import tombstones
-    from pomona.manifest import Out, local_path
-
-    found = Out(local_path(out))
-    if tombstones.pending_file(found).exists() or found.journal.exists():
-        from pomona import forgetting
-
-        forgetting.finish(out, cluster, on_tick, rebuild=cluster is not None)
-        return True
-    return False
+    command.show(record, as_json, console.forget_plan if dry_run else console.forgotten)
 
 
 def _model(name: str | None) -> Any:
@@ -795,10 +561,10 @@ def status(out: OutDir, as_json: AsJson = False) -> None:
     """Show how far OUT is: photos, done, rejected by code, what is still to do."""
     from pomona import console, stages
 
-    with _progress() as on_tick, _opened(out, on_tick, look_only=True) as home:
+    with command.progress() as on_tick, command.opened(out, on_tick, look_only=True) as home:
         found = stages.status(home.folder)
     found["running"] |= home.running
-    _print(found, as_json, console.status)
+    command.show(found, as_json, console.status)
 
 
 @app.command()
@@ -813,9 +579,9 @@ def push(
     """Copy OUT to an object store: only what isn't there. Killed, it goes on."""
     from pomona import console, remote
 
-    with _progress() as on_tick:
+    with command.progress() as on_tick:
         record = remote.push(out, place, on_tick, replace=replace)
-    _print(record, as_json, console.moved)
+    command.show(record, as_json, console.moved)
 
 
 @app.command()
@@ -827,9 +593,9 @@ def pull(
     """Copy OUT from where it was pushed to, and check every file. Killed, it goes on."""
     from pomona import console, remote
 
-    with _progress() as on_tick:
+    with command.progress() as on_tick:
         record = remote.pull(place, out, on_tick)
-    _print(record, as_json, console.moved)
+    command.show(record, as_json, console.moved)
 
 
 @app.command()
@@ -837,12 +603,12 @@ def inspect(source: Source, label: Label = "parent", as_json: AsJson = False) ->
     """Show what is in a source, before a long run."""
     from pomona import console, datasets
 
-    with _progress() as on_tick:
-        where, listing = _listed(source, on_tick)
+    with command.progress() as on_tick:
+        where, listing = command.listed(source, on_tick)
         found = datasets.inspect(
-            where, listing, label, lambda done, total: on_tick(_tick("inspect", done, total))
+            where, listing, label, lambda done, total: on_tick(command.tick("inspect", done, total))
         )
-    _print(found, as_json, console.inspection)
+    command.show(found, as_json, console.inspection)
 
 
 @app.command()
@@ -858,10 +624,10 @@ def subset(
     """Make a smaller source, stratified by split and label, with at least one photo of each."""
     from pomona import datasets
 
-    with _progress() as on_tick:
-        where, listing = _listed(source, on_tick)
+    with command.progress() as on_tick:
+        where, listing = command.listed(source, on_tick)
         count = datasets.subset(where, listing, dest, percentage, copy=copy)
-    _print(
+    command.show(
         {"photos": count, "of": listing.files.num_rows, "dest": str(dest)},
         as_json,
         lambda r: f"{r['photos']:,} of {r['of']:,} photos in {r['dest']}",
@@ -880,16 +646,18 @@ def synthesize(
     """Render photos of fruit on a turntable, with Fruits-360's folders and names."""
     from pomona import synthetic
 
-    with _progress() as on_tick:
+    with command.progress() as on_tick:
         count = synthetic.synthesize(
             dest,
             classes=classes,
             images=images,
             seed=seed,
             workers=workers,
-            progress=lambda done, total: on_tick(_tick("synthesize", done, total)),
+            progress=lambda done, total: on_tick(command.tick("synthesize", done, total)),
         )
-    _print({"photos": count, "dest": str(dest)}, as_json, lambda r: f"{count:,} photos in {dest}")
+    command.show(
+        {"photos": count, "dest": str(dest)}, as_json, lambda r: f"{count:,} photos in {dest}"
+    )
 
 
 @app.command()
@@ -906,16 +674,16 @@ def demo(
 
     manifest.refuse_uri(out, "--out")
     photos, results = Path(out) / "photos", Path(out) / "out"
-    with _progress() as on_tick, _log_to(str(results)):
+    with command.progress() as on_tick, command.log_to(str(results)):
         synthetic.synthesize(
             photos,
             classes=classes,
             images=images,
-            progress=lambda done, total: on_tick(_tick("synthesize", done, total)),
+            progress=lambda done, total: on_tick(command.tick("synthesize", done, total)),
         )
         synthetic.breakage(photos)
         options = stages.ExtractOptions(weights="fruits")
-        cluster = _cluster(master, None)
+        cluster = command.cluster(master, None)
         records = stages.run(
             photos,
             results,
@@ -926,150 +694,7 @@ def demo(
             stages.TrainOptions(),
         )
         records["mlflow"] = stages.track(results, records)
-    _print_run(records, Home(str(results), str(results)), as_json)
-
-
-# --- between the command line and the stages ---------------------------------------------------
-
-
-def _tick(stage: str, done: int, total: int) -> Any:
-    from pomona.stages import Tick
-
-    return Tick(stage, done, total)
-
-
-def _extract_options(given: dict[str, Any]) -> Any:
-    from dataclasses import fields
-
-    from pomona.stages import ExtractOptions
-
-    if given["reader"] not in ("auto", "spark"):
-        raise RequestError(f"--reader is auto or spark, not {given['reader']}")
-    _check_rate(given["max_error_rate"])
-    return ExtractOptions(**{field.name: given[field.name] for field in fields(ExtractOptions)})
-
-
-def _check_rate(rate: float) -> None:
-    if not 0 <= rate <= 1:
-        raise RequestError(f"--max-error-rate is between 0 and 1, not {rate:g}")
-
-
-def _reduce_options(
-    components: str, no_scale: bool, whiten: bool, power: float, no_plots: bool
-) -> Any:
-    from pomona.projection import parse_components
-    from pomona.stages import ReduceOptions
-
-    return ReduceOptions(parse_components(components), not no_scale, whiten, power, not no_plots)
-
-
-def _cluster(master: str, settings: list[str] | None) -> Any:
-    from pomona.engine import Cluster
-
-    for setting in settings or []:
-        if "=" not in setting:
-            raise RequestError(f"--spark-conf is KEY=VALUE, not {setting}")
-    pairs = [setting.split("=", 1) for setting in settings or []]
-    return Cluster(master, tuple((key, value) for key, value in pairs))
-
-
-def _listed(source: str, on_tick: Any) -> Any:
-    """Return the source and its listing."""
-    from pomona import sources
-
-    where = sources.open_source(source)
-    if where.kind == "hadoop":
-        raise RequestError(f"{source}: this command reads local folders, s3:// and gs://")
-    return where, sources.list_files(where, lambda count: on_tick(_tick("list", count, 0)))
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    from pomona.console import progress
-
-    with progress(sys.stderr) as on_tick:
-        yield on_tick
-
-
-def _opened(out: str, on_tick: Any, source: str | None = None, *, look_only: bool = False) -> Any:
-    from pomona import remote
-
-    return remote.opened(out, on_tick, source=source, look_only=look_only)
-
-
-@contextlib.contextmanager
-def _at(out: str, on_tick: Any, source: str | None = None) -> Iterator[Any]:
-    """Give the folder to work in, wherever OUT is, with a log in it."""
-    with _opened(out, on_tick, source) as home, _log_to(home.folder):
-        if _end_forget(home.folder, on_tick):
-            home.after("forget")
-        yield home
-
-
-@contextlib.contextmanager
-def _log_to(out: str) -> Iterator[None]:
-    """Keep a log in OUT; a bug leaves its traceback there and one line on the terminal."""
-    from pomona.manifest import local_path, open_out
-
-    log = logging.getLogger("pomona")
-    existed = local_path(out).exists()
-    folder = open_out(out)
-    handler = logging.FileHandler(folder.log, delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
-    try:
-        yield
-    except BusyError:
-        raise
-    except RequestError:
-        if not existed and not folder.table_file.exists():
-            shutil.rmtree(folder.root, ignore_errors=True)  # it leaves nothing behind
-        raise
-    except PomonaError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise JobError(
-                f"No space left on {folder.root}: free some, and run the same command again to go "
-                "on; what is done is kept"
-            ) from error
-        log.exception("a bug")
-        raise PomonaError(
-            f"a bug in Pomona ({type(error).__name__}); the traceback is in {folder.log}"
-        ) from error
-    finally:
-        log.removeHandler(handler)
-        handler.close()
-
-
-def _print(found: dict[str, Any], as_json: bool, to_text: Any) -> None:
-    if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False, sort_keys=True))
-        return
-    from rich.console import Console
-
-    terminal = sys.stdout.isatty()  # elsewhere nothing is folded: a path stays in one piece
-    console = Console(width=None if terminal else 1000, emoji=False)
-    console.print(to_text(found), markup=False, highlight=False)
-
-
-def _print_run(records: dict[str, Any], home: Any, as_json: bool) -> None:
-    from pomona import console
-
-    _print(records, as_json, lambda found: console.summary(found, home.name, home.folder))
-
-
-def _exit_by(record: dict[str, Any], max_error_rate: float) -> None:
-    from pomona.stages import rejected_share
-
-    share = rejected_share(record)
-    if share > max_error_rate:
-        typer.echo(
-            f"pomona: {share:.1%} of the photos can't be used, more than --max-error-rate "
-            f"{max_error_rate:.1%}{': see rejected.csv' if 'digests' in record else ''}",
-            err=True,
-        )
-        raise typer.Exit(TOO_MANY_REJECTED)
+    command.show_run(records, Home(str(results), str(results)), as_json)
 
 
 INTERRUPTED = 130
