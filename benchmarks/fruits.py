@@ -30,6 +30,7 @@ def main() -> int:
     found = common.parser(__doc__)
     found.add_argument("source", type=Path, metavar="SOURCE", help="a local folder of photos")
     found.add_argument("--teacher", default=weights.default(), help="default: POMONA_WEIGHTS")
+    found.add_argument("--teacher-is", default="", help="what it is, and its licence, for the card")
     found.add_argument("--not-fruit", type=Path, required=True, help="photos of something else")
     found.add_argument("--work", type=Path, required=True, help="takes the runs; kept")
     found.add_argument("--minutes", type=float, nargs=2, default=(42.0, 18.0))
@@ -49,6 +50,8 @@ def main() -> int:
     name = "fruits" if place == weights.FRUITS else str(place)
     out = options.work / "run"
     about["figures"] = backbones.judge(options.source, out, name, SIZES[-1], options.not_fruit)
+    about["teacher"] = options.teacher_is or Path(options.teacher).name
+    about["machine"] = common.machine()
     about["model"] = pack(out / "model", options.to / model.PACKAGED.name)
     manifest.write_json(place.with_suffix(".json"), about)
     (options.to / "README.md").write_text(card(about))
@@ -115,6 +118,10 @@ def card(about: dict[str, Any]) -> str:
             f"{run['made_from']['settings']['minutes']:g}" for run in about["runs"]
         ),
         "seed": about["runs"][0]["made_from"]["settings"]["seed"],
+        "apart": about["runs"][0]["recipe"]["apart"],
+        "sizes": ", then ".join(str(run["recipe"]["image_size"]) for run in about["runs"]),
+        "teacher": about["teacher"],
+        "machine": f"{about['machine']['cores']} shared cores ({about['machine']['cpu']})",
         "model_mb": about["model"]["bytes"] / 1e6,
         "mb": about["bytes"] / 1e6,
         "low": low,

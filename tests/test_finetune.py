@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from pomona import augment, backbone, images, learner, mobilenet, recipe, tuning, weights
-from pomona.errors import MismatchError, MissingError, RequestError
+from pomona.errors import JobError, MismatchError, MissingError, RequestError
 from pomona.finetuning import FinetuneOptions, finetune
 from pomona.recipe import Plan, Recipe, factor
 from pomona.ticks import Tick
@@ -150,6 +151,71 @@ def strip(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in look.items() if k != "seconds"} for look in history]
 
 
+def test_interrupted_before_anything_was_judged_leaves_nothing(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies there then is a random start, which must not pass for weights that were trained."""
+    monkeypatch.setattr(tuning, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(tuning, "LOOKS", 1)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(shapes, tmp_path, OPTIONS, on_tick=stop_at(16, KeyboardInterrupt()))
+    assert (tmp_path / ".finetune" / tuning.CHECKPOINT).exists()
+    assert not (tmp_path / "weights.safetensors").exists()
+    assert not (tmp_path / "weights.json").exists()
+
+
+def test_a_finished_result_is_not_overwritten(
+    done: tuple[Path, dict[str, Any]], shapes: Path
+) -> None:
+    out, record = done
+    with pytest.raises(MismatchError, match="were made with other settings: choose another --out"):
+        finetune(shapes, out, replace(OPTIONS, epochs=5))
+    assert json.loads((out / "weights.json").read_text()) == record
+    assert not (out / ".finetune").exists()
+
+
+def test_a_loss_that_is_no_number_ends_it() -> None:
+    rules, data = tiny(rate=1e-3)
+    state = mobilenet.random_state(0)
+    state["features.0.0.weight"] = state["features.0.0.weight"] * np.float32(np.nan)
+    run = tuning.Run(rules, data, state, Plan(steps=3))
+    with pytest.raises(JobError, match="no number any more at step 1"):
+        run.step()
+
+
+def test_a_full_disk_is_told_before(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1))
+    with pytest.raises(JobError, match=r"has 0.0 GB left, and finetune needs 0.2"):
+        finetune(shapes, tmp_path, OPTIONS)
+
+
+def test_it_says_that_the_start_saw_what_is_held_out(
+    done: tuple[Path, dict[str, Any]], shapes: Path, tmp_path: Path
+) -> None:
+    """Another seed holds other groups out, and the start was tuned on those."""
+    start = tmp_path / "start.safetensors"
+    start.write_bytes((done[0] / "weights.safetensors").read_bytes())
+    first = done[1]["held_out"]
+    assert not first["weights_saw"]
+    seeds = (n for n in range(1, 20) if _held_out(n) != set(first["groups"]))
+    options = replace(OPTIONS, start=str(start), epochs=0.3, seed=next(seeds), teacher="none")
+    second = finetune(shapes, tmp_path / "out", options)
+    assert second["held_out"]["weights_saw"]
+    known = set(weights.load(str(start)).tuned_on)
+    assert known < set(weights.load(str(tmp_path / "out" / "weights.safetensors")).tuned_on)
+
+
+def _held_out(seed: int) -> set[str]:
+    """Which of the shapes' groups a seed holds out."""
+    labels, groups = np.repeat([0, 1], 21), np.repeat(np.arange(6), 7)
+    # Ball before Box, as the folders' names are sorted.
+    names = [f"Training/{name}/{name} {n}" for name in ("Ball", "Box") for n in range(3)]
+    rows = recipe.hold_out(labels, groups, OPTIONS.hold_out, seed)
+    return {names[group] for group in groups[rows]}
+
+
 def test_killed_goes_on(done: tuple[Path, dict[str, Any]], shapes: Path, tmp_path: Path) -> None:
     """A real process, and a real kill."""
     _, undisturbed = done
@@ -191,10 +257,11 @@ def test_nothing_held_out_keeps_the_last(shapes: Path, tmp_path: Path) -> None:
 def test_minutes_end_in_time(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "PATIENCE", 99)
     options = replace(OPTIONS, epochs=None, minutes=3 / 60)
+    began = time.monotonic()
     record = finetune(shapes, tmp_path, options)
     assert record["history"][-1]["share"] == 1
     assert record["history"][-1]["step"] > 5
-    assert record["times"]["seconds"] < 8
+    assert time.monotonic() - began < 20  # a busy machine; decoding and judging come on top
 
 
 # --- errors ------------------------------------------------------------------------------------
@@ -208,6 +275,7 @@ def test_minutes_end_in_time(shapes: Path, tmp_path: Path, monkeypatch: pytest.M
         ({"image_size": 8}, "--image-size is 32 to 512"),
         ({"batch_size": 1}, "--batch-size is at least 2"),
         ({"hold_out": 0.9}, "--hold-out is a share from 0 to 0.5"),
+        ({"seed": -1}, "--seed is at least 0"),
         ({"precision": "half"}, "--precision is auto, float32, mixed"),
         ({"processes": 5}, "--processes is 1 to half of --batch-size"),
         ({"label": "middle"}, "--label is parent or top"),
@@ -345,7 +413,9 @@ def test_a_teacher_s_features_come_nearer() -> None:
 
     def distance() -> float:
         with torch.no_grad():
-            return float(teacher.distance(run.network.maps(pixels), teacher.aims(pixels)[0]))
+            return float(
+                teacher.distance(run.network.maps(pixels), teacher.aims(pixels, apart=False)[0])
+            )
 
     first = distance()
     for _ in range(12):
@@ -355,7 +425,7 @@ def test_a_teacher_s_features_come_nearer() -> None:
 
 def test_a_block_that_does_what_the_teacher_s_does_has_not_its_values() -> None:
     """The teacher itself, turned as its aims are, meets them all, and shares no convolution."""
-    rules, data = tiny(distill=1.0)
+    rules, data = tiny(distill=1.0, apart=0.5)
     theirs = mobilenet.folded(with_statistics())
     run = tuning.Run(rules, data, with_statistics(), Plan(steps=1), teacher=with_statistics())
     teacher = run.teacher
@@ -378,7 +448,7 @@ def test_a_block_that_does_what_the_teacher_s_does_has_not_its_values() -> None:
             turned[f"{conv.weight}.weight"] = kernel.astype(np.float32)
     network = learner.build(mobilenet.unfolded(turned), {}, norm=False).eval()
     _, pixels = run.batches.batch(0, learner.World())
-    features, aims = teacher.aims(pixels)
+    features, aims = teacher.aims(pixels, apart=True)
     with torch.no_grad():
         maps = network.maps(pixels)
     assert float(teacher.distance(maps, features)) < 1e-3
@@ -399,7 +469,7 @@ def test_blocks_learn_apart_first() -> None:
     teacher = run.teacher
     assert teacher is not None
     _, pixels = run.batches.batch(0, learner.World())
-    _, aims = teacher.aims(pixels)
+    _, aims = teacher.aims(pixels, apart=True)
     blocks = list(run.network.backbone.features)
 
     def changed() -> list[bool]:
@@ -594,6 +664,22 @@ def test_background_is_replaced_and_fruit_stays() -> None:
     assert float(corner.flatten(1).mean(dim=1).std()) > 0.05  # each one another
 
 
+def test_beyond_the_edge_of_a_photo_that_is_not_on_white_it_goes_on() -> None:
+    photos, _ = discs(8)
+    dark = photos // 2
+    draws = drawn(8)
+    draws = draws._replace(
+        colour=torch.eye(3, 4).repeat(8, 1, 1),
+        blur=torch.zeros(8),
+        noise=torch.zeros(8),
+        matrix=2 * torch.eye(2, 3).repeat(8, 1, 1),
+    )
+    assert float(augment.apply(with_mask(dark), draws).max()) <= 0.5 + 1e-4
+    assert (
+        float(augment.apply(with_mask(photos), draws._replace(replace=torch.zeros(8))).max()) == 1
+    )
+
+
 def test_colours_are_turned_about_grey() -> None:
     draws = drawn(200)
     grey = torch.full((200, 3, 1), 0.5)
@@ -620,6 +706,7 @@ def test_two_processes_learn_what_one_does(
     start = tmp_path / "start.safetensors"
     start.write_bytes((done[0] / "weights.safetensors").read_bytes())
     options = replace(OPTIONS, start=str(start), epochs=1)
+    options = replace(options, hold_out=0.0)  # or the start itself might be the best
     one = finetune(shapes, tmp_path / "one", options)
     two = finetune(shapes, tmp_path / "two", replace(options, processes=2))
     assert capfd.readouterr().out == ""
@@ -628,8 +715,9 @@ def test_two_processes_learn_what_one_does(
     assert [look["step"] for look in a] == [look["step"] for look in b]
     for ours, theirs in zip(a, b, strict=True):
         assert theirs["training_loss"] == pytest.approx(ours["training_loss"], rel=0.02)
-        assert theirs["loss"] == pytest.approx(ours["loss"], rel=0.05)
     mine = load_file(tmp_path / "one" / "weights.safetensors")
     other = load_file(tmp_path / "two" / "weights.safetensors")
+    first = load_file(start)
+    moved = max(float(np.abs(value - first[key]).max()) for key, value in mine.items())
     for key, value in mine.items():
-        assert np.allclose(value, other[key], atol=5e-3), key
+        assert np.abs(value - other[key]).max() < 0.05 * moved, key

@@ -92,18 +92,22 @@ def tuned_on(out: Path, kinds: range) -> None:
 def test_what_tuned_weights_saw_judges_nothing(out: Path) -> None:
     before = stages.train(out)
     assert not figures(out)["cross_validation"]["weights_saw"]
-    tuned_on(out, range(4))
+    tuned_on(out, range(3))
     record = stages.train(out)
     told = figures(out)["cross_validation"]
     assert record["made_from"] != before["made_from"]
-    assert (told["units"], told["photos"], told["weights_saw"]) == (3, 24, False)
+    assert (told["units"], told["photos"], told["weights_saw"]) == (6, 48, False)
+    assert told["not_judged"] == 0
     assert "weights_saw" not in record["metrics"]["cross_validation"]
+    assert figures(out)["unknown"]["weights_saw"] and not figures(out)["test"]["weights_saw"]
 
 
-def test_where_tuned_weights_saw_all_it_is_said(out: Path) -> None:
+@pytest.mark.parametrize("kinds", [5, 4])
+def test_where_tuned_weights_saw_nearly_all_it_is_said(kinds: int, out: Path) -> None:
+    """24 photos that they didn't see are too few to choose a model by."""
     from pomona import console
 
-    tuned_on(out, range(5))
+    tuned_on(out, range(kinds))
     record = stages.train(out)
     assert figures(out)["cross_validation"]["units"] == 15
     assert record["metrics"]["cross_validation"]["weights_saw"]

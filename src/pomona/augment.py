@@ -206,6 +206,12 @@ def apply(photos: torch.Tensor, draws: Draws) -> torch.Tensor:
     planes[:, :3] -= 1  # so that beyond the edge, where zeros are taken, it is white
     grid = _grid(draws.matrix, height, width)
     moved = functional.grid_sample(planes, grid, align_corners=False)
+    # A photo that isn't on white goes on beyond its edge as a mirror shows it.
+    whole = (photos[..., 3] == 255).flatten(1).all(dim=1)
+    if whole.any():
+        moved[whole] = functional.grid_sample(
+            planes[whole], grid[whole], padding_mode="reflection", align_corners=False
+        )
     moved[:, :3] += 1
     rgb, mask = moved[:, :3], moved[:, 3:]
     mix, shift = draws.colour[:, :, :3], draws.colour[:, :, 3:]

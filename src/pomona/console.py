@@ -342,7 +342,11 @@ def which(found: Model) -> str:
     metrics = found.about.get("metrics", {})
     judged = metrics.get("test") or metrics.get("cross_validation") or {}
     right = f", right on {judged['accuracy']['value']:.1%}" if "accuracy" in judged else ""
-    on = f" of {judged['photos']:,} Test photos" if metrics.get("test") and right else ""
+    on = ""
+    if right:
+        where = "Test photos" if metrics.get("test") else "photos in cross-validation"
+        saw = " (its weights were tuned on them)" if judged.get("weights_saw") else ""
+        on = f" of {judged['photos']:,} {where}{saw}"
     kind = "" if found.about["weights"]["trained"] else "; its weights are untrained"
     what = "the package's model" if found.folder == PACKAGED else "model"
     return f"{what} {found.version} ({named}){right}{on}{kind}"
@@ -352,10 +356,11 @@ def finetuned(record: dict[str, Any]) -> Table:
     """Return the rows of ``pomona finetune``."""
     held_out, test = record["held_out"], record["test"]
     what = "groups" if held_out["by"] == "group" else "photos"
+    known = "; --from or --teacher was tuned on some of them" if held_out["weights_saw"] else ""
     rows = [
         ("photos", f"{record['photos']:,}, {len(record['labels'])} labels"),
         ("rejected", ", ".join(f"{k}: {v}" for k, v in record["rejected"].items()) or "none"),
-        (f"{what} held out", _share_right(held_out, held_out["before"])),
+        (f"{what} held out", _share_right(held_out, held_out["before"]) + known),
         ("Test", _share_right(test, {}) if test else "none"),
         ("ended", f"{record['ended']}, after {held_out['step']:,} steps"),
         ("weights", "weights.safetensors: pomona run SOURCE --weights takes it"),

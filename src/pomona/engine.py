@@ -577,7 +577,13 @@ def run_torch(
     from pyspark.ml.torch.distributor import TorchDistributor
 
     here = spark.sparkContext.master.startswith("local")
-    distributor = TorchDistributor(processes, local_mode=here, use_gpu=on_gpu)
+    try:
+        distributor = TorchDistributor(processes, local_mode=here, use_gpu=on_gpu)
+    except (ValueError, RuntimeError) as error:
+        raise JobError(
+            f"Spark can't start {processes} processes: {sources.first_line(error)}: give Spark its "
+            "GPUs (docs/cluster.md), take fewer --processes, or --device cpu"
+        ) from error
     with (
         (log_file or Path(os.devnull)).open("a", encoding="utf-8") as file,
         contextlib.redirect_stdout(file),

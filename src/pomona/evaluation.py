@@ -12,7 +12,7 @@ from pomona import classifier as cls
 from pomona import leakage, metrics, model
 from pomona.classifier import Codes
 from pomona.manifest import Out
-from pomona.samples import Photos, groups_of, read_photos
+from pomona.samples import Photos, groups_of, new_to, read_photos
 
 LISTED = 1000
 """Near-copies that metrics.json lists."""
@@ -29,7 +29,7 @@ def calibration(logits: npt.NDArray[np.float64], temperature: float, y: Codes) -
 
 
 def judge_test(
-    out: Out, head: model.Head, max_rows: int, *, by_group: bool
+    out: Out, head: model.Head, max_rows: int, tuned_on: list[str], *, by_group: bool
 ) -> tuple[dict[str, Any] | None, dict[str, bool]]:
     """Judge Test. Returns the figures, and for each photo of a known label whether it was right."""
     photos = read_photos(out, "test_pca", max_rows)
@@ -62,6 +62,7 @@ def judge_test(
     table = metrics.confusion(guess, y, len(classifier.labels))
     figures |= {
         "by": "group" if by_group else "photo",
+        "weights_saw": not new_to(known, tuned_on).all(),
         **calibration(logits[seen] * classifier.temperature, classifier.temperature, y),
         "kept": float(kept[seen].mean()),
         "per_label": metrics.per_label(table, classifier.labels),

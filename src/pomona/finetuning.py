@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import re
 import shutil
 import time
 from collections import Counter
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pomona import backbone, engine, guard, manifest, mobilenet, sources, tombstones
 from pomona import recipe as rules
@@ -79,6 +80,8 @@ def check(options: FinetuneOptions) -> None:
         raise RequestError(f"--batch-size is at least 2, not {options.batch_size}")
     if not 0 <= options.hold_out <= 0.5:
         raise RequestError(f"--hold-out is a share from 0 to 0.5, not {options.hold_out:g}")
+    if options.seed < 0:
+        raise RequestError(f"--seed is at least 0, not {options.seed}")
     if options.precision not in MODES:
         raise RequestError(f"--precision is {', '.join(MODES)}, not {options.precision}")
     if not 1 <= options.processes <= options.batch_size // 2:
@@ -114,6 +117,9 @@ def finetune(
     """
     options = options or FinetuneOptions()
     check(options)
+    cluster = cluster or Cluster()
+    if options.processes > 1 and cluster.master.startswith("sc://"):
+        raise RequestError("--processes needs a Spark of its own: local[*] or spark://, not sc://")
     where = sources.open_source(source)
     if where.kind == "hadoop":
         raise RequestError(f"{source}: finetune reads local folders, s3:// and gs://")
@@ -137,7 +143,7 @@ def finetune(
         if not photos.num_rows:
             raise SourceError(f"{where.name} holds no photos to train on")
         made_from = _made_from(where.name, photos, options, start, teacher)
-        job = Job(folder, where, options, cluster or Cluster(), device, start, teacher, on_tick)
+        job = Job(folder, where, options, cluster, device, start, teacher, on_tick)
         return job.run(photos, made_from)
 
 
@@ -163,7 +169,7 @@ def track(out: str | Path, record: dict[str, Any]) -> str:
 def _load(name: str | None, option: str, on_tick: OnTick) -> Weights:
     found = load_weights(name, lambda done, total: on_tick(Tick("weights", done, total)))
     if found.state is None:
-        raise RequestError(f"{option} {name} is ONNX: training needs .safetensors or .pth")
+        raise RequestError(f"{option} {found.name} is ONNX: training needs .safetensors or .pth")
     return found
 
 
@@ -258,8 +264,14 @@ class Job:
     def run(self, photos: pa.Table, made_from: dict[str, Any]) -> dict[str, Any]:
         """Do what isn't done yet. Returns the record."""
         old = manifest.read_json(self.out.tuned_about)
-        if old.get("made_from") == made_from and old.get("finished") and self._is_whole(old):
-            return old
+        if old.get("finished") and self._is_whole(old):
+            if old["made_from"] == made_from:
+                return old
+            raise MismatchError(
+                f"{self.out.root} holds weights that were made with other "
+                f"{_differences(made_from, old['made_from'])}: choose another --out, or remove "
+                f"{self.out.tuned}"
+            )
         self._refuse_other(made_from)
         began = time.monotonic()
         if not (self.folder / "job.json").exists():
@@ -267,8 +279,7 @@ class Job:
         try:
             self._train()
         except KeyboardInterrupt:
-            if (self.folder / "checkpoint.safetensors").exists():
-                self._write(made_from, finished=False)
+            self._write(made_from, finished=False)
             raise
         record = self._write(made_from, finished=True)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -283,20 +294,22 @@ class Job:
         if under_way is None:
             shutil.rmtree(self.folder, ignore_errors=True)  # it was killed before it began
         elif under_way != made_from:
-            parts = [name for name in made_from if made_from[name] != under_way.get(name)]
             raise MismatchError(
                 f"{self.out.root} holds a finetune that isn't finished, with other "
-                f"{' and '.join(parts)}: give the same command to go on, choose another --out, or "
-                f"remove {self.folder}"
+                f"{_differences(made_from, under_way)}: give the same command to go on, choose "
+                f"another --out, or remove {self.folder}"
             )
 
     def _prepare(self, photos: pa.Table, made_from: dict[str, Any], began: float) -> None:
         """Write everything that training needs into its folder; ``job.json`` comes last."""
         from safetensors.numpy import save_file
 
+        training = pc.equal(photos["split"], SPLITS[0])
+        _check_labels(photos.filter(training)["label"].unique().to_pylist())
+        self._check_space(photos.num_rows)
         self.folder.mkdir(parents=True)
         kept, codes = self._decode(photos)
-        about, data = _arrange(kept, self.options)
+        about, data = _arrange(kept, self.options, self._known())
         save_file(data, self.folder / "rows.safetensors")
         assert self.start.state is not None
         save_file(self.start.state, self.folder / "start.safetensors")
@@ -317,11 +330,27 @@ class Job:
                 "steps": epochs and max(1, round(epochs * a_pass)),
                 "seconds": left,
                 "trained": self.start.trained,
+                "device": self.device,
                 "rejected": codes,
                 "photos": photos.num_rows,
                 **about,
             },
         )
+
+    def _known(self) -> set[str]:
+        """Return the marks of the folders that start and teacher were tuned on."""
+        teacher = self.teacher.tuned_on if self.teacher else ()
+        return {*self.start.tuned_on, *teacher}
+
+    def _check_space(self, count: int) -> None:
+        """Refuse a disk that can't take the pixels: writing into a mapping dies without a word."""
+        needed = count * self.options.image_size**2 * 4 + (200 << 20)
+        free = shutil.disk_usage(self.out.root).free
+        if free < needed:
+            raise JobError(
+                f"{self.out.root} has {free / 1e9:.1f} GB left, and finetune needs "
+                f"{needed / 1e9:.1f}: free some, choose another --out, or a smaller --image-size"
+            )
 
     def _decode(self, photos: pa.Table) -> tuple[pa.Table, dict[str, int]]:
         """Write pixels and masks; return the photos that could be used, and the others' codes.
@@ -365,9 +394,10 @@ class Job:
         if self.options.processes == 1:
             tuning.train(self.folder, self.device, on_step=on_step)
             return
-        told = self.folder / "progress.json"
+        told, stop = self.folder / "progress.json", self.folder / tuning.STOP
+        stop.unlink(missing_ok=True)
         cluster = replace(self.cluster, log_file=self.out.log)
-        with engine.session(cluster) as spark:
+        with engine.session(cluster) as spark, _left_behind(stop):
             engine.run_torch(
                 spark,
                 self.options.processes,
@@ -377,7 +407,7 @@ class Job:
                 poll=lambda: self._tell(manifest.read_json(told)),
                 log_file=self.out.log,
             )
-        if not tuning.is_over(self.folder):
+        if not tuning.told(self.folder).get("ended"):
             raise JobError(
                 "the processes ended before the training did: run the same command again"
             )
@@ -387,15 +417,17 @@ class Job:
             self.on_tick(Tick("finetune", progress["done"], progress["total"]))
 
     def _write(self, made_from: dict[str, Any], *, finished: bool) -> dict[str, Any]:
-        """Write the best weights so far, and the JSON beside them."""
+        """Write the best weights so far, if there are any, and the JSON beside them."""
         from pomona import tuning
         from pomona.learner import weights_of
 
+        if not tuning.told(self.folder).get("best"):
+            return {}
         job = manifest.read_json(self.folder / "job.json")
-        network, progress = tuning.result(self.folder, self.device)
+        network, progress, seconds = tuning.result(self.folder, self.device)
         state = weights_of(network.state_dict(), norm=network.norm)
         with manifest.aside(self.out.tuned) as part:
-            part.write_bytes(to_bytes(state, (*self.start.tuned_on, *job["tuned_on"])))
+            part.write_bytes(to_bytes(state, (*self._known(), *job["tuned_on"])))
         record = {
             "made_from": made_from,
             "finished": finished,
@@ -408,6 +440,7 @@ class Job:
                 "by": job["by"],
                 "photos": job["held_out_photos"],
                 "groups": job["held_out"],
+                "weights_saw": job["weights_saw"],
                 "before": progress.before,
                 **progress.best,
             },
@@ -422,7 +455,7 @@ class Job:
             "device": self.device,
             "times": {
                 "finished": manifest.now(),
-                "seconds": round(progress.history[-1]["seconds"], 1),
+                "seconds": round(seconds, 1),
             },
         }
         if finished and self.options.judge_test:
@@ -432,25 +465,45 @@ class Job:
         return record
 
 
+def _differences(made_from: dict[str, Any], other: dict[str, Any]) -> str:
+    return " and ".join(name for name in made_from if made_from[name] != other.get(name))
+
+
+@contextlib.contextmanager
+def _left_behind(stop: Path) -> Iterator[None]:
+    """Leave a file if the block doesn't end well."""
+    try:
+        yield
+    except BaseException:
+        stop.touch()
+        raise
+
+
+def _check_labels(labels: list[str]) -> None:
+    if len(labels) < 2:
+        raise RequestError(
+            f"training needs photos of two labels, and there is {len(labels)}: see --label, and "
+            "pomona inspect"
+        )
+
+
 def _batches(photos: pa.Table) -> Iterator[pa.RecordBatch]:
     yield from photos.combine_chunks().to_batches(max_chunksize=64)
 
 
-def _arrange(photos: pa.Table, options: FinetuneOptions) -> tuple[dict[str, Any], dict[str, Codes]]:
+def _arrange(
+    photos: pa.Table, options: FinetuneOptions, known: set[str]
+) -> tuple[dict[str, Any], dict[str, Codes]]:
     """Return what is known about the photos, and the codes that training works with.
 
     Groups that are trained on come first, then those that are held out, then those of Test: the
     network's second question is about the first only.
     """
     names = np.array(photos["label"].to_pylist())
-    folders = np.array([re.sub(r"/[^/]*$", "", path) for path in photos["path"].to_pylist()])
+    folders = np.array([sources.folder_of(path) for path in photos["path"].to_pylist()])
     training = np.array([split == SPLITS[0] for split in photos["split"].to_pylist()])
     labels = np.unique(names[training])
-    if len(labels) < 2:
-        raise RequestError(
-            f"training needs photos of two labels, and there is {len(labels)}: see --label, and "
-            "pomona inspect"
-        )
+    _check_labels(labels.tolist())
     places = np.searchsorted(labels, names).clip(max=len(labels) - 1)
     label = np.where(labels[places] == names, places, -1)
     rows = np.flatnonzero(training)
@@ -463,13 +516,14 @@ def _arrange(photos: pa.Table, options: FinetuneOptions) -> tuple[dict[str, Any]
     kinds = list(dict.fromkeys(np.concatenate([np.sort(folders[r]) for r in (train, out, test)])))
     code = {str(name): number for number, name in enumerate(kinds)}
     groups = np.array([code.get(str(name), -1) for name in folders])
-    by_group = len(set(folders[train])) > len(labels)
+    whole = sorted(set(folders[out].tolist()) - set(folders[train].tolist()))
     looked_at = rules.thin(out, groups, HELD_OUT_PHOTOS, options.seed)
     about = {
         "labels": labels.tolist(),
         "groups": sorted(set(folders[rows].tolist())),
-        "by": "group" if by_group else "photo",
-        "held_out": sorted(set(folders[out].tolist())) if by_group else [],
+        "by": "group" if whole else "photo",
+        "held_out": whole,
+        "weights_saw": any(mark(folder) in known for folder in set(folders[out].tolist())),
         "held_out_photos": len(looked_at),
         "train_photos": len(train),
         "tuned_on": sorted({mark(folder) for folder in folders[train]}),

@@ -61,6 +61,7 @@ class World:
 
     rank: int = 0
     size: int = 1
+    device: str = "cpu"
 
     def add(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by the sum over the processes, in one message."""
@@ -77,9 +78,14 @@ class World:
         """Return the first process's value."""
         if self.size == 1:
             return value
-        told = torch.tensor([value], dtype=torch.float64)
+        told = torch.tensor([value], dtype=torch.float64, device=self.device)
         torch.distributed.broadcast(told, 0)
         return float(told[0])
+
+    def share(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by the first process's."""
+        for tensor in tensors if self.size > 1 else ():
+            torch.distributed.broadcast(tensor, 0)
 
 
 # --- the network and its heads -----------------------------------------------------------------
@@ -191,7 +197,7 @@ def features_of(
     for start in range(0, len(rows), 64):
         some = torch.from_numpy(photos[rows[start : start + 64], :, :, :3]).to(device)
         found.append(network(some.permute(0, 3, 1, 2).float() / 255))
-    return torch.cat(found) if found else torch.zeros(0, FEATURES)
+    return torch.cat(found) if found else torch.zeros(0, FEATURES, device=device)
 
 
 def logits_of(
@@ -219,16 +225,21 @@ class Teacher:
     def __init__(self, state: mobilenet.State, batches: Batches) -> None:
         self.network = build(state, {}, norm=False).to(batches.device).eval()
         self.mixed = batches.recipe.mixed
-        self.turns = _turns(batches.recipe.seed, batches.device)
-        seen = [self.aims(batches.batch(-1 - n, World())[1]) for n in range(self.BATCHES)]
-        self.scale = _scale(torch.cat([features for features, _ in seen]), dim=(0,))
-        self.scales = [
-            _scale(torch.cat(some), dim=(0, 2, 3)) if some[0] is not None else None
-            for some in zip(*(aims for _, aims in seen), strict=True)
-        ]
+        self.turns: list[torch.Tensor | None] = []
+        if batches.recipe.apart:
+            self.turns = _turns(batches.recipe.seed, batches.device)
+        moments: dict[int, list[torch.Tensor]] = {}
+        for n in range(self.BATCHES):
+            features, aims = self.aims(batches.batch(-1 - n, World())[1], apart=True)
+            for place, found in enumerate([features, *aims]):
+                if found is not None:
+                    moments.setdefault(place, []).append(_moments(found))
+        scales = {place: _scale(some) for place, some in moments.items()}
+        self.scale = scales.pop(0)
+        self.scales = {place - 1: scale for place, scale in scales.items()}
 
-    def aims(self, pixels: torch.Tensor) -> tuple[torch.Tensor, Aims]:
-        """Return its features of these pixels, and what blocks are to give."""
+    def aims(self, pixels: torch.Tensor, *, apart: bool) -> tuple[torch.Tensor, Aims]:
+        """Return its features of these pixels and, with ``apart``, what blocks are to give."""
         with (
             torch.no_grad(),
             torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.mixed),
@@ -236,7 +247,7 @@ class Teacher:
             maps = self.network.maps(pixels)
             turned = [
                 None if turn is None else functional.conv2d(found, turn)
-                for found, turn in zip(maps, self.turns, strict=True)
+                for found, turn in zip(maps, self.turns if apart else (), strict=False)
             ]
             return pooled(maps), turned
 
@@ -248,9 +259,9 @@ class Teacher:
         """Return how far what the blocks give is, summed over the blocks."""
         return torch.stack(
             [
-                _distance(found, aim, scale)
-                for found, aim, scale in zip(maps, aims, self.scales, strict=True)
-                if aim is not None and scale is not None
+                _distance(maps[place], aim, self.scales[place])
+                for place, aim in enumerate(aims)
+                if aim is not None
             ]
         ).sum()
 
@@ -275,9 +286,17 @@ def _turns(seed: int, device: str) -> list[torch.Tensor | None]:
     return found
 
 
-def _scale(values: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
+def _moments(values: torch.Tensor) -> torch.Tensor:
+    """Return each channel's mean and mean square: [2, 1, c] or [2, 1, c, 1, 1]."""
+    dim = tuple(d for d in range(values.ndim) if d != 1)
+    x = values.double()
+    return torch.stack([x.mean(dim=dim, keepdim=True), x.square().mean(dim=dim, keepdim=True)])
+
+
+def _scale(moments: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return each channel's standard deviation, kept from 0 where a channel is all but still."""
-    std = values.float().std(dim=dim, keepdim=True)
+    mean, square = torch.stack(list(moments)).mean(dim=0)
+    std: torch.Tensor = (square - mean.square()).clamp(min=0).sqrt().float()
     return std + 0.1 * std.mean()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ import pyarrow.parquet as pq
 from pomona.classifier import SEED, Codes
 from pomona.errors import RequestError
 from pomona.manifest import Out
+from pomona.metrics import Flags
+from pomona.sources import folder_of
+from pomona.weights import mark
 
 MAX_ROWS = 1_000_000
 """Of a PCA table in memory: 200 MB with 50 components."""
@@ -93,5 +96,15 @@ def _matrix(rows: pa.Table) -> npt.NDArray[np.float32]:
 
 def groups_of(photos: Photos) -> Codes:
     """Return the code of each photo's group: the folder that holds it."""
-    folders = [re.sub(r"/[^/]*$", "", path) for path in photos.paths]
+    folders = [folder_of(path) for path in photos.paths]
     return np.unique(folders, return_inverse=True)[1].astype(np.int64)
+
+
+def new_to(photos: Photos, tuned_on: Collection[str]) -> Flags:
+    """Return which photos lie in no folder that the weights were tuned on, bool [n]."""
+    if not tuned_on:
+        return np.ones(len(photos.paths), bool)
+    seen = set(tuned_on)
+    folders = [folder_of(path) for path in photos.paths]
+    new = {folder: mark(folder) not in seen for folder in set(folders)}
+    return np.array([new[folder] for folder in folders], bool)

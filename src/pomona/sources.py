@@ -54,6 +54,12 @@ REQUEST_TIMEOUT, CONNECT_TIMEOUT = 5.0, 3.0
 GS_SECONDS = 10
 """How long the client of Google's store tries by itself; its own default is 15 minutes."""
 
+
+def folder_of(path: str) -> str:
+    """Return the folder that holds a photo, which is its group; itself where it is in none."""
+    return path.rpartition("/")[0] or path
+
+
 T = TypeVar("T")
 SCHEME = r"([a-zA-Z][a-zA-Z0-9+.-]+):"
 """Of a URI; a single letter is a drive."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -20,15 +20,16 @@ from pomona.errors import MismatchError, RequestError
 from pomona.evaluation import calibration, headline, judge_leakage, judge_test
 from pomona.manifest import Out
 from pomona.metrics import Flags
-from pomona.samples import MAX_ROWS, Photos, groups_of, read_photos
+from pomona.samples import MAX_ROWS, Photos, groups_of, new_to, read_photos
 from pomona.ticks import OnTick, Tick, quiet
 from pomona.unknown import Detector
-from pomona.weights import mark
 
 RECIPE = 1
 """Raise it when the same rows and options would give another model: then old ones are remade."""
 SEARCH_ROWS = 50_000
 """Rows on which C is chosen and calibration is done: more change neither, and cost hours."""
+FEWEST_NEW = 40
+"""Photos, of two labels, that tuned weights never saw: on fewer nothing can be chosen."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,13 @@ def train(
             "settings": options.__dict__,
             "recipe": RECIPE,
         }
-        if tuned_on := manifest.read_json(folder.table_file).get("tuned_on"):
-            made_from["tuned_on"] = tuned_on
+        tuned_on = manifest.read_json(folder.table_file).get("tuned_on")
+        if tuned_on:
+            made_from["tuned_on"] = hashlib.sha256(" ".join(tuned_on).encode()).hexdigest()
         old = manifest.read_json(folder.manifest).get("stages", {}).get("train", {})
         if old.get("made_from") == made_from and _is_whole(folder, old):
             return dict(old)
-        return _train(folder, options, made_from, on_tick)
+        return _train(folder, options, made_from, tuned_on or [], on_tick)
 
 
 _INPUTS = ("training_pca", "test_pca", "projection.safetensors")
@@ -126,7 +128,11 @@ class Steps:
 
 
 def _train(
-    out: Out, options: TrainOptions, made_from: dict[str, Any], on_tick: OnTick
+    out: Out,
+    options: TrainOptions,
+    made_from: dict[str, Any],
+    tuned_on: list[str],
+    on_tick: OnTick,
 ) -> dict[str, Any]:
     start = time.time()
     photos = read_photos(out, "training_pca", options.max_rows)
@@ -135,7 +141,7 @@ def _train(
     steps = Steps(on_tick, len(cls.STRENGTHS) + len(unknown.left_out(y)) + 4)
     figures: dict[str, Any] = {"photos": len(y), "photos_in_table": photos.of, "labels": labels}
     with cls.one_thread_each():
-        new = _new_to_weights(photos, made_from.get("tuned_on", []))
+        new = new_to(photos, tuned_on)
         fitted, searched = _fit(photos, y, labels, groups, new, options, steps)
     figures |= searched
     seconds = {"fit": time.time() - start}
@@ -143,7 +149,7 @@ def _train(
     head = model.head(projection, *fitted)
     steps()
     figures["test"], test_right = judge_test(
-        out, head, options.max_rows, by_group=groups is not None
+        out, head, options.max_rows, tuned_on, by_group=groups is not None
     )
     steps()
     figures["leakage"] = judge_leakage(out, test_right, steps)
@@ -172,10 +178,8 @@ def _fit(
         some = np.sort(np.random.default_rng(cls.SEED).permutation(len(y))[:SEARCH_ROWS])
     z, ys, gs = photos.z[some], y[some], None if groups is None else groups[some]
     kinds = ys if gs is None else gs
-    cut = cls.folds(ys, gs)
-    if new.any():  # only photos that the weights never saw say how well new ones fare
-        cut = [(fit, held[new[some][held]]) for fit, held in cut]
-        cut = [fold for fold in cut if len(fold[1])]
+    every, seen = cls.folds(ys, gs), ~new[some]
+    cut = _by_new(every, ys, ~seen)
     figures: dict[str, Any] = {
         "search": [],
         "cross_validation": None,
@@ -190,8 +194,8 @@ def _fit(
         figures["cross_validation"] = {
             "by": "photo" if gs is None else "group",
             "folds": len(cut),
-            "not_judged": len(ys) - len(best.rows),
-            "weights_saw": not new.any(),
+            "not_judged": len(ys) - len(best.rows) - (int(seen.sum()) if cut is not every else 0),
+            "weights_saw": bool(seen.any()) and cut is every,
             **metrics.measure(cls.softmax(best.logits / temperature), ys[best.rows], units),
             **calibration(best.logits, temperature, ys[best.rows]),
         }
@@ -215,17 +219,29 @@ def _fit(
     figures |= {
         "strength": strength,
         "temperature": temperature,
-        "unknown": {"method": method, "threshold": limit, "keep": options.keep, **compared},
+        "unknown": {
+            "method": method,
+            "threshold": limit,
+            "keep": options.keep,
+            "weights_saw": bool(seen.any()),
+            **compared,
+        },
     }
     return (found, detector), figures
 
 
-def _new_to_weights(photos: Photos, tuned_on: list[str]) -> Flags:
-    """Return which photos the weights were not tuned on, bool [n]."""
-    folders = [re.sub(r"/[^/]*$", "", path) for path in photos.paths]
-    seen = set(tuned_on)
-    marked = {folder: mark(folder) in seen for folder in set(folders)}
-    return np.array([not marked[folder] for folder in folders], bool)
+def _by_new(cut: list[cls.Fold], y: Codes, new: Flags) -> list[cls.Fold]:
+    """Leave only photos to judge that the weights never saw: they say how well new ones fare.
+
+    Returns all of them where there are too few such photos to choose anything on.
+    """
+    if new.all():
+        return cut
+    found = [(fit, held[new[held]]) for fit, held in cut]
+    found = [fold for fold in found if len(fold[1])]
+    rows = np.concatenate([cls.judged(y, fold) for fold in found]) if found else np.zeros(0, int)
+    enough = len(rows) >= FEWEST_NEW and len(np.unique(y[rows])) > 1
+    return found if enough else cut
 
 
 def _best(

@@ -7,6 +7,7 @@ workers.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from pomona import manifest, mobilenet
+from pomona.errors import JobError
 from pomona.learner import (
     Batches,
     Data,
@@ -111,11 +113,16 @@ class Run:
         progress.losses.append(round(float(told), 5))
         self.plan.advance(time.monotonic() - began)
         self.plan.share = world.agree(self.plan.share)
+        if not math.isfinite(progress.losses[-1]):
+            raise JobError(
+                f"the loss is no number any more at step {progress.step}: remove the run's folder "
+                "and start again with --precision float32, another --seed, or other weights"
+            )
         return float(told)
 
     def loss(self, pixels: torch.Tensor, rows: Codes) -> torch.Tensor:
         """Return the mean loss over these photos."""
-        aims = self.teacher.aims(pixels) if self.teacher else None
+        aims = self.teacher.aims(pixels, apart=self.apart) if self.teacher else None
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.recipe.mixed):
             maps = self.network.maps(pixels, aims[1] if aims and self.apart else None)
         features = pooled(maps)
@@ -184,7 +191,8 @@ class Run:
 
     def _sync(self) -> None:
         """Bring running statistics of batch norms to the processes' mean."""
-        stats = [v for k, v in self.network.state_dict().items() if "running_" in k]
+        states = (self.network.state_dict(), self.average)
+        stats = [v for state in states for k, v in state.items() if "running_" in k]
         self.world.add(stats)
         for value in stats:
             value.div_(self.world.size)
@@ -279,6 +287,7 @@ def probe(run: Run, most: int = 4000) -> None:
         with torch.no_grad():
             head.weight.copy_(weight / std)
             head.bias.copy_(bias - (weight / std) @ mean)
+    run.world.share(list(run.network.state_dict().values()))
     run.begin()
 
 
@@ -300,6 +309,9 @@ def _logistic(z: torch.Tensor, code: torch.Tensor, count: int) -> tuple[torch.Te
 # --- from a folder -----------------------------------------------------------------------------
 
 CHECKPOINT = "checkpoint.safetensors"
+STOP = "stop"
+"""A file in the folder that ends several processes: a signal reaches the driver alone."""
+
 SAVE_EVERY = 60.0
 """Seconds between checkpoints: what a kill costs at most."""
 
@@ -330,6 +342,7 @@ def train(
     world = world or World()
     if world.size == 1:
         torch.set_num_threads(_cores())  # what ran before may have left another number
+    torch.backends.cudnn.deterministic = True  # on a GPU, so that a seed decides there too
     run = _open(folder, device, world)
     saved = time.monotonic()
     held_out = run.data.held_out
@@ -340,13 +353,16 @@ def train(
         if looked:
             run.look(held_out)
         run.progress.ended = _end(run)
-        late = bool(world.agree(time.monotonic() - saved > SAVE_EVERY))
+        stop = world.size > 1 and (folder / STOP).exists()
+        late = bool(world.agree(stop or time.monotonic() - saved > SAVE_EVERY))
         if world.rank == 0 and (looked or late):
             run.save(folder / CHECKPOINT)
         if late:
             saved = time.monotonic()
         if on_step:
             on_step(run)
+        if world.agree(stop):
+            return
 
 
 def _cores() -> int:
@@ -365,6 +381,7 @@ def _end(run: Run) -> str:
 
 
 def _open(folder: Path, device: str, world: World) -> Run:
+    began = time.monotonic()
     job = manifest.read_json(folder / "job.json")
     recipe, ends = Recipe(**job["recipe"]), Plan(job["steps"], job["seconds"])
     start = load_file(folder / "start.safetensors")
@@ -372,14 +389,16 @@ def _open(folder: Path, device: str, world: World) -> Run:
     teacher = load_file(place) if place.exists() else None
     data = read_data(folder)
     run = Run(recipe, data, start, ends, teacher=teacher, device=device, world=world)
-    if (folder / CHECKPOINT).exists():
+    if world.agree((folder / CHECKPOINT).exists()):
         run.restore(folder / CHECKPOINT)
-    elif job["trained"]:
+        return run
+    if job["trained"]:
         probe(run)
         run.look(data.held_out)
         run.progress.before = run.progress.best
-        if world.rank == 0:
-            run.save(folder / CHECKPOINT)
+    run.plan.spent = time.monotonic() - began  # part of the time that there is
+    if world.rank == 0:
+        run.save(folder / CHECKPOINT)
     return run
 
 
@@ -393,18 +412,22 @@ def read_data(folder: Path) -> Data:
 def train_together(folder: str) -> None:
     """Train as one of several processes that torch's launcher has started. Runs on workers."""
     folder_path = Path(folder)
-    cuda = torch.cuda.is_available()
+    if not (folder_path / "job.json").exists():
+        raise JobError(f"{folder} isn't seen here: --processes needs an OUT that all share")
+    cuda = manifest.read_json(folder_path / "job.json")["device"] == "cuda"
     torch.distributed.init_process_group("nccl" if cuda else "gloo")
     try:
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+        if cuda:
+            torch.cuda.set_device(device)
         told = folder_path / "progress.json"
 
         def on_step(run: Run) -> None:
             if rank == 0:
                 manifest.write_json(told, progress_of(run))
 
-        train(folder_path, device, World(rank, size), on_step)
+        train(folder_path, device, World(rank, size, device), on_step)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -415,14 +438,14 @@ def progress_of(run: Run) -> dict[str, float]:
     return {"done": seen, "total": round(seen / max(run.plan.share, 1e-9))}
 
 
-def is_over(folder: Path) -> bool:
-    """Whether a folder's run has come to its end."""
+def told(folder: Path) -> dict[str, Any]:
+    """Return the `Progress` in a folder's checkpoint; empty where there is none."""
     from safetensors import safe_open
 
     if not (folder / CHECKPOINT).exists():
-        return False
+        return {}
     with safe_open(folder / CHECKPOINT, "np") as file:
-        return bool(json.loads(file.metadata()["pomona"])["progress"]["ended"])
+        return dict(json.loads(file.metadata()["pomona"])["progress"])
 
 
 def judge_test(folder: Path, network: Network, device: str) -> dict[str, float]:
@@ -432,12 +455,12 @@ def judge_test(folder: Path, network: Network, device: str) -> dict[str, float]:
     return figures(logits, data.labels[data.test], data.groups[data.test])
 
 
-def result(folder: Path, device: str) -> tuple[Network, Progress]:
-    """Return the best network so far, from the checkpoint, and what the run has come to."""
+def result(folder: Path, device: str) -> tuple[Network, Progress, float]:
+    """Return the best network so far, what the run has come to, and the seconds it took."""
     job = manifest.read_json(folder / "job.json")
     recipe, data = Recipe(**job["recipe"]), read_data(folder)
     start = load_file(folder / "start.safetensors")
     run = Run(recipe, data, start, Plan(), device=device)
     run.restore(folder / CHECKPOINT)
     run.network.load_state_dict(run.best)
-    return run.network, run.progress
+    return run.network, run.progress, run.plan.spent

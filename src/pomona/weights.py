@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pomona import mobilenet
 from pomona.errors import MissingError, WeightsError
 from pomona.manifest import sha256
+from pomona.schema import SPLITS
 
 OFFICIAL_URL = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
 """torchvision's MobileNet_V2_Weights.IMAGENET1K_V1; its name holds the start of its sha256."""
@@ -174,8 +175,11 @@ def unpack(name: str, kind: str, content: bytes, digest: str, where: str) -> Wei
 
 
 def mark(folder: str) -> str:
-    """Return what stands for a folder of photos in tuned weights: names may tell of people."""
-    return hashlib.sha256(folder.encode()).hexdigest()[:16]
+    """Return what stands for a folder of photos in tuned weights: names may tell of people.
+
+    It is the same whether the source was given with or without its Training folder.
+    """
+    return hashlib.sha256(folder.removeprefix(f"{SPLITS[0]}/").encode()).hexdigest()[:16]
 
 
 def to_bytes(state: mobilenet.State, tuned_on: Iterable[str]) -> bytes:
