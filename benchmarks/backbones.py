@@ -71,10 +71,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def judge(source: Path, out: Path, weights: str, side: int, not_fruit: Path) -> dict[str, Any]:
+def judge(
+    source: Path, out: Path, weights: str, side: int, not_fruit: Path, *further: str
+) -> dict[str, Any]:
     """Run the pipeline into ``out``, and return what the weights are worth."""
     words = ["run", source, "--out", out, "--label", "top", "--weights", weights]
-    words += ["--image-size", side, "--no-mlflow", "--no-plots"]
+    words += ["--image-size", side, "--no-mlflow", "--no-plots", *further]
     ran = common.run_pomona(*map(str, words)).answer
     figures = manifest.read_json(manifest.Out(out).metrics)
     made = model.load(out / "model")

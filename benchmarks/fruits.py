@@ -23,6 +23,8 @@ import common
 from pomona import manifest, mobilenet, model, quantisation, weights
 
 SIZES = (96, 128)
+HEAD = ("--components", "200", "--keep", "0.99")
+"""Share of Training, which the weights have seen: of Test less is kept (docs/log.md)."""
 CARD = Path(__file__).with_name("fruits.md")
 
 
@@ -49,7 +51,9 @@ def main() -> int:
     about = write(Path(start), place, runs)
     name = "fruits" if place == weights.FRUITS else str(place)
     out = options.work / "run"
-    about["figures"] = backbones.judge(options.source, out, name, SIZES[-1], options.not_fruit)
+    about["figures"] = backbones.judge(
+        options.source, out, name, SIZES[-1], options.not_fruit, *HEAD
+    )
     about["teacher"] = options.teacher_is or Path(options.teacher).name
     about["machine"] = common.machine()
     about["model"] = pack(out / "model", options.to / model.PACKAGED.name)
@@ -118,6 +122,7 @@ def card(about: dict[str, Any]) -> str:
             f"{run['made_from']['settings']['minutes']:g}" for run in about["runs"]
         ),
         "seed": about["runs"][0]["made_from"]["settings"]["seed"],
+        "head": " ".join(HEAD),
         "apart": about["runs"][0]["recipe"]["apart"],
         "sizes": ", then ".join(str(run["recipe"]["image_size"]) for run in about["runs"]),
         "teacher": about["teacher"],

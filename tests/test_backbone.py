@@ -22,7 +22,7 @@ SIZE = 64  # small, so that tests are quick
 
 @pytest.fixture(scope="module")
 def spec() -> BackboneSpec:
-    return make_spec(weights.load("random:0"), image_size=SIZE, device="cpu")
+    return make_spec(weights.load("fruits"), image_size=SIZE, device="cpu")
 
 
 def batch(*contents: bytes | None) -> pa.RecordBatch:
@@ -110,7 +110,7 @@ def test_the_onnx_file_says_what_it_takes(spec: BackboneSpec) -> None:
 
 def test_backends_agree(spec: BackboneSpec) -> None:
     pytest.importorskip("torch")
-    other = make_spec(weights.load("random:0"), image_size=SIZE, backend="torch", device="cpu")
+    other = make_spec(weights.load("fruits"), image_size=SIZE, backend="torch", device="cpu")
     contents = [photo(n) for n in range(5)]
     one, two = (features(extract(iter([batch(*contents)]), s)) for s in (spec, other))
     assert np.abs(one - two).max() <= 1e-3
@@ -129,7 +129,7 @@ def test_one_photo_alone_as_among_others(backend: str) -> None:
     """Alone it isn't copied, and is not writable."""
     if backend == "torch":
         pytest.importorskip("torch")
-    spec = make_spec(weights.load("random:0"), image_size=SIZE, backend=backend, device="cpu")
+    spec = make_spec(weights.load("fruits"), image_size=SIZE, backend=backend, device="cpu")
 
     def features(*contents: bytes) -> Any:
         batch = pa.record_batch({"content": pa.array(contents, pa.binary())})
@@ -187,14 +187,14 @@ def test_backends_agree_on_real_photos(real_photos: Path, real_weights: Path) ->
 )
 def test_options_have_rules(options: dict[str, Any], rule: str) -> None:
     with pytest.raises(RequestError, match=rule):
-        make_spec(weights.load("random:0"), **options)
+        make_spec(weights.load("fruits"), **options)
 
 
 def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone, "_sees_cuda", lambda name: False)
-    assert make_spec(weights.load("random:0"), image_size=SIZE).device == "cpu"
+    assert make_spec(weights.load("fruits"), image_size=SIZE).device == "cpu"
     with pytest.raises(MissingError, match="--device cpu"):
-        make_spec(weights.load("random:0"), device="cuda")
+        make_spec(weights.load("fruits"), device="cuda")
 
 
 def test_a_gpu_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_a_gpu_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(backbone, "_sees_cuda", lambda name: True)
     monkeypatch.setattr(backbone, "_gpu_memory", lambda: 8 << 30)
-    found = make_spec(weights.load("random:0"), backend="torch")
+    found = make_spec(weights.load("fruits"), backend="torch")
     assert (found.device, found.precision) == ("cuda", "mixed")
     assert engine.local_master("local[*]", "cuda") in ("local[1]", "local[2]")
     assert engine.local_master("local[4]", "cuda") == "local[4]"
@@ -245,12 +245,12 @@ def test_a_gpu_worker_takes_its_share(conf: dict[str, str], threads: int, share:
 
 
 def test_the_extractor_tells_why() -> None:
-    extractor = MobileNetV2Extractor(device="cpu", weights="random:0", image_size=SIZE)
+    extractor = MobileNetV2Extractor(device="cpu", weights="fruits", image_size=SIZE)
     with pytest.raises(RequestError, match="photo 1 of 2 can't be used: empty"):
         extractor.extract_batch([photo(0), b""])
     assert extractor.extract_batch([]).shape == (0, 1280)
     info = extractor.get_model_info()
-    assert info["trained"] is False
+    assert info["trained"] is True
     assert info["features"] == 1280
 
 

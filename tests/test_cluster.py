@@ -25,7 +25,7 @@ import pytest
 from tests.cluster import FAST, Cluster, cluster, hiding
 from tests.conftest import fill, photo
 
-OPTIONS = ["--weights", "random:0", "--image-size", "64", "--device", "cpu", "--json"]
+OPTIONS = ["--weights", "fruits", "--image-size", "64", "--device", "cpu", "--json"]
 PHOTOS = 3 * 2 * 100
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's processes")
@@ -243,7 +243,7 @@ from pyspark.sql import SparkSession
 from pomona import stages
 
 spark = SparkSession.builder.master("local[2]").getOrCreate()  # a task has one try
-options = stages.ExtractOptions(weights="random:0", image_size=64, device="cpu")
+options = stages.ExtractOptions(weights="fruits", image_size=64, device="cpu")
 print(json.dumps({"extract": stages.extract(sys.argv[1], sys.argv[2], options)}))
 assert spark.range(3).count() == 3, "the session is left running"
 """
@@ -331,7 +331,7 @@ with engine.session(cluster) as spark:
     executors.ship(spark)
     spark.addArtifacts(sys.argv[3], pyfile=True)
     share = engine.fit_spec(BackboneSpec("x", "x", device="cuda"), spark).memory_share
-    options = extraction.ExtractOptions(weights="random:0", image_size=64)
+    options = extraction.ExtractOptions(weights="fruits", image_size=64)
     device = extraction._spec(options, cluster, lambda tick: None).device
     tasks = engine.run_tasks(spark, which, 4)
 print(json.dumps({"gives": gives, "share": share, "device": device, "tasks": tasks}))

@@ -26,7 +26,7 @@ from tests.test_model import features, folder  # noqa: F401 - fixtures
 pytest.importorskip("grpc", reason="pip install 'pomona[connect]'")
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = ExtractOptions(weights="random:0", image_size=64, device="cpu")
+OPTIONS = ExtractOptions(weights="fruits", image_size=64, device="cpu")
 FEW = ReduceOptions(components=5, plots=False)
 
 
@@ -134,7 +134,7 @@ def test_everything_over_connect(
     source = fill(tmp_path / "source", each=10)
     classic = stages.extract(source, tmp_path / "out", OPTIONS)
     images = pomona.load_images(spark, str(source), "Test")
-    stage = pomona.MobileNetV2Features(weights="random:0", imageSize=32)
+    stage = pomona.MobileNetV2Features(weights="fruits", imageSize=32)
     pipeline = PipelineModel([stage, Normalizer(inputCol="features", outputCol="scaled")])
     pipeline.save(str(tmp_path / "saved"))
 
@@ -147,7 +147,7 @@ def test_everything_over_connect(
     assert told["vectors"] == vectors(pipeline.transform(images))
     assert told["uids"] == [stage.uid] * 2
 
-    options = ["--weights", "random:0", "--image-size", "64", "--device", "cpu", "--json"]
+    options = ["--weights", "fruits", "--image-size", "64", "--device", "cpu", "--json"]
     out = ["--out", tmp_path / "by_address", "--master", f"{server}/;user_id=me"]
     told = json.loads(run("-m", "pomona", "extract", source, *out, *options))
     assert told["extract"]["digests"]["features"] == classic["digests"]["features"]

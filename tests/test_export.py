@@ -20,7 +20,7 @@ from tests.conftest import fill, photo
 
 pytest.importorskip("sklearn")
 
-QUICK = ExtractOptions(weights="random:0", image_size=32, device="cpu")
+QUICK = ExtractOptions(weights="fruits", image_size=32, device="cpu")
 ALL = ExportOptions(int8=True, half=True, calibration=12)
 
 

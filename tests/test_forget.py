@@ -52,7 +52,7 @@ pytest.importorskip("sklearn")
 # MLflow and SQLAlchemy warn of each other's deprecations when they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-QUICK = ExtractOptions(weights="random:0", image_size=32, device="cpu", label="top")
+QUICK = ExtractOptions(weights="fruits", image_size=32, device="cpu", label="top")
 K = 10
 MAGENTA = (255, 0, 255)
 SECRET = (

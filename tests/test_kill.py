@@ -21,7 +21,7 @@ from tests.conftest import fill
 
 PHOTOS = 3 * 2 * 120
 COMMAND = [sys.executable, "-m", "pomona", "extract"]
-OPTIONS = ["--weights", "random:0", "--image-size", "96", "--device", "cpu", "--json"]
+OPTIONS = ["--weights", "fruits", "--image-size", "96", "--device", "cpu", "--json"]
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def found(features: Any, tmp_path: Path) -> Model:  # noqa: F811
     from pomona import weights
     from pomona.backbone import make_spec
 
-    spec = make_spec(weights.load("random:0"), image_size=SIZE, device="cpu")
+    spec = make_spec(weights.load("fruits"), image_size=SIZE, device="cpu")
     model.save(tmp_path / "model", spec.payload, make_head(features), ABOUT)
     return model.load(tmp_path / "model")
 

@@ -44,7 +44,7 @@ pytest.importorskip("sklearn")
 # MLflow and SQLAlchemy warn of each other's deprecations when they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-QUICK = ExtractOptions(weights="random:0", image_size=32, device="cpu")
+QUICK = ExtractOptions(weights="fruits", image_size=32, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_a_champion_of_another_image_size_sees_the_photos(out: Path) -> None:
     folder = manifest.open_out(out)
     new = put(out, perfect(out))
     shape = {**new.about["preprocessing"], "image_size": 64}
-    spec = make_spec(weights.load("random:0"), image_size=64, device="cpu")
+    spec = make_spec(weights.load("fruits"), image_size=64, device="cpu")
     model.save(out / "other", spec.payload, new.head(), {**bare(new.about), "preprocessing": shape})
     other = model.load(out / "other")
     ticks: list[Any] = []

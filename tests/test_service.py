@@ -45,7 +45,7 @@ def found(features: Any, tmp_path_factory: pytest.TempPathFactory) -> Model:  # 
     from pomona.backbone import make_spec
 
     folder = tmp_path_factory.mktemp("served")
-    spec = make_spec(weights.load("random:0"), image_size=SIZE, device="cpu")
+    spec = make_spec(weights.load("fruits"), image_size=SIZE, device="cpu")
     model.save(folder / "model", spec.payload, make_head(features), ABOUT)
     return model.load(folder / "model")
 

@@ -30,14 +30,14 @@ from tests.test_model import ABOUT, SIZE, features, make_head  # noqa: F401 - a 
 from tests.test_sources import upload
 
 ROOT = Path(__file__).resolve().parents[1]
-SPEC = make_spec(weights.load("random:0"), image_size=32, device="cpu")
+SPEC = make_spec(weights.load("fruits"), image_size=32, device="cpu")
 GOOD = [photo(n) for n in range(9)]
 MIXED = [*GOOD, b"", GOOD[0][:200], None]
 CODES = [*[None] * 9, "empty", "truncated", "unreadable"]
 
 
 def stage(**given: Any) -> MobileNetV2Features:
-    return MobileNetV2Features(**{"weights": "random:0", "imageSize": 32, "device": "cpu", **given})
+    return MobileNetV2Features(**{"weights": "fruits", "imageSize": 32, "device": "cpu", **given})
 
 
 def frame(spark: Any, contents: Sequence[bytes | None]) -> DataFrame:
@@ -311,7 +311,7 @@ def test_what_else_is_refused(saved: Path, old: str, new: str, said: str) -> Non
 @pytest.fixture(scope="module")
 def trained(features: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("trained") / "model"
-    spec = make_spec(weights.load("random:0"), image_size=SIZE, device="cpu")
+    spec = make_spec(weights.load("fruits"), image_size=SIZE, device="cpu")
     model.save(folder, spec.payload, make_head(features), ABOUT)
     return folder
 

@@ -25,7 +25,7 @@ from tests.conftest import fill, photo
 
 pytestmark = pytest.mark.usefixtures("spark")
 
-QUICK = ExtractOptions(weights="random:0", image_size=32, device="cpu")
+QUICK = ExtractOptions(weights="fruits", image_size=32, device="cpu")
 FEW = ReduceOptions(components=5)
 
 
@@ -69,7 +69,7 @@ def test_spark_and_a_direct_call_agree(source: Path, tmp_path: Path) -> None:
     from pomona import MobileNetV2Extractor
 
     stages.extract(source, tmp_path / "out", QUICK)
-    extractor = MobileNetV2Extractor("cpu", weights="random:0", image_size=32)
+    extractor = MobileNetV2Extractor("cpu", weights="fruits", image_size=32)
     found = rows(tmp_path / "out")
     direct = extractor.extract_batch([(source / row["path"]).read_bytes() for row in found])
     table = np.array([row["features"] for row in found], np.float32)

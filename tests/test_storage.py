@@ -204,7 +204,7 @@ def features_of(out: Path) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-OPTIONS = stages.ExtractOptions(weights="random:0", image_size=32)
+OPTIONS = stages.ExtractOptions(weights="fruits", image_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -752,7 +752,7 @@ def test_a_run_that_lost_its_driver(
     undisturbed: dict[str, Any],
 ) -> None:
     names = upload_folder(store, "slowly", photos)
-    words = ["run", f"s3://slowly?{through.options}", "--out", bucket, "--weights", "random:0"]
+    words = ["run", f"s3://slowly?{through.options}", "--out", bucket, "--weights", "fruits"]
     words += ["--image-size", "32", "--master", "local[2]", "--json"]
     words += ["--components", "4", "--no-mlflow", "--no-plots"]
     through.reset(slow(1.0, "/slowly/"))

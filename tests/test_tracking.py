@@ -18,7 +18,7 @@ from tests.conftest import fill
 # MLflow and SQLAlchemy warn of each other's deprecations when they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-QUICK = ExtractOptions(weights="random:0", image_size=32, device="cpu")
+QUICK = ExtractOptions(weights="fruits", image_size=32, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_one_run_is_recorded_in_out(out: Path, records: Any) -> None:
     client = mlflow.MlflowClient(uri)
     found = client.get_run(run)
     assert found.info.status == "FINISHED"
-    assert found.data.params["weights"] == "random:0"
+    assert found.data.params["weights"] == "fruits"
     assert found.data.params["components"] == "5"
     train = records["train"]
     assert found.data.params["model"] == train["digests"]["model.onnx"][:12]

@@ -89,6 +89,13 @@ def tuned_on(out: Path, kinds: range) -> None:
     place.write_text(json.dumps({**table, "tuned_on": [weights.mark(f) for f in folders]}))
 
 
+def centres(out: Path) -> Any:
+    from safetensors.numpy import load_file
+
+    tensors = load_file(out / "model" / "classifier.safetensors")
+    return tensors.get("detector.centres", [])
+
+
 def test_what_tuned_weights_saw_judges_nothing(out: Path) -> None:
     before = stages.train(out)
     assert not figures(out)["cross_validation"]["weights_saw"]
@@ -107,8 +114,11 @@ def test_where_tuned_weights_saw_nearly_all_it_is_said(kinds: int, out: Path) ->
     """24 photos that they didn't see are too few to choose a model by."""
     from pomona import console
 
+    stages.train(out, TrainOptions(unknown="distance"))
     tuned_on(out, range(kinds))
-    record = stages.train(out)
+    assert len(centres(out)) == 15
+    record = stages.train(out, TrainOptions(unknown="distance"))
+    assert len(centres(out)) == 3  # a label each: varieties are knots to such weights
     assert figures(out)["cross_validation"]["units"] == 15
     assert record["metrics"]["cross_validation"]["weights_saw"]
     table = console._figures(record["metrics"])

@@ -177,9 +177,11 @@ def _fit(
     if len(y) > SEARCH_ROWS:
         some = np.sort(np.random.default_rng(cls.SEED).permutation(len(y))[:SEARCH_ROWS])
     z, ys, gs = photos.z[some], y[some], None if groups is None else groups[some]
-    kinds = ys if gs is None else gs
-    every, seen = cls.folds(ys, gs), ~new[some]
+    seen, every = ~new[some], cls.folds(ys, gs)
     cut = _by_new(every, ys, ~seen)
+    tuned = bool(seen.any())
+    saw = tuned and cut is every
+    kinds = y if groups is None or tuned else groups
     figures: dict[str, Any] = {
         "search": [],
         "cross_validation": None,
@@ -195,7 +197,7 @@ def _fit(
             "by": "photo" if gs is None else "group",
             "folds": len(cut),
             "not_judged": len(ys) - len(best.rows) - (int(seen.sum()) if cut is not every else 0),
-            "weights_saw": bool(seen.any()) and cut is every,
+            "weights_saw": saw,
             **metrics.measure(cls.softmax(best.logits / temperature), ys[best.rows], units),
             **calibration(best.logits, temperature, ys[best.rows]),
         }
@@ -204,15 +206,18 @@ def _fit(
         "class_weight": options.class_weight,
         "temperature": temperature,
     }
-    sample = (z, ys, kinds)
+    sample = (z, ys, kinds[some])
     compared = unknown.compare(sample, gs, labels, steps, **how)
-    method = options.unknown if options.unknown != "auto" else _best_method(compared)
-    known = unknown.held_out(method, sample, cut, labels, **how)
+    # To weights that were tuned on a group it is no stranger, but far from all others: groups that
+    # are held out would put the threshold where nothing is unknown (docs/log.md).
+    best_method = unknown.DEFAULT if saw else _best_method(compared)
+    method = options.unknown if options.unknown != "auto" else best_method
+    known = unknown.held_out(method, sample, cls.folds(ys, None) if saw else cut, labels, **how)
     limit = unknown.threshold(known, options.keep)
     found = cls.calibrated(
         cls.fit(photos.z, y, labels, strength, options.class_weight), temperature
     )
-    detector = unknown.make(method, photos.z, y if groups is None else groups)
+    detector = unknown.make(method, photos.z, kinds)
     if not len(known):  # nothing could be held out: then nothing is called unknown
         limit = float(np.finfo(np.float32).min)
     detector = replace(detector, threshold=limit)
@@ -223,7 +228,7 @@ def _fit(
             "method": method,
             "threshold": limit,
             "keep": options.keep,
-            "weights_saw": bool(seen.any()),
+            "weights_saw": tuned,
             **compared,
         },
     }
