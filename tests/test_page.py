@@ -104,7 +104,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
     contents = [fruit(label, n) for label in range(6) for n in range(20)]
     labels = [LABELS[label] for label in range(6) for _ in range(20)]
     folder = tmp_path_factory.mktemp("small") / "model"
-    return make_model(folder, "fruits", contents, labels, SIZE)
+    return make_model(folder, "random:0", contents, labels, SIZE)
 
 
 def python_says(found: Model, contents: list[bytes], top: int = 5) -> list[dict[str, Any]]:
