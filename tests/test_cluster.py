@@ -321,7 +321,7 @@ def which(number):
 ASK = """
 import json, sys
 from which import which
-from pomona import engine, executors, extraction
+from pomona import engine, executors, extraction, weights
 from pomona.backbone import BackboneSpec
 
 conf = json.loads(sys.argv[2])
@@ -332,7 +332,7 @@ with engine.session(cluster) as spark:
     spark.addArtifacts(sys.argv[3], pyfile=True)
     share = engine.fit_spec(BackboneSpec("x", "x", device="cuda"), spark).memory_share
     options = extraction.ExtractOptions(weights="fruits", image_size=64)
-    device = extraction._spec(options, cluster, lambda tick: None).device
+    device = extraction._spec(weights.load(options.weights), options, cluster).device
     tasks = engine.run_tasks(spark, which, 4)
 print(json.dumps({"gives": gives, "share": share, "device": device, "tasks": tasks}))
 """
