@@ -11,7 +11,6 @@ called unknown; ``kept``: Test photos that aren't.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from pathlib import Path
@@ -135,8 +134,8 @@ def scores(made: model.Model, pixels: Pixels) -> Any:
 
 
 def milliseconds(made: model.Model, side: int) -> float:
-    """Return how long one photo takes, the median of 100 calls on all cores."""
-    run = backbone.load(made.spec(threads=os.cpu_count() or 1))
+    """Return how long one photo takes on one thread, the median of 100 calls."""
+    run = backbone.load(made.spec())
     pixels = np.zeros((1, side, side, 3), np.uint8)
     took = []
     for _ in range(110):
