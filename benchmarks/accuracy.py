@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from pomona import backbone, classifier, images, manifest, metrics, model, unknown
+from pomona import backbone, classifier, images, manifest, metrics, model, sources, unknown
 from pomona import projection as proj
 from pomona.classifier import Codes
 from pomona.reduction import features_of
@@ -66,7 +66,7 @@ def read(out: Path, split: str) -> Photos:
         out / "features" / f"split={split}", columns=["path", "label", "features"]
     )
     table = table.filter(table["features"].is_valid())
-    groups = [path.rsplit("/", 1)[0] for path in table["path"].to_pylist()]
+    groups = [sources.folder_of(path) for path in table["path"].to_pylist()]
     return Photos(features_of(table["features"]), table["label"].to_pylist(), groups)
 
 

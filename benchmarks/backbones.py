@@ -11,19 +11,16 @@ called unknown; ``kept``: Test photos that aren't.
 
 from __future__ import annotations
 
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
 import accuracy
 import common
+import export
 from pomona import backbone, classifier, manifest, metrics, model, quantisation
-from pomona.reduction import features_of
 
 Pixels = Any
 
@@ -81,7 +78,9 @@ def judge(
     made = model.load(out / "model")
     with classifier.one_thread_each():
         seen = accuracy.seen_varieties(accuracy.read(out, "Training"))[accuracy.DEFAULT][0]
-    known, strange = scores_of_test(out, made), scores(made, photos_of(not_fruit, side))
+    known = made.head().apply(accuracy.read(out, "Test").x)["score"]
+    pixels = photos_of(not_fruit, side)
+    strange = scores(made, pixels)
     limit = float(made.about["unknown"]["threshold"])
     phone = quantisation.phone(made.content)
     test = figures["test"]
@@ -103,15 +102,9 @@ def judge(
         "strangers": len(strange),
         "phone_mb": common.megabytes(len(phone)),
         "half_mb": common.megabytes(len(quantisation.half(phone))),
-        "photo_ms": milliseconds(made, side),
+        "photo_ms": round(export.milliseconds(quantisation.session(phone, 1), pixels[:1]), 2),
         "photos_per_second": ran["extract"]["times"]["photos_per_second"],
     }
-
-
-def scores_of_test(out: Path, made: model.Model) -> Any:
-    """Return the scores of Test's photos, from the table of features."""
-    rows = pq.read_table(out / "features" / "split=Test", columns=["features"])["features"]
-    return made.head().apply(features_of(rows.filter(rows.is_valid())))["score"]
 
 
 def photos_of(folder: Path, side: int) -> Pixels:
@@ -131,18 +124,6 @@ def scores(made: model.Model, pixels: Pixels) -> Any:
     run = backbone.load(made.spec())
     place = made.spec().outputs.index("score")
     return np.concatenate([run(pixels[n : n + 1])[place] for n in range(len(pixels))])
-
-
-def milliseconds(made: model.Model, side: int) -> float:
-    """Return how long one photo takes on one thread, the median of 100 calls."""
-    run = backbone.load(made.spec())
-    pixels = np.zeros((1, side, side, 3), np.uint8)
-    took = []
-    for _ in range(110):
-        began = time.perf_counter()
-        run(pixels)
-        took.append(time.perf_counter() - began)
-    return round(1000 * statistics.median(took[10:]), 2)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import shutil
@@ -30,6 +31,12 @@ def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["PYSPARK_PYTHON"] = sys.executable
     # For moto's server, which takes any; Spark's workers inherit them when the session starts.
     os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "test"
+
+
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a script of benchmarks/."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    return importlib.import_module(name)
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (100, 100), kind: str = "JPEG") -> bytes:

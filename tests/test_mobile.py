@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -19,6 +18,7 @@ from pomona import manifest, mobilenet, model, unknown
 from pomona.backbone import make_spec
 from pomona.exporting import PHONE, export
 from pomona.weights import load
+from tests.conftest import benchmark
 
 pytest.importorskip("sklearn")
 from tests.test_model import ABOUT, SIZE, make_head
@@ -163,12 +163,11 @@ def test_tall_pictures_differ_by_one_step_at_most(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", unknown.METHODS)
-def test_the_file_in_pytorch_is_the_file(tmp_path: Path, method: str) -> None:
+def test_the_file_in_pytorch_is_the_file(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch = pytest.importorskip("torch")
-    spec = importlib.util.spec_from_file_location("replay", ROOT / "benchmarks" / "replay.py")
-    assert spec is not None and spec.loader is not None
-    replay = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(replay)
+    replay = benchmark("replay", monkeypatch)
     file = make(tmp_path / "out", method) / PHONE
     image = np.random.default_rng(2).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
     session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])

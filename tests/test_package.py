@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -17,8 +16,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from pomona import backbone, console, mobilenet, model, prediction, synthetic, weights
+from tests.conftest import benchmark
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = weights.FRUITS.parent
 
 
@@ -73,12 +72,8 @@ def test_none_of_imagenet_s_values_is_in_them(real_weights: Path) -> None:
 
 
 def test_the_card_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("fruits", ROOT / "benchmarks" / "fruits.py")
-    assert spec and spec.loader
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    assert (DATA / "README.md").read_text() == made.card(about())
+    fruits = benchmark("fruits", monkeypatch)
+    assert (DATA / "README.md").read_text() == fruits.card(about())
 
 
 @pytest.mark.usefixtures("_no_network")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import doctest
-import importlib.util
 import re
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from pomona import cloud
+from tests.conftest import benchmark
 from tests.test_cloud import TEMPLATE
 
 yaml = pytest.importorskip("yaml")
@@ -296,12 +296,7 @@ def test_costs_of_the_docs_are_what_the_command_says(monkeypatch: pytest.MonkeyP
 
 def test_costs_are_computed_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its examples, and its rate is the measured one."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("costs", ROOT / "benchmarks" / "costs.py")
-    assert spec is not None and spec.loader is not None
-    costs = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "costs", costs)
-    spec.loader.exec_module(costs)
+    costs = benchmark("costs", monkeypatch)
     assert doctest.testmod(costs).failed == 0
     assert doctest.testmod(costs).attempted > 0
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")

@@ -525,7 +525,6 @@ def _arrange(
         "held_out": whole,
         "weights_saw": any(mark(folder) in known for folder in set(folders[out].tolist())),
         "held_out_photos": len(looked_at),
-        "train_photos": len(train),
         "tuned_on": sorted({mark(folder) for folder in folders[train]}),
     }
     codes = {"labels": label, "groups": groups, "train": train, "held_out": looked_at, "test": test}

@@ -228,15 +228,16 @@ class Teacher:
         self.turns: list[torch.Tensor | None] = []
         if batches.recipe.apart:
             self.turns = _turns(batches.recipe.seed, batches.device)
-        moments: dict[int, list[torch.Tensor]] = {}
+        of_features: list[torch.Tensor] = []
+        of_blocks: dict[int, list[torch.Tensor]] = {}
         for n in range(self.BATCHES):
             features, aims = self.aims(batches.batch(-1 - n, World())[1], apart=True)
-            for place, found in enumerate([features, *aims]):
-                if found is not None:
-                    moments.setdefault(place, []).append(_moments(found))
-        scales = {place: _scale(some) for place, some in moments.items()}
-        self.scale = scales.pop(0)
-        self.scales = {place - 1: scale for place, scale in scales.items()}
+            of_features.append(_moments(features))
+            for place, aim in enumerate(aims):
+                if aim is not None:
+                    of_blocks.setdefault(place, []).append(_moments(aim))
+        self.scale = _scale(of_features)
+        self.scales = {place: _scale(moments) for place, moments in of_blocks.items()}
 
     def aims(self, pixels: torch.Tensor, *, apart: bool) -> tuple[torch.Tensor, Aims]:
         """Return its features of these pixels and, with ``apart``, what blocks are to give."""

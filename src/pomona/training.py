@@ -177,9 +177,9 @@ def _fit(
     if len(y) > SEARCH_ROWS:
         some = np.sort(np.random.default_rng(cls.SEED).permutation(len(y))[:SEARCH_ROWS])
     z, ys, gs = photos.z[some], y[some], None if groups is None else groups[some]
-    seen, every = ~new[some], cls.folds(ys, gs)
-    cut = _by_new(every, ys, ~seen)
-    tuned = bool(seen.any())
+    fresh, every = new[some], cls.folds(ys, gs)
+    cut = _by_new(every, ys, fresh)
+    tuned = not fresh.all()
     saw = tuned and cut is every
     kinds = y if groups is None or tuned else groups
     figures: dict[str, Any] = {
@@ -196,7 +196,7 @@ def _fit(
         figures["cross_validation"] = {
             "by": "photo" if gs is None else "group",
             "folds": len(cut),
-            "not_judged": len(ys) - len(best.rows) - (int(seen.sum()) if cut is not every else 0),
+            "not_judged": (len(ys) if cut is every else int(fresh.sum())) - len(best.rows),
             "weights_saw": saw,
             **metrics.measure(cls.softmax(best.logits / temperature), ys[best.rows], units),
             **calibration(best.logits, temperature, ys[best.rows]),
