@@ -596,13 +596,20 @@ def test_the_service_is_busy(served: Served, visit: Any) -> None:
 def test_really_busy(small: Model, visit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One photo is in work, one waits, and there is no room for a third."""
     pool = pytest.importorskip("pomona.pool")
-    go, run = threading.Event(), pool.Loaded.run
+    begun, go, run = threading.Event(), threading.Event(), pool.Loaded.run
+
+    def held(*given: Any) -> Any:
+        begun.set()
+        assert go.wait(300)
+        return run(*given)
+
     with serve(small, queue=1) as served:
-        monkeypatch.setattr(pool.Loaded, "run", lambda *given: go.wait(300) and run(*given))
+        monkeypatch.setattr(pool.Loaded, "run", held)
         waiting = served.app.state.service.pool
         other = visit(served.url)
         other.expected += (f"{REFUSED} 503",)
         other.choose(fruit(0), fruit(1))
+        other.until(begun.is_set)  # before, the first photo may be the one that waits
         other.until(lambda: waiting.waiting == 1)
         visitor = visit(served.url)
         visitor.expected += (f"{REFUSED} 503",)
