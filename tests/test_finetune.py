@@ -257,11 +257,11 @@ def test_nothing_held_out_keeps_the_last(shapes: Path, tmp_path: Path) -> None:
 def test_minutes_end_in_time(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "PATIENCE", 99)
     options = replace(OPTIONS, epochs=None, minutes=3 / 60)
-    began = time.monotonic()
     record = finetune(shapes, tmp_path, options)
     assert record["history"][-1]["share"] == 1
-    assert record["history"][-1]["step"] > 5
-    assert time.monotonic() - began < 20  # a busy machine; decoding and judging come on top
+    assert record["ended"] == "planned"
+    # How many steps that is depends on the machine. Decoding leaves at least half of the time.
+    assert record["times"]["seconds"] > 0.5
 
 
 # --- errors ------------------------------------------------------------------------------------
