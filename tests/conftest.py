@@ -8,7 +8,9 @@ import os
 import shutil
 import sys
 import tarfile
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,30 @@ def browser() -> Iterator[Any]:
         )
         yield found
         found.close()
+
+
+@dataclass
+class Brake:
+    """Holds a service's model until it is let go, but for the photo that tries a model."""
+
+    go: threading.Event = field(default_factory=threading.Event)
+    begun: list[bytes] = field(default_factory=list)
+
+
+@pytest.fixture
+def brake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Brake]:
+    pool = pytest.importorskip("pomona.pool", reason="needs the extra serve")
+    held, run = Brake(), pool.Loaded.run
+
+    def slow(self: Any, kind: Any, contents: Any) -> Any:
+        if contents[0] != pool.sample():
+            held.begun.extend(contents)
+            assert held.go.wait(300)
+        return run(self, kind, contents)
+
+    monkeypatch.setattr(pool.Loaded, "run", slow)
+    yield held
+    held.go.set()
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ from pomona.backbone import make_spec
 from pomona.errors import MissingError, RequestError
 from pomona.exporting import ExportOptions
 from pomona.model import Model
-from tests.conftest import photo
+from tests.conftest import Brake, photo
 
 pytest.importorskip("sklearn")
 
@@ -593,29 +593,20 @@ def test_the_service_is_busy(served: Served, visit: Any) -> None:
     assert visitor("title") == "Cherry"
 
 
-def test_really_busy(small: Model, visit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_really_busy(small: Model, visit: Any, brake: Brake) -> None:
     """One photo is in work, one waits, and there is no room for a third."""
-    pool = pytest.importorskip("pomona.pool")
-    begun, go, run = threading.Event(), threading.Event(), pool.Loaded.run
-
-    def held(*given: Any) -> Any:
-        begun.set()
-        assert go.wait(300)
-        return run(*given)
-
     with serve(small, queue=1) as served:
-        monkeypatch.setattr(pool.Loaded, "run", held)
         waiting = served.app.state.service.pool
         other = visit(served.url)
         other.expected += (f"{REFUSED} 503",)
         other.choose(fruit(0), fruit(1))
-        other.until(begun.is_set)  # before, the first photo may be the one that waits
+        other.until(lambda: bool(brake.begun))  # before, the first photo may be the one that waits
         other.until(lambda: waiting.waiting == 1)
         visitor = visit(served.url)
         visitor.expected += (f"{REFUSED} 503",)
         visitor.choose(fruit(2))
         visitor.until(lambda: "Trying again in 1 s" in visitor("text"))
-        go.set()
+        brake.go.set()
         for each, title in ((visitor, "Pear"), (other, "Apple")):
             each.settled()
             assert each("title") == title

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from pomona.errors import PomonaError, RequestError
 from pomona.model import Model
 from pomona.schema import ERRORS
 from pomona.service import Settings
-from tests.conftest import photo
+from tests.conftest import Brake, photo
 from tests.serving import running, until
 from tests.test_model import ABOUT, SIZE, features, make_head  # noqa: F401 - a fixture
 
@@ -405,29 +405,6 @@ def test_pixels_are_limited(found: Model) -> None:
 
 
 # --- load --------------------------------------------------------------------------------------
-
-
-@dataclass
-class Brake:
-    """Holds the model until it is let go."""
-
-    go: threading.Event = field(default_factory=threading.Event)
-    begun: list[bytes] = field(default_factory=list)
-
-
-@pytest.fixture
-def brake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Brake]:
-    held, run = Brake(), pool.Loaded.run
-
-    def slow(self: Any, kind: Any, contents: Any) -> Any:
-        held.begun.extend(contents)
-        if contents[0] != pool.sample():
-            assert held.go.wait(300)
-        return run(self, kind, contents)
-
-    monkeypatch.setattr(pool.Loaded, "run", slow)
-    yield held
-    held.go.set()
 
 
 def test_a_full_queue_refuses_at_once(found: Model, brake: Brake) -> None:
