@@ -263,13 +263,12 @@ def test_minutes_end_in_time(shapes: Path, tmp_path: Path, monkeypatch: pytest.M
     clock = SimpleNamespace(monotonic=lambda: next(ticks) / 10)
     monkeypatch.setattr(tuning, "time", clock)
     options = replace(OPTIONS, epochs=None, minutes=3 / 60)
-    began = time.monotonic()
     record = finetune(shapes, tmp_path, options)
     assert record["history"][-1]["share"] == 1
-    assert record["history"][-1]["step"] > 5
+    assert 5 < record["history"][-1]["step"] <= 30  # a step takes 0.1 s or more
     assert record["ended"] == "planned"
     assert record["times"]["seconds"] < 3.5  # of that clock; the last look comes on top
-    assert time.monotonic() - began < 20  # a busy machine; decoding and judging come on top
+    assert clock.monotonic() < 10  # all looks, with those between steps: none goes on afterwards
 
 
 # --- errors ------------------------------------------------------------------------------------
