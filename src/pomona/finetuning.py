@@ -51,6 +51,7 @@ class FinetuneOptions:
     epochs: float | None = None
     minutes: float | None = None
     batch_size: int = 32
+    scene: str = "phone"
     device: str = "auto"
     precision: str = "auto"
     teacher: str | None = None
@@ -82,6 +83,8 @@ def check(options: FinetuneOptions) -> None:
         raise RequestError(f"--hold-out is a share from 0 to 0.5, not {options.hold_out:g}")
     if options.seed < 0:
         raise RequestError(f"--seed is at least 0, not {options.seed}")
+    if options.scene not in rules.SCENES:
+        raise RequestError(f"--scene is {' or '.join(rules.SCENES)}, not {options.scene}")
     if options.precision not in MODES:
         raise RequestError(f"--precision is {', '.join(MODES)}, not {options.precision}")
     if not 1 <= options.processes <= options.batch_size // 2:
@@ -200,21 +203,20 @@ def recipe_for(
     found = Recipe(
         image_size=options.image_size,
         batch_size=options.batch_size,
+        scene=options.scene,
         seed=options.seed,
         mixed=_mixed(options.precision, device),
         distill=ANCHOR if teacher else 0.0,
     )
-    if not start.trained:
-        return replace(found, **FROM_RANDOM, **(FROM_TEACHER if teacher else {}))
-    another = teacher is not None and teacher.digest != start.digest
-    return found if another else replace(found, blend=BLEND)
+    if start.trained:
+        return replace(found, **FROM_TRAINED)
+    return replace(found, **FROM_RANDOM, **(FROM_TEACHER if teacher else {}))
 
 
 ANCHOR = 1.0
 """Of trained weights, to the teacher that they are themselves: they stay general."""
 
-BLEND = 0.8
-"""Of trained weights, unless another network is to be matched."""
+FROM_TRAINED: dict[str, Any] = {"rate": 2e-4, "head_rate": 2e-3, "warmup": 0.02, "variety": 0.0}
 
 FROM_TEACHER: dict[str, Any] = {"distill": 5.0, "apart": 0.6}
 """A random start learns most of what it knows from the teacher, at first block by block."""
