@@ -283,6 +283,7 @@ def test_minutes_end_in_time(shapes: Path, tmp_path: Path, monkeypatch: pytest.M
         ({"batch_size": 1}, "--batch-size is at least 2"),
         ({"hold_out": 0.9}, "--hold-out is a share from 0 to 0.5"),
         ({"seed": -1}, "--seed is at least 0"),
+        ({"scene": "kitchen"}, "--scene is phone or studio, not kitchen"),
         ({"precision": "half"}, "--precision is auto, float32, mixed"),
         ({"processes": 5}, "--processes is 1 to half of --batch-size"),
         ({"label": "middle"}, "--label is parent or top"),
@@ -531,6 +532,19 @@ def test_nothing_is_judged_while_blocks_learn_apart(shapes: Path, tmp_path: Path
     assert record["recipe"]["apart"] == finetuning.FROM_TEACHER["apart"]
     assert record["history"][0]["share"] >= record["recipe"]["apart"]
     assert record["ended"] == "planned"
+
+
+def test_recipes_differ_by_what_training_starts_from() -> None:
+    from pomona import finetuning
+
+    trained, random = weights.Weights("a.pth", "1"), weights.load("random:0")
+    options = replace(OPTIONS, scene="studio")
+    found = finetuning.recipe_for(options, trained, trained, "cpu")
+    assert (found.norm, found.apart, found.scene) == (False, 0.0, "studio")
+    assert found.distill == finetuning.ANCHOR
+    assert finetuning.recipe_for(options, trained, None, "cpu") == replace(found, distill=0.0)
+    new = finetuning.recipe_for(options, random, trained, "cpu")
+    assert new.norm and new.rate > found.rate and new.apart > 0 < new.variety
 
 
 # --- the schedule ------------------------------------------------------------------------------

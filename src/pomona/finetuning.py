@@ -209,14 +209,12 @@ def recipe_for(
         distill=ANCHOR if teacher else 0.0,
     )
     if start.trained:
-        return replace(found, **FROM_TRAINED)
+        return found
     return replace(found, **FROM_RANDOM, **(FROM_TEACHER if teacher else {}))
 
 
 ANCHOR = 1.0
 """Of trained weights, to the teacher that they are themselves: they stay general."""
-
-FROM_TRAINED: dict[str, Any] = {"rate": 2e-4, "head_rate": 2e-3, "warmup": 0.02, "variety": 0.0}
 
 FROM_TEACHER: dict[str, Any] = {"distill": 5.0, "apart": 0.6}
 """A random start learns most of what it knows from the teacher, at first block by block."""
@@ -226,6 +224,7 @@ FROM_RANDOM: dict[str, Any] = {
     "rate": 2e-3,
     "head_rate": 2e-3,
     "decay": 5e-2,
+    "warmup": 0.1,
     "average": 0.05,
     "variety": 0.5,
 }

@@ -85,10 +85,10 @@ class Recipe:
         The weights that are judged and kept are a mean of those of about so long a share of the
         run, the latest weighing most.
     variety
-        Weight of the second question, which variety it is; 0 leaves it out. Without it features
-        come to tell labels and nothing else, and nothing is unknown to them any more.
+        Weight of the second question, which variety it is; 0 leaves it out.
     distill
-        Weight of the distance to the teacher's features; 0 leaves it out.
+        Weight of the distance to the teacher's features; 0 leaves it out. With neither, features
+        come to tell labels and nothing else, and little is unknown to them any more.
     apart
         Share of the run at whose start each block learns by itself to give what the teacher's gives
         (Li et al. 2020, "Blockwisely supervised neural architecture search with knowledge
@@ -102,12 +102,12 @@ class Recipe:
     scene: str = "phone"
     norm: bool = False
     rate: float = 2e-4
-    head_rate: float = 5e-4
+    head_rate: float = 2e-3
     decay: float = 1e-2
-    warmup: float = 0.1
+    warmup: float = 0.02
     smoothing: float = 0.1
     average: float = 0.15
-    variety: float = 0.5
+    variety: float = 0.0
     distill: float = 0.0
     apart: float = 0.0
     mixed: bool = False
