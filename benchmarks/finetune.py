@@ -1,7 +1,6 @@
 """How much fine-tuning brings on varieties never seen: each fold of Training held out in turn.
 
     python benchmarks/finetune.py SOURCE --weights W --image-size 128 --minutes 10
-    python benchmarks/finetune.py SOURCE --weights W --scene studio --teacher none --minutes 10
 
 Test is not looked at: `pomona finetune` does that once, with the recipe that was chosen here.
 "before" is logistic regression on the features of the weights as they came; "last" is the look at
@@ -26,8 +25,6 @@ def main() -> int:
     found.add_argument("--image-size", type=common.positive, default=128)
     found.add_argument("--minutes", type=float, help="for each fold")
     found.add_argument("--epochs", type=float, help="for each fold")
-    found.add_argument("--scene", default=FinetuneOptions.scene)
-    found.add_argument("--teacher", help="none: no distance to the start's features")
     found.add_argument("--folds", type=common.positive, default=5, help="of five, how many to run")
     options = found.parse_args()
     runs = []
@@ -63,8 +60,6 @@ def _fold(options: Any, out: Path, fold: int) -> dict[str, Any]:
         image_size=options.image_size,
         minutes=options.minutes,
         epochs=options.epochs,
-        scene=options.scene,
-        teacher=options.teacher,
         judge_test=False,
         fold=fold,
     )

@@ -15,8 +15,6 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from pomona.recipe import SCENES, Scene
-
 Mask = npt.NDArray[np.bool_]
 
 WHITE = 225
@@ -26,6 +24,24 @@ and JPEG leaves some grey at the fruit's edge."""
 BORDER = 0.5
 """Share of a photo's border that must be white for the photo to count as lying on white."""
 
+SCALE = (0.7, 1.4)
+"""Of the photo's side: below 1 the fruit gets smaller, above 1 the photo is cropped."""
+SHIFT = 0.1
+"""Of the side, either way."""
+STRETCH = 0.15
+"""The sides' ratio: at most e to this."""
+BRIGHTNESS, CONTRAST, SATURATION = 0.25, 0.2, 0.4
+"""Factors are 1 ± these."""
+HUE = 0.3
+"""Radians about the grey axis, either way."""
+TINT = 0.05
+"""Of the light: added to each channel, ± this (1 is white)."""
+NOISE = 0.02
+"""A sensor's: standard deviation at most."""
+KEEP_WHITE = 0.5
+"""Share of the photos that keep their background: Test photos have one of that kind too."""
+BLURRED = 0.2
+"""Share of the photos that are blurred."""
 OCTAVES = {1: 0.25, 2: 0.25, 5: 0.2, 16: 0.1, 64: 0.06}
 """Cells along a side of the noise that backgrounds are made of, and its amplitude at most."""
 
@@ -106,7 +122,7 @@ def _run_on(reached: Mask, white: Mask, axis: int) -> Mask:
 # --- once for each step ------------------------------------------------------------------------
 
 
-def draw(n: int, side: int, generator: torch.Generator, scene: Scene = SCENES["phone"]) -> Draws:
+def draw(n: int, side: int, generator: torch.Generator) -> Draws:
     """Draw what is random about n photos of ``side`` pixels; on the CPU, so that it is the same."""
 
     def between(low: float, high: float, *shape: int) -> torch.Tensor:
@@ -116,15 +132,15 @@ def draw(n: int, side: int, generator: torch.Generator, scene: Scene = SCENES["p
         return (torch.rand(n, generator=generator) < share).float()
 
     return Draws(
-        _matrices(between, scene),
-        _colours(between, scene),
-        chance(scene.blurred) * between(0.3, 1),
-        between(0, scene.noise) * chance(0.5),
+        _matrices(between),
+        _colours(between),
+        chance(BLURRED) * between(0.3, 1),
+        between(0, NOISE) * chance(0.5),
         tuple(
             _noise(n, cells, generator) * between(0, amplitude, 1, 1, 1)
             for cells, amplitude in OCTAVES.items()
         ),
-        1 - chance(scene.white),
+        1 - chance(KEEP_WHITE),
         torch.randn(n, 1, side, side, generator=generator),
     )
 
@@ -135,12 +151,12 @@ def _noise(n: int, cells: int, generator: torch.Generator) -> torch.Tensor:
     return grey + 0.5 * torch.randn(n, 3, cells, cells, generator=generator)
 
 
-def _matrices(between: Between, scene: Scene) -> torch.Tensor:
+def _matrices(between: Between) -> torch.Tensor:
     angle = between(-torch.pi, torch.pi)
     flip = between(-1, 1).sign()
-    zoom = torch.exp(between(*(float(torch.log(torch.tensor(end))) for end in scene.scale)))
-    ratio = torch.exp(between(-scene.stretch / 2, scene.stretch / 2))
-    shift = between(-2 * scene.shift, 2 * scene.shift, 2)  # the side is 2 in these coordinates
+    zoom = torch.exp(between(*(float(torch.log(torch.tensor(end))) for end in SCALE)))
+    ratio = torch.exp(between(-STRETCH / 2, STRETCH / 2))
+    shift = between(-2 * SHIFT, 2 * SHIFT, 2)  # the side is 2 in these coordinates
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     rows = torch.stack(
         [
@@ -158,22 +174,20 @@ def _matrices(between: Between, scene: Scene) -> torch.Tensor:
 _LUMA = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
-def _colours(between: Between, scene: Scene) -> torch.Tensor:
+def _colours(between: Between) -> torch.Tensor:
     """Brightness, contrast, saturation and hue are one matrix: all are affine in the channels."""
     n3 = (-1, 1, 1)
-    brightness = between(1 - scene.brightness, 1 + scene.brightness).reshape(n3)
-    contrast = between(1 - scene.contrast, 1 + scene.contrast).reshape(n3)
-    saturation = between(1 - scene.saturation, 1 + scene.saturation).reshape(n3)
-    angle = between(-scene.hue, scene.hue).reshape(n3)
+    brightness = between(1 - BRIGHTNESS, 1 + BRIGHTNESS).reshape(n3)
+    contrast = between(1 - CONTRAST, 1 + CONTRAST).reshape(n3)
+    saturation = between(1 - SATURATION, 1 + SATURATION).reshape(n3)
+    angle = between(-HUE, HUE).reshape(n3)
     one = torch.eye(3)
     grey = _LUMA.expand(3, 3)  # each row gives the luma
     axis = torch.full((3, 3), 1 / 3)
     cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
     hue = torch.cos(angle) * one + (1 - torch.cos(angle)) * axis + torch.sin(angle) * cross
     mix = brightness * contrast * (saturation * one + (1 - saturation) * grey) @ hue
-    shift = (0.5 * (1 - contrast) + between(-scene.tint, scene.tint, 3).unsqueeze(2)).reshape(
-        -1, 3, 1
-    )
+    shift = (0.5 * (1 - contrast) + between(-TINT, TINT, 3).unsqueeze(2)).reshape(-1, 3, 1)
     return torch.cat([mix, shift], dim=2)
 
 

@@ -371,13 +371,6 @@ def finetune(
     image_size: ImageSize = 224,
     label: Label = "parent",
     test_fraction: TestFraction = None,
-    scene: Annotated[
-        str,
-        typer.Option(
-            help="How photos are made to look: phone (other backgrounds, light, blur and noise), "
-            "or studio (as they were taken, from other sides), where all photos will be such."
-        ),
-    ] = "phone",
     batch_size: Annotated[int, typer.Option(help="Photos per step, over all processes.")] = 32,
     precision: Annotated[
         str, typer.Option(help="float32, mixed (bfloat16), or auto: mixed on a GPU that has it.")

@@ -51,7 +51,6 @@ class FinetuneOptions:
     epochs: float | None = None
     minutes: float | None = None
     batch_size: int = 32
-    scene: str = "phone"
     device: str = "auto"
     precision: str = "auto"
     teacher: str | None = None
@@ -83,8 +82,6 @@ def check(options: FinetuneOptions) -> None:
         raise RequestError(f"--hold-out is a share from 0 to 0.5, not {options.hold_out:g}")
     if options.seed < 0:
         raise RequestError(f"--seed is at least 0, not {options.seed}")
-    if options.scene not in rules.SCENES:
-        raise RequestError(f"--scene is {' or '.join(rules.SCENES)}, not {options.scene}")
     if options.precision not in MODES:
         raise RequestError(f"--precision is {', '.join(MODES)}, not {options.precision}")
     if not 1 <= options.processes <= options.batch_size // 2:
@@ -203,18 +200,21 @@ def recipe_for(
     found = Recipe(
         image_size=options.image_size,
         batch_size=options.batch_size,
-        scene=options.scene,
         seed=options.seed,
         mixed=_mixed(options.precision, device),
         distill=ANCHOR if teacher else 0.0,
     )
-    if start.trained:
-        return found
-    return replace(found, **FROM_RANDOM, **(FROM_TEACHER if teacher else {}))
+    if not start.trained:
+        return replace(found, **FROM_RANDOM, **(FROM_TEACHER if teacher else {}))
+    another = teacher is not None and teacher.digest != start.digest
+    return found if another else replace(found, blend=BLEND)
 
 
 ANCHOR = 1.0
 """Of trained weights, to the teacher that they are themselves: they stay general."""
+
+BLEND = 0.8
+"""Of trained weights, unless another network is to be matched."""
 
 FROM_TEACHER: dict[str, Any] = {"distill": 5.0, "apart": 0.6}
 """A random start learns most of what it knows from the teacher, at first block by block."""
@@ -224,7 +224,6 @@ FROM_RANDOM: dict[str, Any] = {
     "rate": 2e-3,
     "head_rate": 2e-3,
     "decay": 5e-2,
-    "warmup": 0.1,
     "average": 0.05,
     "variety": 0.5,
 }

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from pomona import augment, mobilenet
 from pomona.mobilenet_torch import MobileNetV2
-from pomona.recipe import SCENES, Codes, Recipe
+from pomona.recipe import Codes, Recipe
 from pomona.schema import FEATURES
 
 
@@ -96,15 +96,11 @@ Aims = Sequence[torch.Tensor | None]
 
 
 class Network(nn.Module):
-    """Pixels in 0…1 to features, and features to the logits of each question.
+    """Pixels in 0…1 to features, and features to the logits of each question."""
 
-    With ``kept`` batch norms keep their statistics while the rest, their scales and shifts too,
-    learns.
-    """
-
-    def __init__(self, counts: Mapping[str, int], *, norm: bool, kept: bool = False) -> None:
+    def __init__(self, counts: Mapping[str, int], *, norm: bool) -> None:
         super().__init__()
-        self.norm, self.kept = norm, kept
+        self.norm = norm
         self.backbone = MobileNetV2(norm=norm)
         self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, n) for name, n in counts.items()})
         for head in self.heads.values():
@@ -116,14 +112,6 @@ class Network(nn.Module):
         for name, value in (("mean", mobilenet.MEAN), ("std", mobilenet.STD)):
             buffer = torch.tensor(value).reshape(3, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
-
-    def train(self, mode: bool = True) -> Network:
-        """Set the mode; batch norms that keep their statistics are always judging."""
-        super().train(mode)
-        for module in self.modules() if self.kept else ():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-        return self
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return features [n, 1280] of pixels [n, 3, h, w]."""
@@ -148,11 +136,9 @@ def pooled(maps: Sequence[torch.Tensor]) -> torch.Tensor:
     return maps[-1].float().mean(dim=(2, 3))
 
 
-def build(
-    state: mobilenet.State, counts: Mapping[str, int], *, norm: bool, kept: bool = False
-) -> Network:
+def build(state: mobilenet.State, counts: Mapping[str, int], *, norm: bool) -> Network:
     """Return a network that gives the features that these weights give."""
-    network = Network(counts, norm=norm, kept=kept)
+    network = Network(counts, norm=norm)
     tensors = state if norm else mobilenet.folded(state)
     network.backbone.load_state_dict(
         {key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}, strict=False
@@ -179,7 +165,6 @@ class Batches:
 
     def __init__(self, recipe: Recipe, data: Data, device: str) -> None:
         self.recipe, self.data, self.device = recipe, data, device
-        self.scene = SCENES[recipe.scene]
         keys = data.labels[data.train] * data.counts["group"] + data.groups[data.train]
         self.kinds = [data.train[keys == key] for key in np.unique(keys)]
 
@@ -193,7 +178,7 @@ class Batches:
             [rng.permutation(len(self.kinds)) for _ in range(-(-size // len(self.kinds)))]
         )[:size]
         rows = np.array([rng.choice(self.kinds[kind]) for kind in kinds])[world.rank :: world.size]
-        draws = augment.draw(size, side, generator, self.scene).part(world.rank, world.size)
+        draws = augment.draw(size, side, generator).part(world.rank, world.size)
         draws = draws.each(lambda value: value.to(self.device))
         photos = torch.from_numpy(self.data.photos[rows]).to(self.device)
         return rows, augment.apply(photos, draws)

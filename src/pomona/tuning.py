@@ -70,7 +70,7 @@ class Run:
         counts = data.counts
         if not recipe.variety or counts["group"] == counts["label"]:
             counts.pop("group")
-        self.network = build(start, counts, norm=True, kept=not recipe.norm).to(device)
+        self.network = build(start, counts, norm=recipe.norm).to(device)
         self.codes = {"label": data.labels, "group": data.groups}
         self.weights = {"label": 1.0, "group": recipe.variety}
         self.begin()
@@ -86,8 +86,9 @@ class Run:
 
     def begin(self) -> None:
         """Take the network as it is for the start."""
-        self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
-        self.best = {k: v.clone() for k, v in self.average.items()}
+        self.start = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        self.average = {k: v.clone() for k, v in self.start.items()}
+        self.best = self.start
 
     # --- a step ---
 
@@ -152,12 +153,20 @@ class Run:
     def judge(self, rows: Codes) -> dict[str, float]:
         """Return how the result so far does on photos as they are, whole groups alike."""
         kept = {k: v.clone() for k, v in self.network.state_dict().items()}
-        self.network.load_state_dict(self.average)
+        self.network.load_state_dict(self.blended())
         try:
             logits = logits_of(self.network, self.data.photos, rows, self.device)
         finally:
             self.network.load_state_dict(kept)
         return figures(logits, self.data.labels[rows], self.data.groups[rows])
+
+    def blended(self) -> Tensors:
+        """Return the result so far: averaged weights, some of the way back to the start."""
+        blend = self.recipe.blend
+        return {
+            key: torch.lerp(self.start[key], value, blend) if blend < 1 else value.clone()
+            for key, value in self.average.items()
+        }
 
     def look(self, rows: Codes) -> bool:
         """Judge, and keep the result if it is the best so far."""
@@ -176,7 +185,7 @@ class Run:
         better = bool(self.world.agree(better))
         if better:
             self.progress.best = about
-            self.best = {k: v.clone() for k, v in self.average.items()}
+            self.best = self.blended()
         self.plan.spent += time.monotonic() - began
         return better
 
@@ -201,6 +210,8 @@ class Run:
 
         tensors: Tensors = {}
         parts = {"network": self.network.state_dict(), "average": self.average, "best": self.best}
+        if self.recipe.blend < 1:
+            parts["start"] = self.start
         for part, state in parts.items():
             tensors.update(
                 {f"{part}/{k}": v.detach().clone().contiguous() for k, v in state.items()}
@@ -218,13 +229,14 @@ class Run:
 
         with safe_open(path, "pt", device=str(self.device)) as file:
             held = json.loads(file.metadata()["pomona"])
-            parts = ("network", "average", "best", "optimizer")
+            parts = ("network", "average", "best", "start", "optimizer")
             found: dict[str, Tensors] = {part: {} for part in parts}
             for key in file.keys():  # noqa: SIM118 - no mapping
                 part, name = key.split("/", 1)
                 found[part][name] = file.get_tensor(key)
         self.network.load_state_dict(found["network"])
         self.average, self.best = found["average"], found["best"]
+        self.start = found["start"] or self.start
         self.progress = Progress(**held["progress"])
         self.plan = replace(Plan(**held["plan"]), steps=self.plan.steps, seconds=self.plan.seconds)
         for name, parameter in self.network.named_parameters():
