@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # The page's runtime, by npm. Without npm's registry all works but the page's mode on the device.
-RUNTIME := src/pomona/web/runtime/runtime.json
+RUNTIME := src/pomona/web/assets/runtime/runtime.json
 SET_UP := $(STAMP) $(RUNTIME)
 
 .PHONY: demo test check format docs runtime clean
@@ -44,4 +44,4 @@ $(RUNTIME): package.json package-lock.json tools/runtime.py | $(STAMP)
 	  echo "no runtime for browsers: the page won't answer on the device; make runtime tries again"
 
 clean:
-	rm -rf $(VENV) demo build dist src/pomona/web/runtime
+	rm -rf $(VENV) demo build dist src/pomona/web/assets/runtime

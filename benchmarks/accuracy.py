@@ -19,10 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from pomona import backbone, classifier, images, manifest, metrics, model, sources, unknown
-from pomona import projection as proj
-from pomona.classifier import Codes
-from pomona.reduction import features_of
+from pomona.backbone import extract
+from pomona.backbone.extract import features_of
+from pomona.model import artifact, classifier, metrics, unknown
+from pomona.model import projection as proj
+from pomona.model.classifier import Codes
+from pomona.photos import decoding, source
+from pomona.workspace import layout
 
 Rows = npt.NDArray[np.float32]
 
@@ -66,7 +69,7 @@ def read(out: Path, split: str) -> Photos:
         out / "features" / f"split={split}", columns=["path", "label", "features"]
     )
     table = table.filter(table["features"].is_valid())
-    groups = [sources.folder_of(path) for path in table["path"].to_pylist()]
+    groups = [source.folder_of(path) for path in table["path"].to_pylist()]
     return Photos(features_of(table["features"]), table["label"].to_pylist(), groups)
 
 
@@ -124,13 +127,13 @@ def seen_varieties(train: Photos) -> dict[Recipe, tuple[float, float]]:
 
 def strangers(out: Path, folder: Path) -> Rows:
     """Features of the photos in a folder, by the network of OUT."""
-    found = model.load(out / "model")
+    found = artifact.load_model(out / "model")
     spec = found.spec(("features",))
     photos = [
-        images.decode(path.read_bytes(), spec.image_size) for path in sorted(folder.iterdir())
+        decoding.decode(path.read_bytes(), spec.image_size) for path in sorted(folder.iterdir())
     ]
     return np.concatenate(
-        [backbone.load(spec)(p.pixels[None])[0] for p in photos if p.pixels is not None]
+        [extract.load_network(spec)(p.pixels[None])[0] for p in photos if p.pixels is not None]
     )
 
 
@@ -170,7 +173,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    manifest.open_out(options.out, must_exist=True)
+    layout.open_out(options.out, must_exist=True)
     train, test = read(options.out, "Training"), read(options.out, "Test")
     unseen_varieties(train, test)
     print(f"\na random quarter of Training held out, {len(set(train.groups))} labels")

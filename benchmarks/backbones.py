@@ -20,7 +20,12 @@ from PIL import Image
 import accuracy
 import common
 import export
-from pomona import backbone, classifier, manifest, metrics, model, quantisation
+from pomona.backbone import extract
+from pomona.backbone.session import onnx_session
+from pomona.core.files import read_json
+from pomona.export import quantization
+from pomona.model import artifact, classifier, metrics
+from pomona.workspace import layout
 
 Pixels = Any
 
@@ -74,15 +79,15 @@ def judge(
     words = ["run", source, "--out", out, "--label", "top", "--weights", weights]
     words += ["--image-size", side, "--no-mlflow", "--no-plots", *further]
     ran = common.run_pomona(*map(str, words)).answer
-    figures = manifest.read_json(manifest.Out(out).metrics)
-    made = model.load(out / "model")
+    figures = read_json(layout.Out(out).metrics)
+    made = artifact.load_model(out / "model")
     with classifier.one_thread_each():
         seen = accuracy.seen_varieties(accuracy.read(out, "Training"))[accuracy.DEFAULT][0]
     known = made.head().apply(accuracy.read(out, "Test").x)["score"]
     pixels = photos_of(not_fruit, side)
     strange = scores(made, pixels)
     limit = float(made.about["unknown"]["threshold"])
-    phone = quantisation.phone(made.content)
+    phone = quantization.phone(made.content)
     test = figures["test"]
     return {
         "weights": Path(weights).name,
@@ -101,8 +106,8 @@ def judge(
         "refused": int((strange < limit).sum()),
         "strangers": len(strange),
         "phone_mb": common.megabytes(len(phone)),
-        "half_mb": common.megabytes(len(quantisation.half(phone))),
-        "photo_ms": round(export.milliseconds(quantisation.session(phone, 1), pixels[:1]), 2),
+        "half_mb": common.megabytes(len(quantization.half(phone))),
+        "photo_ms": round(export.milliseconds(onnx_session(phone, 1), pixels[:1]), 2),
         "photos_per_second": ran["extract"]["times"]["photos_per_second"],
     }
 
@@ -120,8 +125,8 @@ def photos_of(folder: Path, side: int) -> Pixels:
     return np.stack(found)
 
 
-def scores(made: model.Model, pixels: Pixels) -> Any:
-    run = backbone.load(made.spec())
+def scores(made: artifact.Model, pixels: Pixels) -> Any:
+    run = extract.load_network(made.spec())
     place = made.spec().outputs.index("score")
     return np.concatenate([run(pixels[n : n + 1])[place] for n in range(len(pixels))])
 

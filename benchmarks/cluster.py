@@ -15,8 +15,8 @@ from typing import Any
 
 import common
 import extract
-from pomona import backbone
-from pomona.weights import load
+from pomona.backbone.spec import make_spec
+from pomona.backbone.weights import load_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.cluster import FAST, Cluster, cluster, hiding
@@ -43,7 +43,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     photos = folder / "photos"
     common.link_photos(options.source, photos, options.photos)
     common.read_once(photos)
-    spec = backbone.make_spec(load(options.weights), device="cpu")
+    spec = make_spec(load_weights(options.weights), device="cpu")
     rounds = []
     for number in range(options.rounds):
         common.say(f"round {number + 1} of {options.rounds}")

@@ -23,9 +23,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import psutil
 
-from pomona import manifest, sources
-from pomona.errors import PomonaError, RequestError
-from pomona.weights import default
+from pomona.backbone.weights import default
+from pomona.core.errors import PomonaError, RequestError, first_line
+from pomona.core.files import write_json
+from pomona.core.provenance import versions
+from pomona.photos.listing import list_files
+from pomona.photos.source import arrange, open_source
 
 Result = TypeVar("Result")
 
@@ -250,7 +253,7 @@ def _answer(to: Connection, function: Callable[..., Any], args: tuple[Any, ...])
     try:
         to.send((None, function(*args)))
     except Exception as error:  # noqa: BLE001 - the parent tells it
-        to.send((f"{type(error).__name__}: {sources.first_line(error)}", None))
+        to.send((f"{type(error).__name__}: {first_line(error)}", None))
 
 
 # --- photos ------------------------------------------------------------------------------------
@@ -258,8 +261,8 @@ def _answer(to: Connection, function: Callable[..., Any], args: tuple[Any, ...])
 
 def list_photos(source: Path) -> list[str]:
     """Return the photos of a local folder as relative paths, in the order of `sources.arrange`."""
-    listing = sources.list_files(sources.open_source(source))
-    paths: list[str] = sources.arrange(listing.files)["path"].to_pylist()
+    listing = list_files(open_source(source))
+    paths: list[str] = arrange(listing.files)["path"].to_pylist()
     if not paths:
         raise RequestError(f"{source} holds no photos")
     return paths
@@ -345,7 +348,7 @@ def machine() -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": platform.system(),
         "python": platform.python_version(),
-        "versions": manifest.versions(),
+        "versions": versions(),
     }
 
 
@@ -360,7 +363,7 @@ def _cpu() -> str:
 def write_figures(path: Path | None, figures: dict[str, Any]) -> None:
     """Write the figures with the machine's facts, if a file is wanted."""
     if path is not None:
-        manifest.write_json(path, {**_plain(figures), "machine": machine()})
+        write_json(path, {**_plain(figures), "machine": machine()})
 
 
 def _plain(value: Any) -> Any:

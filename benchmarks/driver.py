@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import common
-from pomona import sources, tables
-from pomona.extraction import photos_per_task
-from pomona.rows import even_bounds, write_chunks
-from pomona.schema import FILES
+from pomona.core.parquet import even_bounds, write_chunks
+from pomona.core.schema import FILES
+from pomona.photos import source
+from pomona.pipeline.extract import photos_per_task
+from pomona.workspace import feature_table
 
 
 def listing(count: int) -> pa.Table:
@@ -41,13 +42,13 @@ def listing(count: int) -> pa.Table:
     return pa.table([paths, sizes, times], schema=FILES)
 
 
-def index_of(photos: pa.Table) -> tables.Index:
+def index_of(photos: pa.Table) -> feature_table.Index:
     """Make up the index of a table that holds nine photos of ten."""
     held = photos.slice(0, photos.num_rows * 9 // 10)
     rows = held.append_column("error", pa.nulls(held.num_rows, pa.string()))
     rows = rows.append_column("file", pa.array(np.zeros(held.num_rows, np.int32)))
     rows = rows.append_column("row", pa.array(np.arange(held.num_rows)))
-    return tables.Index(rows, ["features/split=Training/part-00000-00000.parquet"], 1)
+    return feature_table.Index(rows, ["features/split=Training/part-00000-00000.parquet"], 1)
 
 
 def plan(count: int, folder: Path) -> dict[str, float]:
@@ -61,9 +62,9 @@ def plan(count: int, folder: Path) -> dict[str, float]:
         return result
 
     files = listing(count)
-    photos = timed("arrange", lambda: sources.arrange(files))
+    photos = timed("arrange", lambda: source.arrange(files))
     found = index_of(photos)
-    rows = timed("match", lambda: tables.match(photos, found))
+    rows = timed("match", lambda: feature_table.match(photos, found))
     todo = rows.filter(pc.is_null(rows["file"])).select(photos.column_names)
     bounds = even_bounds(count, photos_per_task(count, 64))
     timed("write the list", lambda: write_chunks(folder / "todo.arrow", photos, bounds))

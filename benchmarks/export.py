@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 import common
-from pomona import quantisation
-from pomona.errors import RequestError
-from pomona.exporting import HALF, INT8, PHONE, ExportOptions, export
+from pomona.backbone.session import onnx_session
+from pomona.core.errors import RequestError
+from pomona.export.export import HALF, INT8, PHONE, ExportOptions, export
 
 CALLS = 40
 
@@ -51,7 +51,7 @@ def main() -> int:
     for _ in range(options.rounds):
         for name in files:
             start = time.perf_counter()
-            sessions[name] = quantisation.session(contents[name], threads=1)
+            sessions[name] = onnx_session(contents[name], threads=1)
             loads[name].append(1000 * (time.perf_counter() - start))
     size = sessions[PHONE].get_inputs()[0].shape[1]
     image = np.random.default_rng(0).integers(0, 256, (8, size, size, 3), dtype=np.uint8)

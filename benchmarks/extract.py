@@ -30,12 +30,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import common
-from pomona import backbone, sources
-from pomona.backbone import BackboneSpec
-from pomona.errors import RequestError
-from pomona.reduction import features_of
-from pomona.sources import Source
-from pomona.weights import load
+from pomona.backbone import extract
+from pomona.backbone.extract import features_of
+from pomona.backbone.spec import BackboneSpec, make_spec
+from pomona.backbone.weights import load_weights
+from pomona.core.errors import RequestError
+from pomona.photos.listing import list_files
+from pomona.photos.reading import read
+from pomona.photos.source import Source, arrange, open_source
 
 NOTEBOOK = "notebook"
 SPARK = "pomona on Spark"
@@ -57,11 +59,11 @@ Vectors = dict[str, npt.NDArray[np.float32]]
 
 def read_and_extract(share: pa.Table, source: Source, spec: BackboneSpec) -> Iterator[None]:
     """Warm the session, give way for the barrier, then work."""
-    backbone.load(spec)(blank(spec))
+    extract.load_network(spec)(blank(spec))
     yield
     rows = share.combine_chunks().to_batches()[0]
     batches = (rows.slice(at, BATCH) for at in range(0, rows.num_rows, BATCH))
-    for _ in backbone.extract(sources.read(batches, source), spec):
+    for _ in extract.extract(read(batches, source), spec):
         pass
 
 
@@ -101,8 +103,8 @@ def rate_in_processes(
     work: Any, source: Path, spec: BackboneSpec, processes: int = PROCESSES
 ) -> float:
     """Return photos per second of some processes, each with its share of the photos."""
-    where = sources.open_source(source)
-    photos = sources.arrange(sources.list_files(where).files)
+    where = open_source(source)
+    photos = arrange(list_files(where).files)
     context = multiprocessing.get_context("spawn")
     barrier, ends = context.Barrier(processes + 1), context.Array("d", processes)
     children = []
@@ -199,7 +201,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     count = len(common.list_photos(photos))
     common.link_photos(photos, few, min(options.notebook_photos, count))
     common.read_once(photos)
-    spec = backbone.make_spec(load(options.weights), device="cpu", batch_size=BATCH)
+    spec = make_spec(load_weights(options.weights), device="cpu", batch_size=BATCH)
     common.say(f"{NOTEBOOK}: {min(options.notebook_photos, count):,} photos")
     notebook = run_notebook(few, folder / "notebook", options.weights)
     on_few = run_on_spark(few, folder / "few_out", options.weights)[0][SPARK]

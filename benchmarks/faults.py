@@ -20,9 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import common
-from pomona import sources, stages, synthetic
-from pomona.engine import Cluster
-from pomona.errors import RequestError
+from pomona.core.errors import RequestError
+from pomona.core.object_store import connect
+from pomona.photos import synthetic
+from pomona.pipeline.extract import ExtractOptions, extract
+from pomona.spark.session import Cluster
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.faults import KINDS, Plan, proxy, share
@@ -37,7 +39,7 @@ def table(out: Path) -> pa.Table:
 
 def upload(source: Path, bucket: str, options: str) -> None:
     """Put the photos there."""
-    store = sources.connect(f"s3://{bucket}?{options}&allow_bucket_creation=true", writes=True)
+    store = connect(f"s3://{bucket}?{options}&allow_bucket_creation=true", writes=True)
     store.create_dir(bucket)
     for path in sorted(source.rglob("*.jpg")):
         with store.open_output_stream(f"{bucket}/{path.relative_to(source).as_posix()}") as file:
@@ -68,14 +70,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         host, port = server.get_host_and_port()
         direct = f"endpoint_override=http://{host}:{port}&region=us-east-1&scheme=http"
         upload(place / "photos", "photos", direct)
-        extract = stages.ExtractOptions(weights="random:0", image_size=options.image_size)
+        settings = ExtractOptions(weights="random:0", image_size=options.image_size)
         with proxy(direct) as gate:
             for name, plan in plans(options.percent).items():
                 gate.reset(plan)
                 common.say(name)
                 start = time.perf_counter()
-                record = stages.extract(
-                    f"s3://photos?{gate.options}", place / name, extract, Cluster("local[2]")
+                record = extract(
+                    f"s3://photos?{gate.options}", place / name, settings, Cluster("local[2]")
                 )
                 seconds[name] = time.perf_counter() - start
                 if record["rejected"]:

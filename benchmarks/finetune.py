@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import common
-from pomona import finetuning
-from pomona.finetuning import FinetuneOptions
+from pomona.pipeline import finetune
+from pomona.pipeline.finetune import FinetuneOptions
 
 
 def main() -> int:
@@ -63,7 +63,7 @@ def _fold(options: Any, out: Path, fold: int) -> dict[str, Any]:
         judge_test=False,
         fold=fold,
     )
-    record = finetuning.finetune(options.source, out, asked)
+    record = finetune.finetune(options.source, out, asked)
     shutil.rmtree(out)
     history = record["history"]
     return {"fold": fold, **record["held_out"], "last": history[-1]["accuracy"], "history": history}

@@ -19,7 +19,10 @@ import numpy as np
 
 import backbones
 import common
-from pomona import manifest, mobilenet, model, quantisation, weights
+from pomona.backbone import mobilenet, weights
+from pomona.core.files import aside, sha256, write_json
+from pomona.export import quantization
+from pomona.model import artifact
 
 SIZES = (96, 128)
 HEAD = ("--components", "200", "--keep", "0.99")
@@ -55,8 +58,8 @@ def main() -> int:
     )
     about["teacher"] = options.teacher_is or Path(options.teacher).name
     about["machine"] = common.machine()
-    about["model"] = pack(out / "model", options.to / model.PACKAGED.name)
-    manifest.write_json(place.with_suffix(".json"), about)
+    about["model"] = pack(out / "model", options.to / artifact.PACKAGED.name)
+    write_json(place.with_suffix(".json"), about)
     (options.to / "README.md").write_text(card(about))
     print(json.dumps(about, indent=2, sort_keys=True))
     common.write_figures(options.json, about)
@@ -73,16 +76,16 @@ def _finetune(options: Any, out: Path, start: str, size: int, minutes: float) ->
 
 def write(result: Path, to: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Write the weights as float16. Returns what made them."""
-    found = weights.load(str(result))
+    found = weights.load_weights(str(result))
     assert found.state is not None
     half = {key: value.astype(np.float16) for key, value in narrow(found.state).items()}
     to.parent.mkdir(parents=True, exist_ok=True)
-    with manifest.aside(to) as part:
+    with aside(to) as part:
         part.write_bytes(weights.to_bytes(half, found.tuned_on))
     about: dict[str, Any] = {
         "digest": weights.fruits(to).digest,
         "bytes": to.stat().st_size,
-        "sha256": manifest.sha256(to),
+        "sha256": sha256(to),
         "runs": [
             {k: run[k] for k in ("recipe", "made_from", "test", "labels", "groups", "times")}
             | {"steps": run["held_out"]["step"], "training_loss": run["held_out"]["training_loss"]}
@@ -101,13 +104,15 @@ def narrow(state: dict[str, Any]) -> dict[str, Any]:
 
 def pack(made: Path, to: Path) -> dict[str, Any]:
     """Copy a model's folder with the backbone in float16: of weights that are, nothing is lost."""
-    found = model.load(made)
+    found = artifact.load_model(made)
     shutil.rmtree(to, ignore_errors=True)
     to.mkdir(parents=True)
     shutil.copyfile(made / "classifier.safetensors", to / "classifier.safetensors")
-    (to / "model.onnx").write_bytes(quantisation.half(found.content, head=False))
-    model.write_about(to, {k: v for k, v in found.about.items() if k not in ("digest", "digests")})
-    packed = model.load(to)
+    (to / "model.onnx").write_bytes(quantization.half(found.content, head=False))
+    artifact.write_about(
+        to, {k: v for k, v in found.about.items() if k not in ("digest", "digests")}
+    )
+    packed = artifact.load_model(to)
     return {"version": packed.version, "bytes": sum(p.stat().st_size for p in to.iterdir())}
 
 

@@ -20,9 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 import common
-from pomona import images, mobilenet, model, quantisation
-from pomona.errors import MissingError, RequestError
-from pomona.exporting import ABOUT, PHONE
+from pomona.backbone import mobilenet
+from pomona.backbone.session import onnx_session
+from pomona.core.errors import MissingError, RequestError
+from pomona.export.export import ABOUT, PHONE
+from pomona.model.head import ANSWER
+from pomona.photos import decoding
 
 MOST_APART = 1e-3
 """Between probabilities. Float32 on both sides gives about 1e-5."""
@@ -45,10 +48,10 @@ def convert(file: Path, to: Path, size: int) -> None:
 
 
 def onnx(file: Path) -> Runner:
-    session = quantisation.session(file.read_bytes(), threads=1)
+    session = onnx_session(file.read_bytes(), threads=1)
 
     def run(image: npt.NDArray[np.uint8]) -> Answer:
-        probabilities, score = session.run(list(model.ANSWER), {mobilenet.INPUT: image})
+        probabilities, score = session.run(list(ANSWER), {mobilenet.INPUT: image})
         return probabilities[0], float(score[0])
 
     return run
@@ -82,7 +85,7 @@ def litert(file: Path, shape: list[int]) -> Runner:
 
 
 def decoded(paths: list[Path], size: int) -> list[npt.NDArray[np.uint8]]:
-    photos = [images.decode(path.read_bytes(), size).pixels for path in paths]
+    photos = [decoding.decode(path.read_bytes(), size).pixels for path in paths]
     return [pixels[None] for pixels in photos if pixels is not None]
 
 

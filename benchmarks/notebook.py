@@ -23,8 +23,8 @@ from PIL import Image
 from pyspark.sql import SparkSession
 from pyspark.sql.functions import col, element_at, pandas_udf, split
 
-from pomona.mobilenet_torch import MobileNetV2
-from pomona.weights import load
+from pomona.backbone.mobilenet_torch import MobileNetV2
+from pomona.backbone.weights import load_weights
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -56,7 +56,7 @@ def featurize(contents: Any, state: Any) -> Any:
 
 
 def extract(spark: Any, source: str, out: str, weights: str, partitions: int) -> None:
-    found = load(weights).state
+    found = load_weights(weights).state
     if found is None:
         sys.exit("the notebook's way needs weights that are not ONNX")
     state = spark.sparkContext.broadcast({k: torch.from_numpy(v) for k, v in found.items()})

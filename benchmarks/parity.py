@@ -21,9 +21,11 @@ import onnxruntime as ort
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pomona import manifest, model, samples
-from pomona.prediction import PredictOptions, predict
-from pomona.reduction import features_of
+from pomona.backbone.extract import features_of
+from pomona.core.files import read_json
+from pomona.model import artifact, pca_table
+from pomona.pipeline.predict import PredictOptions, predict
+from pomona.workspace import layout
 
 
 def alone(folder: Path, root: Path, paths: list[str]) -> dict[str, Any]:
@@ -55,9 +57,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    out = manifest.open_out(options.out, must_exist=True)
-    root = Path(manifest.read_json(out.table_file)["source"])
-    found = model.load(out.model)
+    out = layout.open_out(options.out, must_exist=True)
+    root = Path(read_json(out.table_file)["source"])
+    found = artifact.load_model(out.model)
     table = pq.read_table(out.features, columns=["path", "features"])
     table = table.filter(table["features"].is_valid()).sort_by("path")
     paths = table["path"].to_pylist()
@@ -66,7 +68,7 @@ def main() -> None:
 
     z: dict[str, Any] = {}
     for name in ("training_pca", "test_pca"):
-        rows = samples.read_photos(out, name, 10**9)
+        rows = pca_table.read_photos(out, name, 10**9)
         z |= dict(zip(rows.paths, rows.z, strict=True))
     ways["Spark's PCA tables"] = found.head().classifier.probabilities(
         np.stack([z[path] for path in paths])
@@ -89,7 +91,7 @@ def main() -> None:
     print(f"  unknown or not differs on {differ} photos between model.onnx and NumPy")
 
 
-def by_predict(found: model.Model, root: Path, paths: list[str]) -> Any:
+def by_predict(found: artifact.Model, root: Path, paths: list[str]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         wanted = PredictOptions(top=len(found.labels), out=f"{folder}/answers", master="local[*]")
         record = predict([str(root)], found, wanted)

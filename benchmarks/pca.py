@@ -18,13 +18,17 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import common
-from pomona import engine, manifest, projection, reduction
-from pomona.backbone import feature_column
-from pomona.engine import Cluster
-from pomona.errors import RequestError
-from pomona.rows import even_bounds, open_parquet
-from pomona.schema import FEATURES, FEATURES_TABLE, without
-from pomona.tables import ROWS_PER_FILE
+from pomona.backbone.extract import feature_column
+from pomona.core.errors import RequestError
+from pomona.core.files import FORMAT, write_json
+from pomona.core.parquet import even_bounds, open_parquet
+from pomona.core.schema import FEATURES, FEATURES_TABLE, without
+from pomona.model import projection
+from pomona.pipeline import reduce_tasks
+from pomona.spark import tasks
+from pomona.spark.session import Cluster, session
+from pomona.workspace import layout
+from pomona.workspace.compaction import ROWS_PER_FILE
 
 COMPONENTS = 50
 FACTORS = 200
@@ -37,13 +41,13 @@ CONTENDERS = ("Pomona", "Spark ML")
 
 
 def fit_pomona(root: str) -> dict[str, Any]:
-    """Fit as `pomona.stages.reduce` does."""
-    out = manifest.open_out(root, must_exist=True)
-    with engine.session(Cluster(MASTER, log_file=out.log)) as spark:
+    """Fit as `pomona.pipeline.reduce.reduce` does."""
+    out = layout.open_out(root, must_exist=True)
+    with session(Cluster(MASTER, log_file=out.log)) as spark:
         start = time.perf_counter()
-        groups = reduction.row_groups(out)
-        run_tasks = functools.partial(engine.run_tasks, spark)
-        moments = reduction.moments(out, groups, 1.0, run_tasks, lambda done: None)
+        groups = reduce_tasks.row_groups(out)
+        run_tasks = functools.partial(tasks.run_tasks, spark)
+        moments = reduce_tasks.moments(out, groups, 1.0, run_tasks, lambda done: None)
         merged = time.perf_counter()
         found = projection.fit(moments, COMPONENTS)
         end = time.perf_counter()
@@ -60,8 +64,8 @@ def fit_spark_ml(root: str) -> dict[str, Any]:
     from pyspark.ml.feature import PCA, StandardScaler
     from pyspark.ml.functions import array_to_vector
 
-    out = manifest.open_out(root, must_exist=True)
-    with engine.session(Cluster(MASTER, log_file=out.log)) as spark:
+    out = layout.open_out(root, must_exist=True)
+    with session(Cluster(MASTER, log_file=out.log)) as spark:
         start = time.perf_counter()
         rows = spark.read.parquet(str(out.features)).where(
             "split = 'Training' and features is not null"
@@ -102,8 +106,8 @@ def make_table(root: Path, rows: int) -> None:
         name = f"split=Training/part-00000-{number:05d}.parquet"
         write_file(root / "features" / name, first, last, mixing, rng)
         files[name] = {"rows": last - first, "rejected": 0}
-    table = {"format": manifest.FORMAT, "files": files}
-    manifest.write_json(manifest.open_out(root).table_file, table)
+    table = {"format": FORMAT, "files": files}
+    write_json(layout.open_out(root).table_file, table)
 
 
 def write_file(

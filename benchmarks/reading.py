@@ -1,7 +1,7 @@
 """Reading from an object store that takes 30 ms to answer: READ_AHEAD reads in flight, or one.
 
 A child serves rendered photos over HTTP as S3 does, on the loopback address, and sleeps before each
-answer. Both ways read all photos through `pomona.sources`, in turn, in rounds.
+answer. Both ways read all photos through `pomona.photos.source`, in turn, in rounds.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ import pyarrow as pa
 from PIL import Image
 
 import common
-from pomona import sources
-from pomona.errors import RequestError
-from pomona.sources import Source
+from pomona.core.errors import RequestError
+from pomona.core.object_store import READ_AHEAD
+from pomona.photos import reading
+from pomona.photos.source import Source, open_source
 
-AHEAD = f"{sources.READ_AHEAD} in flight"
+AHEAD = f"{READ_AHEAD} in flight"
 ALONE = "one after another"
 BATCH = 8
 """Photos in a record batch, as `pomona extract` has them on a CPU."""
@@ -115,7 +116,7 @@ def store(count: int, delay: float) -> Iterator[tuple[Source, float]]:
     try:
         port, size = ours.recv()
         yield (
-            sources.open_source(
+            open_source(
                 f"s3://bucket/photos?endpoint_override=http://127.0.0.1:{port}"
                 "&region=us-east-1&scheme=http"
             ),
@@ -136,12 +137,12 @@ def read_ahead(source: Source, names: list[str]) -> list[bytes]:
     batches = (
         pa.record_batch({"path": names[at : at + BATCH]}) for at in range(0, len(names), BATCH)
     )
-    return [c for rows in sources.read(batches, source) for c in rows["content"].to_pylist()]
+    return [c for rows in reading.read(batches, source) for c in rows["content"].to_pylist()]
 
 
 def read_alone(source: Source, names: list[str]) -> list[bytes]:
     """Read one photo, then the next."""
-    read = sources.reader(source)
+    read = reading.reader(source)
     return [read(name) for name in names]
 
 
@@ -165,7 +166,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "photos": options.photos,
         "mean_bytes": size,
         "delay_ms": options.delay,
-        "read_ahead": sources.READ_AHEAD,
+        "read_ahead": READ_AHEAD,
         "photos_per_second": rates,
         "rounds": rounds,
         "ratio": rates[AHEAD] / rates[ALONE],

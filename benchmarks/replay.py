@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pomona.errors import RequestError
+from pomona.core.errors import RequestError
 
 Values = list[torch.Tensor]
 Attributes = dict[str, Any]
@@ -77,4 +77,4 @@ KINDS: dict[str, Callable[[Values, Attributes], torch.Tensor]] = {
     "Sub": lambda x, _: x[0] - x[1],
     "Transpose": lambda x, a: x[0].permute(a["perm"]),
 }
-"""Of opset 17, as far as `pomona.mobilenet` and `pomona.model` use them."""
+"""Of opset 17, as far as `pomona.backbone.mobilenet` and `pomona.model.artifact` use them."""

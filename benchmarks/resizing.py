@@ -20,8 +20,11 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 import common
-from pomona import images, model, quantisation
-from pomona.errors import RequestError
+from pomona.backbone.session import onnx_session
+from pomona.core.errors import RequestError
+from pomona.model import artifact
+from pomona.model.head import ANSWER
+from pomona.photos import decoding
 
 CAMERA = (4032, 3024)
 GRAIN = 8
@@ -39,7 +42,7 @@ def upright(content: bytes, least: int | None = None) -> Image.Image:
     image = Image.open(io.BytesIO(content))
     if least:
         image.draft(None, (least, least))
-    return images.upright_rgb(image)
+    return decoding.upright_rgb(image)
 
 
 def triangle(image: Image.Image, size: int) -> Pixels:
@@ -97,7 +100,7 @@ def cropped(content: bytes, size: int) -> Pixels:
 
 
 def pomonas(content: bytes, size: int) -> Pixels:
-    pixels = images.decode(content, size).pixels
+    pixels = decoding.decode(content, size).pixels
     if pixels is None:
         raise RequestError("a photo can't be decoded: choose a source whose photos can")
     return pixels
@@ -157,8 +160,8 @@ def camera(content: bytes, seed: int) -> bytes:
 # --- figures -----------------------------------------------------------------------------------
 
 
-def compare(found: model.Model, contents: Iterator[bytes]) -> dict[str, dict[str, float]]:
-    session = quantisation.session(found.content)
+def compare(found: artifact.Model, contents: Iterator[bytes]) -> dict[str, dict[str, float]]:
+    session = onnx_session(found.content)
     size = int(found.about["preprocessing"]["image_size"])
     threshold = float(found.about["unknown"]["threshold"])
     answers: dict[str, list[tuple[Any, bool]]] = {name: [] for name in ("", *WAYS)}
@@ -166,7 +169,7 @@ def compare(found: model.Model, contents: Iterator[bytes]) -> dict[str, dict[str
         pixels = [pomonas(content, size), *(way(content, size) for way in WAYS.values())]
         for name, each in zip(answers, pixels, strict=True):
             image = {"image": np.ascontiguousarray(each)[None]}
-            probabilities, score = session.run(list(model.ANSWER), image)
+            probabilities, score = session.run(list(ANSWER), image)
             answers[name].append((probabilities[0], bool(score[0] < threshold)))
     ours = answers.pop("")
     return {name: _figures(ours, theirs) for name, theirs in answers.items()}
@@ -192,7 +195,7 @@ def main() -> int:
     parser.add_argument("--camera", type=common.positive, default=50, help="(default: 50)")
     parser.add_argument("--others", type=Path, metavar="FOLDER", help="photos of other things")
     options = parser.parse_args()
-    found = model.load(options.model)
+    found = artifact.load_model(options.model)
     small = [path.read_bytes() for path in common.spread(options.source, options.photos)]
     large = common.spread(options.source, options.camera)
     sets: dict[str, tuple[int, Iterator[bytes]]] = {

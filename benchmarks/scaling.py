@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import common
-from pomona import datasets, manifest, sources, synthetic
-from pomona.errors import RequestError
+from pomona.core.errors import RequestError
+from pomona.core.files import read_json
+from pomona.photos import synthetic
+from pomona.photos.listing import list_files
+from pomona.photos.source import open_source
+from pomona.photos.subset import subset
 
 CLASSES = 131
 STAGES = ("list", "spark", "extract", "table", "reduce")
@@ -50,8 +54,8 @@ def every_tenth() -> Callable[[int, int], None]:
 def run_step(photos: Path, work: Path, percentage: float, weights: str) -> dict[str, Any]:
     """Run one share of the photos and return its figures."""
     shutil.rmtree(work, ignore_errors=True)
-    source = sources.open_source(photos)
-    count = datasets.subset(source, sources.list_files(source), work / "photos", percentage)
+    source = open_source(photos)
+    count = subset(source, list_files(source), work / "photos", percentage)
     common.say(f"{percentage:g} %: {count:,} photos")
     ran = common.run_pomona(
         "run", work / "photos", "--out", work / "out", "--weights", weights, "--no-mlflow"
@@ -82,7 +86,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     file = options.out / "scaling.json"
     if not file.exists():
         start_afresh(options.out, options.images)
-    figures = manifest.read_json(file)
+    figures = read_json(file)
     if figures["images"] != options.images:
         raise RequestError(
             f"{options.out} holds steps of {figures['images']:,} photos: choose another --out, "

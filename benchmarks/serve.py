@@ -35,7 +35,10 @@ import numpy as np
 import psutil
 
 import common
-from pomona import backbone, images, model, pool
+from pomona.backbone import extract
+from pomona.core.cpus import available_cpus
+from pomona.model import artifact
+from pomona.photos.decoding import decode
 
 HOST = "127.0.0.1"
 RAW = "pomona, photo as the body"
@@ -48,20 +51,20 @@ PHOTOS = 400
 # --- contenders, each in a process of its own --------------------------------------------------
 
 
-def bare(folder: str, photos: list[bytes], seconds: float, *, decode: bool) -> float:
+def bare(folder: str, photos: list[bytes], seconds: float, *, decoding: bool) -> float:
     """Return photos per second of the session alone, called by one thread for each core."""
-    found = model.load(folder)
+    found = artifact.load_model(folder)
     spec = found.spec(device="cpu")
-    run = backbone.load(spec)
-    ready = [images.decode(content, spec.image_size).pixels for content in photos]
-    done = [0] * pool.cores()
+    run = extract.load_network(spec)
+    ready = [decode(content, spec.image_size).pixels for content in photos]
+    done = [0] * available_cpus()
     end = time.perf_counter() + seconds
 
     def work(number: int) -> None:
         n = number
         while time.perf_counter() < end:
             n = (n + 1) % len(photos)
-            pixels = images.decode(photos[n], spec.image_size).pixels if decode else ready[n]
+            pixels = decode(photos[n], spec.image_size).pixels if decoding else ready[n]
             assert pixels is not None
             run(pixels[None])
             done[number] += 1
@@ -84,7 +87,7 @@ def naive(folder: str, port: int) -> None:
     from fastapi import FastAPI, File
     from PIL import Image
 
-    found = model.load(folder)
+    found = artifact.load_model(folder)
     session = ort.InferenceSession(found.content, providers=["CPUExecutionProvider"])
     size = int(found.about["preprocessing"]["image_size"])
     app = FastAPI()
@@ -364,7 +367,7 @@ def main() -> None:
         naive(args.model, args.port)
     elif args.child == "bare":
         load = json.loads(args.load)
-        print(bare(args.model, read(args.photos), load["seconds"], decode=args.decode))
+        print(bare(args.model, read(args.photos), load["seconds"], decoding=args.decode))
     elif args.child == "load":
         found = _generate_here(args.port, read(args.photos), args.form, json.loads(args.load))
         print(json.dumps(found))

@@ -9,7 +9,10 @@ from typing import Any
 import litserve
 from fastapi import Request
 
-from pomona import backbone, images, model, pool
+from pomona.backbone import extract
+from pomona.core.cpus import available_cpus
+from pomona.model import artifact
+from pomona.photos import decoding
 
 
 class Api(litserve.LitAPI):  # type: ignore[misc]
@@ -18,14 +21,14 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
         self.folder = folder
 
     def setup(self, device: str) -> None:
-        found = model.load(self.folder)
+        found = artifact.load_model(self.folder)
         self.labels, self.spec = found.labels, found.spec(device="cpu")
 
     def decode_request(self, request: Request) -> Any:
-        return images.decode(request["photo"].file.read(), self.spec.image_size).pixels
+        return decoding.decode(request["photo"].file.read(), self.spec.image_size).pixels
 
     def predict(self, pixels: Any) -> Any:
-        return backbone.load(self.spec)(pixels[None])[0][0]
+        return extract.load_network(self.spec)(pixels[None])[0][0]
 
     def encode_response(self, probabilities: Any) -> dict[str, Any]:
         best = int(probabilities.argmax())
@@ -34,7 +37,7 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
 
 if __name__ == "__main__":
     server = litserve.LitServer(
-        Api(sys.argv[1]), accelerator="cpu", workers_per_device=pool.cores()
+        Api(sys.argv[1]), accelerator="cpu", workers_per_device=available_cpus()
     )
     server.run(
         host="127.0.0.1", port=int(sys.argv[2]), generate_client_file=False, log_level="warning"

@@ -10,7 +10,7 @@ import typer
 import typer.main
 from typer.testing import CliRunner
 
-from pomona.cli import app
+from pomona.cli.main import app
 
 HEAD = """# Commands
 

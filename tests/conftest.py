@@ -70,7 +70,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One session for all tests that need none of their own; the stages find it active."""
-    from pomona.engine import Cluster, session
+    from pomona.spark.session import Cluster, session
 
     log = tmp_path_factory.mktemp("spark") / "spark.log"
     with session(Cluster("local[2]", log_file=log)) as active:
@@ -80,7 +80,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Call the command in this process; returns (code, stdout, stderr)."""
-    from pomona.cli import main
+    from pomona.cli.main import main
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["pomona", *map(str, words)])
@@ -139,7 +139,7 @@ class Brake:
 
 @pytest.fixture
 def brake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Brake]:
-    pool = pytest.importorskip("pomona.pool", reason="needs the extra serve")
+    pool = pytest.importorskip("pomona.serving.worker_pool", reason="needs the extra serve")
     held, run = Brake(), pool.Loaded.run
 
     def slow(self: Any, kind: Any, contents: Any) -> Any:

@@ -15,7 +15,12 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import load_file
 
-from pomona import backbone, console, mobilenet, model, prediction, synthetic, weights
+from pomona.backbone import extract, mobilenet, weights
+from pomona.backbone.spec import make_spec
+from pomona.cli import render
+from pomona.model import artifact
+from pomona.photos import synthetic
+from pomona.pipeline.predict import PredictOptions, predict
 from tests.conftest import benchmark
 
 DATA = weights.FRUITS.parent
@@ -36,7 +41,7 @@ def about() -> dict[str, Any]:
 
 @pytest.mark.usefixtures("_no_network")
 def test_weights_are_what_their_json_says() -> None:
-    found = weights.load("fruits")
+    found = weights.load_weights("fruits")
     assert found.trained and found.name == "fruits"
     assert found.digest == about()["digest"]
     assert {str(value.dtype) for value in load_file(weights.FRUITS).values()} == {"float16"}
@@ -47,7 +52,7 @@ def test_weights_are_what_their_json_says() -> None:
 def test_they_came_from_random_numbers() -> None:
     first, second = about()["runs"]
     seed = first["made_from"]["settings"]["seed"]
-    start = weights.load(f"random:{seed}")
+    start = weights.load_weights(f"random:{seed}")
     assert first["made_from"]["from"] == {"name": start.name, "digest": start.digest}
     assert first["recipe"]["norm"] and not second["recipe"]["norm"]
     assert first["recipe"]["apart"] > 0 and first["recipe"]["distill"] > 0
@@ -55,8 +60,8 @@ def test_they_came_from_random_numbers() -> None:
 
 def test_none_of_imagenet_s_values_is_in_them(real_weights: Path) -> None:
     """Two networks that were not made from each other point elsewhere, filter by filter."""
-    ours = mobilenet.folded(weights.load("fruits").state or {})
-    theirs = mobilenet.folded(weights.load(str(real_weights)).state or {})
+    ours = mobilenet.folded(weights.load_weights("fruits").state or {})
+    theirs = mobilenet.folded(weights.load_weights(str(real_weights)).state or {})
     for conv in mobilenet.convs():
         a, b = (
             found[f"{conv.weight}.weight"].reshape(conv.outputs, -1) for found in (ours, theirs)
@@ -78,39 +83,39 @@ def test_the_card_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("_no_network")
 def test_the_model_is_on_these_weights_and_says_how_good_it_is() -> None:
-    found = model.load(model.PACKAGED)
+    found = artifact.load_model(artifact.PACKAGED)
     assert found.labels == ("Apple", "Cherry", "Tomato")
     assert found.about["weights"] == {
         "name": "fruits",
-        "digest": weights.load("fruits").digest,
+        "digest": weights.load_weights("fruits").digest,
         "trained": True,
     }
     assert found.version == about()["model"]["version"]
     right = found.about["metrics"]["test"]["accuracy"]["value"]
     assert right == about()["figures"]["unseen"]
-    line = console.which(found)
+    line = render.which(found)
     assert f"the package's model {found.version}" in line
     assert f"right on {right:.1%}" in line and "untrained" not in line
 
 
 def test_its_half_precision_costs_nothing(tmp_path: Path) -> None:
     """The file against the weights and the classifier beside it, in float32 and NumPy."""
-    found = model.load(model.PACKAGED)
-    spec = backbone.make_spec(
-        weights.load("fruits"), image_size=found.spec().image_size, device="cpu"
+    found = artifact.load_model(artifact.PACKAGED)
+    spec = make_spec(
+        weights.load_weights("fruits"), image_size=found.spec().image_size, device="cpu"
     )
     synthetic.synthesize(tmp_path, classes=3, images=24, workers=1)
     photos = [path.read_bytes() for path in sorted(tmp_path.rglob("*.jpg"))]
     batch = pa.record_batch({"content": pa.array(photos, pa.binary())})
-    (rows,) = backbone.extract(iter([batch]), spec)
+    (rows,) = extract.extract(iter([batch]), spec)
     features = np.array(rows["features"].to_pylist(), np.float32)
     wanted = found.head().apply(features)
-    (got,) = backbone.extract(iter([batch]), found.spec())
+    (got,) = extract.extract(iter([batch]), found.spec())
     assert np.allclose(got["probabilities"].to_pylist(), wanted["probabilities"], atol=1e-3)
     assert np.allclose(got["score"].to_pylist(), wanted["score"], rtol=1e-2)
 
 
-def predict(*words: str) -> subprocess.CompletedProcess[str]:
+def predict_command(*words: str) -> subprocess.CompletedProcess[str]:
     """Run the command as a user without a network would: every proxy is a dead end."""
     dead = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
     return subprocess.run(
@@ -126,12 +131,12 @@ def predict(*words: str) -> subprocess.CompletedProcess[str]:
 def test_predict_without_a_model(tmp_path: Path) -> None:
     synthetic.synthesize(tmp_path, classes=3, images=12, workers=1)
     photo = str(next(tmp_path.rglob("*.jpg")))
-    told = predict(photo, "--json")
+    told = predict_command(photo, "--json")
     assert told.returncode == 0, told.stderr
     assert told.stderr.startswith("pomona: the package's model ")
     answer = json.loads(told.stdout)
     assert answer["model"] == about()["model"]["version"]
-    named = predict(photo, "--json", "--model", str(model.PACKAGED))
+    named = predict_command(photo, "--json", "--model", str(artifact.PACKAGED))
     assert json.loads(named.stdout) == answer
     assert "the package's model" not in named.stderr
 
@@ -139,12 +144,12 @@ def test_predict_without_a_model(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_no_network")
 def test_it_knows_varieties_that_it_never_saw(real_photos: Path) -> None:
     real = sorted((real_photos / "Test").rglob("*.jpg"))[::40]
-    found = model.load(model.PACKAGED)
+    found = artifact.load_model(artifact.PACKAGED)
     rows: list[dict[str, Any]] = []
-    prediction.predict(
+    predict(
         [str(path) for path in real],
         found,
-        prediction.PredictOptions(),
+        PredictOptions(),
         on_answers=lambda batch: rows.extend(batch.to_pylist()),
     )
     right = [row["nearest"][0] == Path(row["path"]).parts[-3] for row in rows]

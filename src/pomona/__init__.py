@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pomona.backbone import BackboneSpec, extract
-    from pomona.columns import predict_images
-    from pomona.extractor import MobileNetV2Extractor
-    from pomona.frames import load_images
-    from pomona.sparkml import MobileNetV2Features
+    from pomona.backbone.extract import extract
+    from pomona.backbone.extractor import MobileNetV2Extractor
+    from pomona.backbone.spec import BackboneSpec
+    from pomona.spark.binary_files import load_images
+    from pomona.spark.dataframes import predict_images
+    from pomona.spark.ml import MobileNetV2Features
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,13 +28,17 @@ __all__ = [
 ]
 
 _HOME = {
-    "BackboneSpec": "pomona.backbone",
-    "MobileNetV2Extractor": "pomona.extractor",
-    "MobileNetV2Features": "pomona.sparkml",
-    "extract": "pomona.backbone",
-    "load_images": "pomona.frames",
-    "predict_images": "pomona.columns",
+    "BackboneSpec": "pomona.backbone.spec",
+    "MobileNetV2Extractor": "pomona.backbone.extractor",
+    "MobileNetV2Features": "pomona.spark.ml",
+    "extract": "pomona.backbone.extract",
+    "load_images": "pomona.spark.binary_files",
+    "predict_images": "pomona.spark.dataframes",
 }
+
+
+# Saved Spark ML stages and registered models name modules of earlier versions.
+__path__.append(f"{__path__[0]}/saved_names")
 
 
 def __getattr__(name: str) -> Any:

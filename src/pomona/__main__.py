@@ -1,5 +1,5 @@
 """``python -m pomona`` is the command ``pomona``."""
 
-from pomona.cli import main
+from pomona.cli.main import main
 
 main()

@@ -1,0 +1,55 @@
+"""Sessions of ONNX Runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pomona.core.cpus import available_cpus
+
+
+def onnx_session(
+    content: bytes,
+    threads: int = 0,
+    device: str = "cpu",
+    memory_share: float = 1.0,
+    gpu: int = 0,
+) -> Any:
+    """Load an ONNX file. Runs on workers.
+
+    Parameters
+    ----------
+    content
+        The file.
+    threads
+        CPU threads of one call; 0: as many as there are CPUs.
+    device
+        ``cpu`` or ``cuda``.
+    memory_share, gpu
+        On a GPU: the share of its memory that the session may take, and which one.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or available_cpus()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device == "cuda":
+        # The arena takes what is asked for, not the next power of two, up to this worker's share.
+        cuda: dict[str, Any] = {"arena_extend_strategy": "kSameAsRequested", "device_id": gpu}
+        if total := gpu_memory():
+            cuda["gpu_mem_limit"] = int(total * memory_share)
+        providers.insert(0, ("CUDAExecutionProvider", cuda))
+    return ort.InferenceSession(content, options, providers=providers)
+
+
+def gpu_memory() -> int:
+    """Return the first GPU's memory in bytes, or 0 where nothing tells."""
+    import subprocess
+
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return int(told.stdout.split()[0]) << 20
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return 0

@@ -1,0 +1,201 @@
+"""`BackboneSpec`: all that decides what features come out. Made on the driver, picklable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pomona.backbone import mobilenet
+from pomona.backbone.session import gpu_memory, onnx_session
+from pomona.backbone.weights import Weights, pack
+from pomona.core.errors import MissingError, RequestError, WeightsError
+from pomona.core.schema import FEATURES
+from pomona.photos.decoding import MAX_DECODED
+from pomona.photos.isolation import Guard
+
+CPU_BATCH = 8
+"""ONNX Runtime gains nothing from larger batches on a CPU."""
+GPU_BATCH = 128
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """All that decides what features come out, and how they are computed. Picklable, hashable.
+
+    Attributes
+    ----------
+    weights, digest
+        The weights' name and the sha256 of their values.
+    image_size
+        Side of the square that a photo is stretched to, in pixels.
+    backend
+        ``onnx`` or ``torch``.
+    device
+        ``cpu`` or ``cuda``.
+    precision
+        ``float32``, or ``mixed`` (float16 convolutions) on a GPU with torch.
+    batch_size
+        Photos per call of the network.
+    threads
+        CPU threads of one worker: one per task slot.
+    memory_share
+        Share of a GPU's memory that one worker may take.
+    gpu
+        Which GPU, where there are several.
+    guard
+        What is done about photos that end or stall the process (`pomona.photos.isolation`).
+    pixels
+        Pixels that may be decoded (`pomona.photos.decoding.decode`).
+    outputs
+        What `extract` adds for each photo: ``features``, or outputs of a model's file
+        (`pomona.model.artifact`).
+    payload
+        The weights' bytes: an ONNX file, or safetensors for torch.
+    """
+
+    weights: str
+    digest: str
+    image_size: int = 224
+    backend: str = "onnx"
+    device: str = "cpu"
+    precision: str = "float32"
+    batch_size: int = CPU_BATCH
+    threads: int = 1
+    memory_share: float = 1.0
+    gpu: int = 0
+    guard: Guard = field(default="", compare=False)  # the network is the same
+    pixels: int = field(default=MAX_DECODED, compare=False)
+    outputs: tuple[str, ...] = (mobilenet.OUTPUT,)
+    payload: bytes = field(default=b"", repr=False, compare=False)
+
+    def fingerprint(self) -> dict[str, object]:
+        """Return what must agree for two tables' features to be comparable."""
+        return {
+            "weights_digest": self.digest,
+            "backend": self.backend,
+            "precision": self.precision,
+            "preprocessing": mobilenet.preprocessing(self.image_size),
+        }
+
+
+# --- making a spec, on the driver --------------------------------------------------------------
+
+
+def make_spec(
+    weights: Weights,
+    *,
+    image_size: int = 224,
+    backend: str = "onnx",
+    device: str = "auto",
+    batch_size: int | None = None,
+    elsewhere: bool = False,
+) -> BackboneSpec:
+    """Put weights, backend and device together. Runs on the driver.
+
+    Parameters
+    ----------
+    elsewhere
+        The GPUs are the workers', so that what this machine has says nothing.
+
+    Raises
+    ------
+    RequestError
+        If an option is out of range, or weights and backend don't fit.
+    MissingError
+        If the backend or the device isn't there.
+    """
+    if not 32 <= image_size <= 1024:
+        raise RequestError(f"--image-size is 32 to 1024 pixels, not {image_size}")
+    if backend not in ("onnx", "torch"):
+        raise RequestError(f"--backend is onnx or torch, not {backend}")
+    if batch_size is not None and batch_size < 1:
+        raise RequestError(f"a batch holds at least one photo, not {batch_size}")
+    found = find_device(backend, device, elsewhere=elsewhere)
+    return BackboneSpec(
+        weights=weights.name,
+        digest=weights.digest,
+        image_size=image_size,
+        backend=backend,
+        device=found,
+        precision="mixed" if backend == "torch" and found == "cuda" else "float32",
+        batch_size=batch_size or (GPU_BATCH if found == "cuda" else CPU_BATCH),
+        payload=_payload(weights, backend, image_size),
+    )
+
+
+def find_device(backend: str, device: str, *, elsewhere: bool = False) -> str:
+    """Return ``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``.
+
+    With ``elsewhere`` workers have GPUs, and this machine needs none.
+
+    Raises
+    ------
+    RequestError
+        If it is another word.
+    MissingError
+        If ``cuda`` isn't there.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise RequestError(f"--device is auto, cpu or cuda, not {device}")
+    if device == "cpu":
+        return "cpu"
+    seen = elsewhere or _sees_cuda(backend)
+    if device == "cuda" and not seen:
+        raise MissingError(
+            f"--device cuda: {backend} sees no CUDA device here; install a CUDA build "
+            "(torch, or onnxruntime-gpu in place of onnxruntime), or use --device cpu"
+        )
+    return "cuda" if seen else "cpu"
+
+
+def _sees_cuda(backend: str) -> bool:
+    if backend == "torch":
+        try:
+            from pomona.backbone.mobilenet_torch import cuda_devices
+        except ImportError as error:
+            raise MissingError(
+                "--backend torch needs PyTorch: pip install 'pomona[torch]', or use --backend onnx"
+            ) from error
+        return cuda_devices() > 0
+    from onnxruntime import get_available_providers
+
+    # The providers are what was compiled in; whether there is a GPU is another question.
+    return "CUDAExecutionProvider" in get_available_providers() and gpu_memory() > 0
+
+
+def _payload(weights: Weights, backend: str, image_size: int) -> bytes:
+    if weights.onnx is not None:
+        if backend == "torch":
+            raise RequestError(f"{weights.name} is ONNX: use --backend onnx")
+        _check_onnx(weights, image_size)
+        return weights.onnx
+    if backend == "torch":
+        return pack(weights)
+    assert weights.state is not None
+    return mobilenet.to_onnx(weights.state, image_size, weights.name, weights.digest)
+
+
+def onnx_file(spec: BackboneSpec) -> bytes:
+    """Return the ONNX file of a spec's backbone, whatever its backend."""
+    if spec.backend == "onnx":
+        return spec.payload
+    from safetensors.numpy import load as load_safetensors
+
+    state = load_safetensors(spec.payload)
+    return mobilenet.to_onnx(state, spec.image_size, spec.weights, spec.digest)
+
+
+def _check_onnx(weights: Weights, image_size: int) -> None:
+    assert weights.onnx is not None
+    try:
+        session = onnx_session(weights.onnx, 1, "cpu", 1.0, 0)
+    except Exception as error:  # onnxruntime raises its own types, not exported
+        raise WeightsError(f"{weights.name} is damaged, or no ONNX file") from error
+    first = session.get_inputs()[0]
+    if first.type != "tensor(uint8)" or first.shape[1:] != [image_size, image_size, 3]:
+        raise WeightsError(
+            f"{weights.name} takes {first.type} {first.shape}; a backbone takes tensor(uint8) "
+            f"[n, {image_size}, {image_size}, 3] at --image-size {image_size}"
+        )
+    outputs = {output.name: output.shape for output in session.get_outputs()}
+    if outputs.get(mobilenet.OUTPUT, [None])[-1] != FEATURES:
+        raise WeightsError(f"{weights.name} has no output named features of width {FEATURES}")

@@ -1,0 +1,276 @@
+"""Where weights come from, and their check. Runs on the driver; executors get the bytes from it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pomona.backbone import mobilenet
+from pomona.core.errors import MissingError, WeightsError
+from pomona.core.files import cache_folder, sha256
+from pomona.core.schema import SPLITS
+
+OFFICIAL_URL = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
+"""torchvision's MobileNet_V2_Weights.IMAGENET1K_V1; its name holds the start of its sha256."""
+
+FRUITS = Path(__file__).parents[1] / "data" / "fruits.safetensors"
+"""Weights in the package, float16, trained by `pomona finetune` from a random start; the model card
+lies beside them (benchmarks/fruits.py makes both)."""
+
+TUNED_ON = "pomona.tuned_on"
+"""Key of a ``.safetensors`` file's metadata."""
+
+OnBytes = Callable[[int, int], None]
+"""Called with (bytes so far, bytes in all; 0 if unknown)."""
+
+REMEDIES = (
+    "set POMONA_WEIGHTS or --weights to a .safetensors, .pth or .onnx file, put the official file "
+    "into the cache folder by hand, or take --weights random:0 (untrained) to try things out"
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that were found and checked.
+
+    Attributes
+    ----------
+    name
+        ``imagenet``, ``fruits``, ``random:SEED``, or a file's name.
+    digest
+        sha256 of the values (of the file, for ONNX).
+    state
+        The backbone's tensors, float32; None where the file is ONNX.
+    onnx
+        An ONNX file's bytes.
+    tuned_on
+        `mark` of each folder of photos that `pomona finetune` trained them on.
+    """
+
+    name: str
+    digest: str
+    state: dict[str, npt.NDArray[np.float32]] | None = None
+    onnx: bytes | None = None
+    tuned_on: tuple[str, ...] = ()
+
+    @property
+    def trained(self) -> bool:
+        """Whether the values come from training."""
+        return not self.name.startswith("random:")
+
+
+def default() -> str:
+    """Return the weights to take when the user names none."""
+    return os.environ.get("POMONA_WEIGHTS") or "imagenet"
+
+
+def load_weights(name: str | None = None, on_bytes: OnBytes | None = None) -> Weights:
+    """Find weights by name and check them.
+
+    Parameters
+    ----------
+    name
+        ``imagenet``, ``fruits``, ``random:SEED``, or the path of a ``.pth``, ``.safetensors`` or
+        ``.onnx`` file; by default `default`.
+    on_bytes
+        Told the progress of a download.
+
+    Raises
+    ------
+    WeightsError
+        If they can't be had, are damaged, or are not MobileNetV2's.
+    """
+    name = name or default()
+    if name.startswith("random:"):
+        return _random(name)
+    if name == "imagenet":
+        return _from_state("imagenet", _read_pth(_official(on_bytes)), "the official file")
+    if name == "fruits":
+        return fruits(FRUITS)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise WeightsError(f"no weights at {name}: {REMEDIES}")
+    if path.suffix == ".onnx":
+        return _onnx(path)
+    if path.suffix == ".safetensors":
+        return _from_file(path.name, path, str(path))
+    if path.suffix in (".pth", ".pt"):
+        return _from_state(path.name, _read_pth(path), str(path))
+    raise WeightsError(f"{name}: weights are a .safetensors, .pth or .onnx file")
+
+
+def fruits(path: Path) -> Weights:
+    """Return the weights in the package.
+
+    Raises
+    ------
+    WeightsError
+        If this package was built without them.
+    """
+    if not path.is_file():
+        raise WeightsError(f"this build of Pomona holds no weights of its own: {REMEDIES}")
+    return _from_file("fruits", path, "the package's file")
+
+
+def pack(weights: Weights) -> bytes:
+    """Return the bytes that `unpack` reads: an ONNX file, or safetensors."""
+    if weights.onnx is not None:
+        return weights.onnx
+    from safetensors.numpy import save
+
+    assert weights.state is not None
+    return save(dict(weights.state))
+
+
+def unpack(name: str, kind: str, content: bytes, digest: str, where: str) -> Weights:
+    """Read what `pack` wrote. Runs no code from it.
+
+    Parameters
+    ----------
+    name, digest
+        Of the weights that were packed.
+    kind
+        ``onnx`` or ``safetensors``.
+    where
+        What an error calls the place.
+
+    Raises
+    ------
+    WeightsError
+        If it is damaged: the digest isn't the one that was packed.
+    """
+    found = None
+    if kind == "onnx":
+        found = Weights(name, hashlib.sha256(content).hexdigest(), onnx=content)
+    else:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load as from_bytes
+
+        with contextlib.suppress(SafetensorError, WeightsError):
+            found = _from_state(name, from_bytes(content), where)
+    if found is None or found.digest != digest:
+        raise WeightsError(
+            f"the weights in {where} were changed or damaged: their digest isn't the one they were "
+            "saved with; copy the folder again, or save it again"
+        )
+    return found
+
+
+def mark(folder: str) -> str:
+    """Return what stands for a folder of photos in tuned weights: names may tell of people.
+
+    It is the same whether the source was given with or without its Training folder.
+    """
+    return hashlib.sha256(folder.removeprefix(f"{SPLITS[0]}/").encode()).hexdigest()[:16]
+
+
+def to_bytes(state: mobilenet.State, tuned_on: Iterable[str]) -> bytes:
+    """Return the ``.safetensors`` file of tuned weights; `load` gives ``tuned_on`` back."""
+    from safetensors.numpy import save
+
+    return save(dict(state), {TUNED_ON: " ".join(sorted(set(tuned_on)))})
+
+
+def _random(name: str) -> Weights:
+    if not re.fullmatch(r"random:\d{1,9}", name):
+        raise WeightsError(f"{name}: random weights are named random:SEED, for example random:0")
+    return _from_state(name, mobilenet.random_state(int(name.split(":")[1])), name)
+
+
+def _from_state(name: str, state: mobilenet.State, where: str) -> Weights:
+    checked = mobilenet.check(state, where)
+    return Weights(name, mobilenet.digest(checked), state=checked)
+
+
+def _from_file(name: str, path: Path, where: str) -> Weights:
+    from safetensors import safe_open
+
+    found = _from_state(name, _read_safetensors(path), where)
+    with safe_open(path, "np") as file:
+        marks = (file.metadata() or {}).get(TUNED_ON, "")
+    return replace(found, tuned_on=tuple(marks.split()))
+
+
+def _onnx(path: Path) -> Weights:
+    content = path.read_bytes()
+    return Weights(path.name, hashlib.sha256(content).hexdigest(), onnx=content)
+
+
+def _read_safetensors(path: Path) -> dict[str, npt.NDArray[np.generic]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path))
+    except TypeError as error:  # bfloat16 and the like
+        raise WeightsError(f"{path} holds a type that NumPy lacks: save it as float32") from error
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged, or no safetensors file: fetch it again") from error
+
+
+def _read_pth(path: Path) -> dict[str, npt.NDArray[np.generic]]:
+    try:
+        from pomona.backbone.mobilenet_torch import read_pth
+    except ImportError as error:
+        raise MissingError(
+            f"reading {path.name} needs PyTorch: pip install 'pomona[torch]', or name a "
+            ".safetensors file with --weights or POMONA_WEIGHTS"
+        ) from error
+    try:
+        return read_pth(path.read_bytes(), str(path))
+    except ValueError as error:
+        raise WeightsError(f"{error}: the file is damaged, or of another kind") from error
+
+
+# --- the official file -------------------------------------------------------------------------
+
+
+def _official(on_bytes: OnBytes | None) -> Path:
+    """Return the official file, fetched if it isn't in the cache."""
+    path = cache_folder() / OFFICIAL_URL.rsplit("/", 1)[-1]
+    if path.is_file() and _hash_in_name(path) == sha256(path)[:8]:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        _download(OFFICIAL_URL, part, on_bytes)
+        if _hash_in_name(path) != sha256(part)[:8]:
+            raise WeightsError(
+                f"what came from {OFFICIAL_URL} is not the official file (its sha256 differs): "
+                "try again, or fetch it by other means and name it with --weights"
+            )
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _download(url: str, to: Path, on_bytes: OnBytes | None) -> None:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer, to.open("wb") as file:
+            total = int(answer.headers.get("Content-Length") or 0)
+            done = 0
+            while chunk := answer.read(1 << 18):
+                file.write(chunk)
+                done += len(chunk)
+                if on_bytes:
+                    on_bytes(done, total)
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise WeightsError(
+            f"the ImageNet weights can't be fetched ({reason}): {REMEDIES}"
+        ) from error
+
+
+def _hash_in_name(path: Path) -> str:
+    return path.stem.rsplit("-", 1)[-1]

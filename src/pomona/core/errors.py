@@ -1,0 +1,63 @@
+"""Every error that Pomona raises on purpose.
+
+::
+
+    PomonaError                 one line for the user; the command ends with its `exit_code`
+    ├── RequestError            the request is wrong: the line gives the rule and the remedy   (2)
+    │   ├── SourceError         the source is missing, empty, or can't be listed               (2)
+    │   ├── WeightsError        the weights are missing, damaged, or not MobileNetV2's         (2)
+    │   ├── MismatchError       OUT was made with other settings than the ones asked for       (2)
+    │   ├── BusyError           another run is at work on the same OUT                         (2)
+    │   └── MissingError        something that must be installed isn't (Java, torch, …)        (2)
+    └── JobError                Spark gave up; the log file holds the whole story              (1)
+        └── CrashError          … because its Python workers died                              (1)
+
+A photo that can't be used is not an exception: it is a row with a code from `pomona.core.schema`.
+"""
+
+from __future__ import annotations
+
+
+class PomonaError(Exception):
+    """Base of the tree. ``str(error)`` is one line that a user can act on."""
+
+    exit_code = 1
+
+
+class RequestError(PomonaError):
+    """The request is wrong."""
+
+    exit_code = 2
+
+
+class SourceError(RequestError):
+    """The source is missing, holds no photos, or can't be listed."""
+
+
+class WeightsError(RequestError):
+    """The weights are missing, damaged, or of another network."""
+
+
+class MismatchError(RequestError):
+    """OUT was made with other settings than the ones asked for."""
+
+
+class BusyError(RequestError):
+    """Another run is at work on the same OUT."""
+
+
+class MissingError(RequestError):
+    """Something that must be installed isn't."""
+
+
+class JobError(PomonaError):
+    """The Spark job failed for a reason that isn't a photo."""
+
+
+class CrashError(JobError):
+    """The Spark job failed because its Python workers died."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,4 @@
+"""Smaller files of the model for phones and browsers, if they answer alike.
+
+No training; the model stays as it is.
+"""

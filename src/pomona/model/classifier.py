@@ -1,0 +1,275 @@
+"""The classifier: multinomial logistic regression on pca_features, and its temperature.
+
+Fitting needs scikit-learn (extra ``train``) and runs on the driver; applying is NumPy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pomona.core.cpus import available_cpus
+from pomona.core.errors import MissingError, RequestError
+
+Array = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.floating[Any]]
+Codes = npt.NDArray[np.int64]
+
+STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+"""scikit-learn's C, strongest regularisation first."""
+
+FOLDS = 5
+SEED = 0
+
+
+def check_sklearn() -> None:
+    """Raise MissingError, with the remedy, if scikit-learn isn't there."""
+    if find_spec("sklearn") is None:
+        raise MissingError(
+            "training needs scikit-learn: pip install 'pomona[train]' "
+            "(pomona run --no-train leaves training out)"
+        )
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """From pca_features to probabilities.
+
+    Attributes
+    ----------
+    labels
+        Sorted; a code is an index into them.
+    weight, bias
+        float64 [labels, k] and [labels]. A label that the fit didn't see has bias −∞.
+    temperature
+        Logits are divided by it (Guo et al. 2017).
+    """
+
+    labels: tuple[str, ...]
+    weight: Array
+    bias: Array
+    temperature: float = 1.0
+
+    def logits(self, z: Rows) -> Array:
+        """Return float64 [n, labels], divided by the temperature."""
+        return (z.astype(np.float64) @ self.weight.T + self.bias) / self.temperature
+
+    def probabilities(self, z: Rows) -> Array:
+        """Return float64 [n, labels]; rows sum to 1."""
+        return softmax(self.logits(z))
+
+
+def softmax(logits: Array) -> Array:
+    """Return probabilities, row by row."""
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def fit(
+    z: Rows, y: Codes, labels: tuple[str, ...], strength: float, class_weight: str = "none"
+) -> Classifier:
+    """Fit by L-BFGS; the same rows give the same classifier.
+
+    Parameters
+    ----------
+    z, y
+        float [n, k], and codes [n] of at least two labels.
+    labels
+        All labels, also those that don't occur in ``y``.
+    strength
+        scikit-learn's C: the smaller, the stronger the penalty on weights.
+    class_weight
+        ``none``, or ``balanced``: each label weighs the same however many photos it has.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    estimator = LogisticRegression(
+        C=strength,
+        max_iter=2000,
+        tol=1e-3,
+        class_weight=None if class_weight == "none" else class_weight,
+    )
+    with warnings.catch_warnings():
+        # A fit that stops at max_iter is judged on held-out photos like any other.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        estimator.fit(z, y)
+    weight = np.zeros((len(labels), z.shape[1]))
+    bias = np.full(len(labels), -np.inf)
+    seen, coef, intercept = estimator.classes_, estimator.coef_, estimator.intercept_
+    if len(seen) == 2:  # one row says it for both: half each makes softmax the same as sigmoid
+        coef = np.concatenate([-coef, coef]) / 2
+        intercept = np.concatenate([-intercept, intercept]) / 2
+    weight[seen], bias[seen] = coef, intercept
+    return Classifier(labels, weight, bias)
+
+
+# --- folds -------------------------------------------------------------------------------------
+
+Fold = tuple[Codes, Codes]
+"""(rows to fit, rows to judge)."""
+
+
+def usable_groups(y: Codes, groups: Codes | None) -> Codes | None:
+    """Return the groups, or None where they can't be left out: fewer than two labels have two."""
+    if groups is None:
+        return None
+    pairs = np.unique(np.stack([y, groups]), axis=1)
+    return groups if (np.bincount(pairs[0]) >= 2).sum() >= 2 else None
+
+
+def folds(y: Codes, groups: Codes | None, count: int = FOLDS) -> list[Fold]:
+    """Cut rows into folds, stratified by label; whole groups go into one fold.
+
+    Returns
+    -------
+    list
+        Empty where there are too few photos to hold any out: no label has two.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    units = np.bincount(y) if groups is None else _groups_of_labels(y, groups)
+    count = min(count, int(units.max()))
+    if count < 2:
+        return []
+    maker = StratifiedKFold if groups is None else StratifiedGroupKFold
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a label with fewer photos than folds
+        cut = maker(count, shuffle=True, random_state=SEED).split(y, y, groups)
+        return [fold for fold in cut if len(np.unique(y[fold[0]])) >= 2 and len(fold[1])]
+
+
+def _groups_of_labels(y: Codes, groups: Codes) -> Codes:
+    pairs = np.unique(np.stack([y, groups]), axis=1)
+    return np.bincount(pairs[0])
+
+
+def judged(y: Codes, fold: Fold) -> Codes:
+    """Return the fold's rows whose label was there to be learned."""
+    train, test = fold
+    return test[np.isin(y[test], y[train])]
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Keep BLAS to one thread: folds run side by side.
+
+    Threads of BLAS wait for each other by spinning. On a machine that does something else too, that
+    made a fit a hundred times slower (docs/log.md); and sums come out the same on any machine.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):
+        yield
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One strength under cross-validation.
+
+    Attributes
+    ----------
+    strength
+        C.
+    rows
+        Which rows were judged, each once.
+    logits
+        float64 [rows, labels], each row's from the fit that didn't see it.
+    accuracy
+        Share of the judged rows that were right.
+    """
+
+    strength: float
+    rows: Codes
+    logits: Array
+    accuracy: float
+
+
+def trial(
+    z: Rows, y: Codes, labels: tuple[str, ...], cut: list[Fold], strength: float, class_weight: str
+) -> Trial:
+    """Fit on each fold and judge the rest of it."""
+    rows = [judged(y, fold) for fold in cut]
+
+    def held_out(fold: Fold, held: Codes) -> Array:
+        return fit(z[fold[0]], y[fold[0]], labels, strength, class_weight).logits(z[held])
+
+    with one_thread_each(), ThreadPoolExecutor(available_cpus()) as pool:
+        logits = list(pool.map(held_out, cut, rows))
+    where, values = np.concatenate(rows), np.concatenate(logits)
+    right = values.argmax(axis=1) == y[where]
+    return Trial(strength, where, values, float(right.mean()) if len(where) else 0.0)
+
+
+def search(
+    z: Rows,
+    y: Codes,
+    labels: tuple[str, ...],
+    cut: list[Fold],
+    class_weight: str,
+    on_done: Callable[[], None],
+) -> Iterator[Trial]:
+    """Yield a trial for each of `STRENGTHS`."""
+    for strength in STRENGTHS:
+        yield trial(z, y, labels, cut, strength, class_weight)
+        on_done()
+
+
+# --- calibration -------------------------------------------------------------------------------
+
+
+def temperature(logits: Array, y: Codes) -> float:
+    """Return the temperature with the least Brier score, between 0.05 and 20.
+
+    Guo et al. 2017 take the log loss. Where whole groups are held out, some are wrong throughout,
+    and the log loss then pays any price for those few: it made the calibration error worse, and
+    the Brier score, which is a proper score too, halved it (docs/log.md).
+
+    Parameters
+    ----------
+    logits
+        float64 [n, labels] of held-out photos, −∞ where a fit didn't know the label.
+    """
+    from scipy.optimize import minimize_scalar
+
+    if not len(y):
+        return 1.0
+
+    def brier(log_t: float) -> float:
+        probabilities = softmax(logits / np.exp(log_t))
+        own = probabilities[np.arange(len(y)), y]
+        return float(((probabilities**2).sum(axis=1) - 2 * own).mean())
+
+    found = minimize_scalar(brier, bounds=(np.log(0.05), np.log(20)), method="bounded")
+    return float(np.exp(found.x))
+
+
+def calibrated(classifier: Classifier, value: float) -> Classifier:
+    """Return the classifier with another temperature."""
+    return replace(classifier, temperature=value)
+
+
+def encode(names: list[str]) -> tuple[tuple[str, ...], Codes]:
+    """Return the labels, sorted, and each name's code.
+
+    Raises
+    ------
+    RequestError
+        If there are fewer than two labels.
+    """
+    labels, codes = np.unique(np.asarray(names, object).astype(str), return_inverse=True)
+    if len(labels) < 2:
+        only = f"only one ({labels[0]})" if len(labels) else "none"
+        raise RequestError(
+            f"a classifier needs photos of two labels, and Training has {only}: check --label, or "
+            "leave training out with pomona run --no-train"
+        )
+    return tuple(str(name) for name in labels), codes.astype(np.int64)

@@ -1,0 +1,110 @@
+"""Rows of the PCA tables in memory, all or a sample, and their groups."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from pomona.backbone.weights import mark
+from pomona.core.errors import RequestError
+from pomona.model.classifier import SEED, Codes
+from pomona.model.metrics import Flags
+from pomona.photos.source import folder_of
+from pomona.workspace.layout import Out
+
+MAX_ROWS = 1_000_000
+"""Of a PCA table in memory: 200 MB with 50 components."""
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Rows of a PCA table.
+
+    Attributes
+    ----------
+    paths, labels
+        Strings [n].
+    z
+        pca_features, float32 [n, k].
+    of
+        How many rows the table has.
+    """
+
+    paths: npt.NDArray[np.object_]
+    labels: npt.NDArray[np.object_]
+    z: npt.NDArray[np.float32]
+    of: int
+
+    def take(self, chosen: Any) -> Photos:
+        """Return some of the rows."""
+        return replace(self, paths=self.paths[chosen], labels=self.labels[chosen], z=self.z[chosen])
+
+
+_LABELS = ds.partitioning(pa.schema([("label", pa.string())]), flavor="hive")
+
+
+def read_photos(out: Out, table: str, max_rows: int) -> Photos:
+    """Read a PCA table, or, above ``max_rows``, a sample of it that is stratified by label.
+
+    Raises
+    ------
+    RequestError
+        If numbers in it aren't finite.
+    """
+    place = out.root / table
+    files = sorted(place.rglob("*.parquet")) if place.is_dir() else []
+    counts = [pq.ParquetFile(file).metadata.num_rows for file in files]
+    share = min(1.0, max_rows / max(1, sum(counts)))
+    rng = np.random.default_rng(SEED)
+    parts = [_read_some(file, place, share, rng) for file in files]
+    joined = pa.concat_tables(parts) if parts else pa.table({"path": [], "label": []})
+    z = _matrix(joined) if parts else np.zeros((0, 0), np.float32)
+    paths = joined["path"].to_numpy(zero_copy_only=False)
+    bad = ~np.isfinite(z).all(axis=1)
+    if bad.any():
+        raise RequestError(
+            f"{place} holds numbers that are not finite for {bad.sum()} photos (first: "
+            f"{paths[bad][0]}): run pomona reduce again"
+        )
+    return Photos(paths, joined["label"].to_numpy(zero_copy_only=False), z, sum(counts))
+
+
+def _read_some(file: Path, place: Path, share: float, rng: np.random.Generator) -> pa.Table:
+    columns = ["path", "label", "pca_features"]
+    rows = ds.dataset(str(file), partitioning=_LABELS, partition_base_dir=str(place)).to_table(
+        columns
+    )
+    if share == 1:
+        return rows
+    most = max(1, round(rows.num_rows * share))
+    return rows.take(pa.array(np.sort(rng.permutation(rows.num_rows)[:most])))
+
+
+def _matrix(rows: pa.Table) -> npt.NDArray[np.float32]:
+    column = rows["pca_features"].combine_chunks()
+    values: npt.NDArray[np.float32] = column.flatten().to_numpy()
+    return values.reshape(rows.num_rows, -1)
+
+
+def groups_of(photos: Photos) -> Codes:
+    """Return the code of each photo's group: the folder that holds it."""
+    folders = [folder_of(path) for path in photos.paths]
+    return np.unique(folders, return_inverse=True)[1].astype(np.int64)
+
+
+def new_to(photos: Photos, tuned_on: Collection[str]) -> Flags:
+    """Return which photos lie in no folder that the weights were tuned on, bool [n]."""
+    if not tuned_on:
+        return np.ones(len(photos.paths), bool)
+    seen = set(tuned_on)
+    folders = [folder_of(path) for path in photos.paths]
+    new = {folder: mark(folder) not in seen for folder in set(folders)}
+    return np.array([new[folder] for folder in folders], bool)

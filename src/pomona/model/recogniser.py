@@ -1,0 +1,132 @@
+"""From a photo to an answer: run a model and read its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pomona.backbone import extract
+from pomona.backbone.spec import BackboneSpec
+from pomona.core.errors import RequestError
+from pomona.model.artifact import Model
+from pomona.model.head import ANSWER
+
+# --- answers -----------------------------------------------------------------------------------
+
+ANSWERS = pa.schema(
+    [
+        ("label", pa.string()),  # null: unknown, or the photo can't be used
+        ("probability", pa.float32()),  # of the most probable label, also of an unknown photo
+        ("unknown", pa.bool_()),  # null where the photo can't be used
+        ("reason", pa.string()),  # why it is unknown, else null
+        ("score", pa.float32()),  # below the model's threshold: unknown
+        ("nearest", pa.list_(pa.string())),  # the most probable labels, best first
+        ("probabilities", pa.list_(pa.float32())),  # theirs
+        ("error", pa.string()),  # one of pomona.core.schema.ERRORS, or null
+    ]
+)
+"""What `predict` adds to each photo."""
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """A model as it crosses to workers: what to run and how to read the outcome."""
+
+    spec: BackboneSpec
+    labels: tuple[str, ...]
+    threshold: float
+    method: str
+    top: int = 3
+
+
+def make_recogniser(model: Model, top: int = 3, **options: Any) -> Recogniser:
+    """Make a recogniser; ``options`` are those of `Model.spec`."""
+    if top < 1:
+        raise RequestError(f"--top is at least 1, not {top}")
+    about = model.about["unknown"]
+    threshold, method = float(about["threshold"]), str(about["method"])
+    top = min(top, len(model.labels))
+    return Recogniser(model.spec(**options), model.labels, threshold, method, top)
+
+
+def with_threads(found: Recogniser, threads: int) -> Recogniser:
+    """Return the recogniser with another number of CPU threads."""
+    return replace(found, spec=replace(found.spec, threads=threads))
+
+
+def recognise(batches: Iterator[pa.RecordBatch], found: Recogniser) -> Iterator[pa.RecordBatch]:
+    """Answer for photos; calls `pomona.extract`. Runs on workers.
+
+    Parameters
+    ----------
+    batches
+        As `pomona.extract` takes them: with a column ``content``.
+
+    Yields
+    ------
+    pa.RecordBatch
+        One for each that came in: its columns less ``content``, then `ANSWERS`.
+    """
+    for batch in extract.extract(batches, found.spec):
+        yield _answers(batch, found)
+
+
+def _answers(batch: pa.RecordBatch, found: Recogniser) -> pa.RecordBatch:
+    kept = batch.drop_columns(["width", "height", *ANSWER, "error"])
+    rows = answers(batch, found)
+    columns = [pa.array([row[f.name] for row in rows], f.type) for f in ANSWERS]
+    return pa.RecordBatch.from_arrays(
+        [*kept.columns, *columns], schema=pa.schema([*kept.schema, *ANSWERS])
+    )
+
+
+def answers(batch: pa.RecordBatch, found: Recogniser) -> list[dict[str, Any]]:
+    """Return the answers, as `ANSWERS`, for a batch that `pomona.extract` gave with `ANSWER`."""
+    scores, errors = batch["score"].to_pylist(), batch["error"].to_pylist()
+    rows = [
+        answer(p, s, found) for p, s in zip(_vectors(batch["probabilities"]), scores, strict=True)
+    ]
+    for row, error in zip(rows, errors, strict=True):
+        row["error"] = error
+    return rows
+
+
+def _vectors(column: pa.Array) -> Iterator[npt.NDArray[np.float32] | None]:
+    for item in column:
+        yield item.values.to_numpy() if item.is_valid else None
+
+
+def answer(
+    probabilities: npt.NDArray[np.float32] | None, score: float | None, found: Recogniser
+) -> dict[str, Any]:
+    """Return one photo's answer, as `ANSWERS`; all null for a photo that can't be used."""
+    if probabilities is None or score is None:
+        return dict.fromkeys(ANSWERS.names)
+    order = np.argsort(-probabilities, kind="stable")[: found.top]
+    nearest = [found.labels[n] for n in order]
+    unknown = score < found.threshold
+    return {
+        "label": None if unknown else nearest[0],
+        "probability": float(probabilities[order[0]]),
+        "unknown": unknown,
+        "reason": why(found.method) if unknown else None,
+        "score": score,
+        "nearest": nearest,
+        "probabilities": [float(probabilities[n]) for n in order],
+        "error": None,
+    }
+
+
+def why(method: str) -> str:
+    """Return the reason for "unknown" that goes with a detector's method."""
+    return {
+        "max_probability": "no label is probable enough",
+        "energy": "no label gets enough evidence",
+        "distance": "too far from every kind of photo that the model was trained on",
+        "neighbours": "too far from the nearest photo that the model was trained on",
+    }[method]

@@ -1,0 +1,115 @@
+"""What is in a source."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from pomona.core.object_store import READ_AHEAD
+from pomona.core.schema import SPLITS
+from pomona.photos import decoding
+from pomona.photos.listing import Listing
+from pomona.photos.reading import reader
+from pomona.photos.source import Source, arrange, layout_hint
+
+OnDone = Callable[[int, int], None]
+
+
+def inspect(
+    source: Source, listing: Listing, label: str = "parent", on_done: OnDone | None = None
+) -> dict[str, Any]:
+    """Describe a source. Reads every photo once.
+
+    Returns
+    -------
+    dict
+        ``photos``, ``bytes``, ``splits``, ``labels`` (count), ``largest`` and ``smallest`` (up to
+        twenty [label, photos]), ``only_in`` (labels of one split), ``pixel_sizes`` (the ten most
+        frequent), ``unrecognised`` (photos whose header can't be read), ``duplicates`` (``within``
+        and ``between`` splits: photos that are a copy of another), ``not_photos`` (by suffix),
+        ``outside_splits``.
+    """
+    photos = arrange(listing.files, label, root=source.folder)
+    splits = {s: photos.filter(pc.equal(photos["split"], s)) for s in SPLITS}
+    counts = Counter(photos["label"].to_pylist())
+    ranked = sorted(counts.items(), key=lambda row: (-row[1], row[0]))
+    sizes, duplicates = _look(source, photos, on_done or (lambda done, total: None))
+    unknown = sizes.pop(None, 0)
+    labels = {name: set(table["label"].to_pylist()) for name, table in splits.items()}
+    return {
+        "source": source.name,
+        "photos": photos.num_rows,
+        "bytes": pc.sum(photos["size"]).as_py() or 0,
+        "splits": {name: table.num_rows for name, table in splits.items()},
+        "labels": len(counts),
+        "largest": ranked[:20],
+        "smallest": ranked[::-1][:20],
+        "only_in": {
+            name: sorted(labels[name] - labels[other])
+            for name, other in (SPLITS, SPLITS[::-1])
+            if splits["Test"].num_rows and splits["Training"].num_rows
+        },
+        "pixel_sizes": [[f"{w}×{h}", n] for (w, h), n in _most(sizes)],
+        "unrecognised": unknown,
+        "duplicates": duplicates,
+        "not_photos": dict(listing.others.most_common()),
+        "outside_splits": listing.files.num_rows - photos.num_rows,
+        "hint": layout_hint(listing.files),
+    }
+
+
+def _most(sizes: Counter[Any]) -> list[tuple[tuple[int, int], int]]:
+    return sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:10]
+
+
+def _look(source: Source, photos: pa.Table, on_done: OnDone) -> tuple[Counter[Any], dict[str, Any]]:
+    """Read photos with a few threads: pixel sizes, and digests of those that share their size."""
+    read = reader(source)
+    paths, splits = photos["path"].to_pylist(), photos["split"].to_pylist()
+    bytes_ = photos["size"].to_pylist()
+    shared = {size for size, n in Counter(bytes_).items() if n > 1 and size}
+
+    def one(number: int) -> tuple[tuple[int, int] | None, str | None]:
+        try:
+            content = read(paths[number])
+        except OSError:
+            return None, None
+        digest = hashlib.sha256(content).hexdigest() if bytes_[number] in shared else None
+        return _pixels(content), digest
+
+    sizes: Counter[Any] = Counter()
+    copies: dict[str, list[int]] = defaultdict(list)
+    with ThreadPoolExecutor(2 if source.kind == "local" else READ_AHEAD) as pool:
+        for number, (size, digest) in enumerate(pool.map(one, range(len(paths)))):
+            sizes[size] += 1
+            if digest:
+                copies[digest].append(number)
+            if number % 1000 == 999 or number + 1 == len(paths):
+                on_done(number + 1, len(paths))
+    return sizes, _duplicates([[(splits[n], paths[n]) for n in c] for c in copies.values()])
+
+
+def _pixels(content: bytes) -> tuple[int, int] | None:
+    try:
+        with Image.open(io.BytesIO(content), formats=decoding.FORMATS) as image:
+            return image.size
+    except Exception:  # noqa: BLE001 - Pillow's readers raise nearly any type on damaged headers
+        return None
+
+
+def _duplicates(groups: list[list[tuple[str, str]]]) -> dict[str, Any]:
+    """Count copies: a photo beside its first of the same bytes in a split, or across splits."""
+    groups = [group for group in groups if len(group) > 1]
+    within = sum(n - 1 for group in groups for n in Counter(split for split, _ in group).values())
+    across = [group for group in groups if len({split for split, _ in group}) > 1]
+    between = sum(sum(split == "Test" for split, _ in group) for group in across)
+    examples = [sorted(path for _, path in group) for group in (across or groups)[:5]]
+    return {"within": within, "between": between, "examples": examples}

@@ -1,0 +1,209 @@
+"""Where photos lie: list them, give them their meaning, read their bytes.
+
+A source is a local folder, ``file://``, an object store that Arrow speaks (``s3://``, ``gs://``),
+or a URI that only Hadoop knows (``hdfs://``, ``dbfs:``, ``abfss://``); `pomona.spark.binary_files`
+lists and reads the last kind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pomona.core.errors import RequestError, SourceError
+from pomona.core.schema import PHOTOS, SPLITS
+from pomona.core.uris import local_path, redacted
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_BYTES = 128 << 20
+"""A photo's file: eight of these still fit into one Arrow batch."""
+
+
+def folder_of(path: str) -> str:
+    """Return the folder that holds a photo, which is its group; itself where it is in none."""
+    return path.rpartition("/")[0] or path
+
+
+SCHEME = r"([a-zA-Z][a-zA-Z0-9+.-]+):"
+"""Of a URI; a single letter is a drive."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place that holds photos. Picklable: it crosses to the workers.
+
+    Attributes
+    ----------
+    uri
+        As the user gave it.
+    kind
+        ``local`` is read with file calls, ``object`` with ``pyarrow.fs``, ``hadoop`` by Spark.
+    root
+        The folder: an absolute local path, ``bucket/prefix``, or the URI itself.
+    """
+
+    uri: str
+    kind: Literal["local", "object", "hadoop"]
+    root: str
+    store: str = ""
+
+    @property
+    def folder(self) -> str:
+        """The last part of its name."""
+        return re.split(r"[/\\:]", self.root.rstrip("/\\"))[-1] or "photos"
+
+    @property
+    def name(self) -> str:
+        """What identifies the source: its URI without options (they may hold credentials)."""
+        scheme = urlsplit(self.uri).scheme
+        if self.kind == "object":
+            return f"{scheme}://{self.root}"
+        password = r"^([^:/]+://)[^/@]*:[^/@]*@"  # a name before @ alone may be a container's
+        return re.sub(password, r"\1", self.root) if self.kind == "hadoop" else self.root
+
+
+def open_source(uri: str | Path) -> Source:
+    """Tell what kind of source a path or URI is. Doesn't touch the network.
+
+    Raises
+    ------
+    SourceError
+        If it is a local path that doesn't exist or isn't a folder.
+    """
+    text = str(uri)
+    scheme = re.match(SCHEME, text)
+    if scheme is None or scheme[1].lower() == "file" or Path(text).is_dir():
+        return _open_local(text)
+    if scheme[1].lower() in ("s3", "gs", "gcs"):
+        # Keys may hold any character, so only a trailing ?option=value&… is taken as options.
+        options = re.search(r"\?((?:[a-z_]+=[^&?/]*(?:/[^&?]*)?&?)+)$", text)
+        location = text[: options.start()] if options else text
+        rest = location.split("://", 1)[-1].strip("/")
+        rest = re.sub(r"^[^/@]*@", "", rest)  # Arrow takes them from there; no table may hold them
+        if not rest:
+            raise SourceError(
+                f"{redacted(text)} names no bucket: write {scheme[1]}://BUCKET/FOLDER"
+            )
+        bucket = location.split("://", 1)[-1].strip("/").split("/", 1)[0]
+        if ":" in bucket and "@" not in bucket:
+            raise SourceError(f"{redacted(text)} has a / in its secret: write %2F there")
+        store = f"{scheme[1].lower()}://{bucket}" + (options[0] if options else "")
+        return Source(text, "object", rest, store)
+    return Source(text, "hadoop", text.rstrip("/"))
+
+
+def _open_local(text: str) -> Source:
+    path = local_path(text)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise SourceError(f"{text} {what}: a source is a folder of photos or its URI")
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError("the source's own name is not UTF-8: rename that folder") from error
+    return Source(text, "local", os.fspath(path))
+
+
+def is_photo(name: str) -> bool:
+    """Whether a file's name says that it is a photo (any case)."""
+    return name.lower().endswith(SUFFIXES)
+
+
+# --- meaning -----------------------------------------------------------------------------------
+
+
+def arrange(
+    files: pa.Table,
+    label: str = "parent",
+    test_fraction: float | None = None,
+    *,
+    root: str = "photos",
+) -> pa.Table:
+    """Give each photo its split, label and filename, and an order.
+
+    Parameters
+    ----------
+    files
+        As `pomona.core.schema.FILES`.
+    label
+        ``parent``: the folder that holds the photo. ``top``: the first folder under the split; for
+        a photo that lies in none, the folder that holds it.
+    test_fraction
+        Share of the photos (with ``top``: of the folders that hold them, since neighbouring photos
+        of one folder are near-copies) that goes to ``Test``, by a hash of the path, so that a
+        photo stays in its split when others come.
+    root
+        The source's own name: the label of photos that lie in no folder below it.
+
+    Returns
+    -------
+    pa.Table
+        As `pomona.core.schema.PHOTOS`, sorted by split and path. In a source that has a
+        ``Training`` or ``Test`` folder, photos that lie elsewhere are left out.
+
+    Raises
+    ------
+    RequestError
+        If ``label`` is another word; if ``test_fraction`` is given for a source that is split
+        already, or isn't between 0 and 1.
+    """
+    if label not in ("parent", "top"):
+        raise RequestError(f"--label is parent or top, not {label}")
+    paths = files["path"]
+    has_splits = bool(pc.any(pc.match_substring_regex(paths, r"^(Training|Test)/")).as_py())
+    if has_splits:
+        files = files.filter(pc.match_substring_regex(paths, r"^(Training|Test)/"))
+        paths = files["path"]
+        splits = pc.replace_substring_regex(paths, r"(?s)/.*$", "")
+        inner = pc.replace_substring_regex(paths, r"^[^/]*/", "")
+    else:
+        splits = pa.chunked_array([pa.repeat("Training", len(paths))])
+        inner = paths
+    filenames = pc.replace_substring_regex(paths, r"(?s)^.*/", "")
+    in_folder = pc.match_substring(inner, "/")
+    folders = pc.replace_substring_regex(inner, r"(?s)/[^/]*$", "")
+    labels = pc.replace_substring_regex(folders, r"(?s)/.*$" if label == "top" else r"(?s)^.*/", "")
+    labels = pc.if_else(in_folder, labels, splits if has_splits else pa.scalar(root))
+    if test_fraction is not None:
+        splits = _draw(folders if label == "top" else paths, test_fraction, has_splits)
+    table = pa.table(
+        [paths, splits, labels, filenames, files["size"], files["modified"]], schema=PHOTOS
+    )
+    return table.sort_by([("split", "ascending"), ("path", "ascending")])
+
+
+def _draw(keys: pa.ChunkedArray, fraction: float, has_splits: bool) -> pa.ChunkedArray:
+    if has_splits:
+        raise RequestError(
+            "--test-fraction is for a source without Training and Test folders, and this one has "
+            "them: leave the option out"
+        )
+    if not 0 < fraction < 1:
+        raise RequestError(f"--test-fraction is a share between 0 and 1, not {fraction:g}")
+    draws = (
+        int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+        for key in keys.to_pylist()
+    )
+    names = ["Test" if draw < fraction else "Training" for draw in draws]
+    return pa.chunked_array([pa.array(names, pa.string())])
+
+
+def layout_hint(files: pa.Table) -> str:
+    """Return a sentence when Training and Test lie one folder deeper, else nothing."""
+    heads = {
+        "/".join(path.split("/")[:2])
+        for path in files["path"].slice(0, 100_000).to_pylist()
+        if path.count("/") >= 2
+    }
+    inner = sorted({head.split("/")[0] for head in heads if head.split("/")[-1] in SPLITS})
+    if not inner or inner[0] in SPLITS:
+        return ""
+    return f"Training and Test folders lie in {inner[0]}/: is that the source you mean?"

@@ -1,0 +1,75 @@
+"""The stage ``extract`` for sources that only Hadoop reads: Spark reads the photos."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from pomona.backbone.extract import extract
+from pomona.backbone.spec import BackboneSpec
+from pomona.core.schema import ddl
+from pomona.photos import reading
+from pomona.spark.binary_files import BINARY_FILE, HadoopPhotos, binary_files
+from pomona.spark.resources import slots
+from pomona.spark.tasks import ANSWERS, Answer, Poll, answer, at_task, collect, partition
+from pomona.workspace.feature_table import PartFile, write_part
+
+PARTITION_BYTES = 128 << 20
+
+
+def run_hadoop(
+    spark: Any,
+    photos: HadoopPhotos,
+    per_task: int,
+    spec: BackboneSpec,
+    part: PartFile,
+    poll: Poll | None = None,
+) -> list[Answer]:
+    """Extract photos of a source that only Hadoop reads; partitions hold about ``per_task``.
+
+    Spark counts a file as at least ``openCostInBytes``, 4 MiB by default, which puts 32 small
+    photos into a partition; here it is what puts ``per_task`` there. A run that goes on after a
+    kill reads again the bytes of photos that are done, and doesn't compute them again.
+    """
+    settings = {
+        "spark.sql.files.maxPartitionBytes": str(PARTITION_BYTES),
+        "spark.sql.files.openCostInBytes": str(PARTITION_BYTES // max(1, per_task)),
+        "spark.sql.files.minPartitionNum": str(min(slots(spark), photos.photos.num_rows)),
+        # Contents travel in the batches: few rows, so that a worker stays small.
+        "spark.sql.execution.arrow.maxRecordsPerBatch": str(spec.batch_size),
+    }
+    on_worker = functools.partial(_hadoop_on_worker, photos, spec, part)
+    with _conf(spark, settings):
+        frame = binary_files(spark, photos.root).select(*BINARY_FILE.names)
+        return collect(frame.mapInArrow(on_worker, ddl(ANSWERS)), poll)
+
+
+def _hadoop_on_worker(
+    photos: HadoopPhotos, spec: BackboneSpec, part: PartFile, batches: Iterator[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    rows = extract(photos(batches), at_task(spec))
+    yield answer(write_part(part, partition(), rows)._asdict())
+
+
+def add_missing(missing: pa.Table, spec: BackboneSpec, part: PartFile, task: int) -> None:
+    """Write a part for photos that ``binaryFile`` gave no row: empty, or unreadable."""
+    for photos in missing.combine_chunks().to_batches():
+        contents = [None if size else b"" for size in photos["size"].to_pylist()]
+        write_part(part, task, extract(iter([reading.with_content(photos, contents)]), spec))
+
+
+@contextlib.contextmanager
+def _conf(spark: Any, settings: dict[str, str]) -> Iterator[None]:
+    """Change settings of a session that may be the user's, and put them back."""
+    before = {key: spark.conf.get(key, None) for key in settings}
+    for key, value in settings.items():
+        spark.conf.set(key, value)
+    try:
+        yield
+    finally:
+        for key, old in before.items():
+            spark.conf.unset(key) if old is None else spark.conf.set(key, old)

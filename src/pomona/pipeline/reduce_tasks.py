@@ -1,0 +1,250 @@
+"""From the table of features to the PCA tables: moments in one pass, then projected rows.
+
+Both passes are tasks that read row groups from ``OUT/features`` and write into ``OUT/_work``; the
+caller says who runs them (``run_tasks``), so that nothing here knows Spark.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pcsv
+import pyarrow.parquet as pq
+
+from pomona.backbone.extract import features_of
+from pomona.core.files import aside, read_json, sha256, tree_digest
+from pomona.core.parquet import even_bounds, gather, read_chunk, write_chunks
+from pomona.core.schema import PCA_TABLE, without
+from pomona.model import projection
+from pomona.model.projection import Moments, Projection
+from pomona.workspace import feature_table, layout
+from pomona.workspace.compaction import cut_by_split
+from pomona.workspace.layout import Move, Out
+
+RunTasks = Callable[..., list[dict[str, Any]]]
+"""``run_tasks(task, count)``: the answers of ``task(0) … task(count - 1)``."""
+
+FOLDERS = {"Training": "training_pca", "Test": "test_pca"}
+
+GROUPS_PER_TASK = 4
+"""20 MB of features: a second of work for the moments."""
+MOST_MOMENTS = 64
+"""Partial moments are 13 MB each; above so many, tasks grow."""
+
+ROWS_PER_TASK = 100_000
+VALUES_PER_TASK = 32_000_000
+"""128 MB of pca_features: what one task holds, and a file's size."""
+
+Group = tuple[str, int]
+"""(file relative to OUT, row group)."""
+
+
+def row_groups(out: Out) -> list[list[Group]]:
+    """Cut the Training photos' row groups into tasks.
+
+    The cut is the same wherever it runs, so that sums are taken in the same order.
+    """
+    files = sorted(read_json(out.table_file)["files"])
+    groups = [
+        (f"features/{name}", number)
+        for name in files
+        if name.startswith("split=Training/")
+        for number in range(pq.ParquetFile(out.features / name).num_row_groups)
+    ]
+    most = max(GROUPS_PER_TASK, -(-len(groups) // MOST_MOMENTS))
+    return [groups[a:b] for a, b in itertools.pairwise(even_bounds(len(groups), most))]
+
+
+@dataclass(frozen=True)
+class MomentsTask:
+    """Write the moments of some row groups. Picklable; called on workers."""
+
+    root: str
+    groups: tuple[tuple[Group, ...], ...]
+    to: str
+    power: float
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Write ``to/NUMBER.npz``."""
+        found = projection.merge(self._group(*group) for group in self.groups[number])
+        with aside(Path(self.to, f"{number}.npz")) as part, part.open("wb") as file:
+            np.savez(file, count=found.count, mean=found.mean, scatter=found.scatter)
+        return {}
+
+    def _group(self, name: str, group: int) -> Moments:
+        file = pq.ParquetFile(Path(self.root, name))
+        column = file.read_row_group(group, ["features"], use_threads=False)["features"]
+        return Moments.of(projection.raised(features_of(column.drop_null()), self.power))
+
+
+def moments(
+    out: Out,
+    groups: list[list[Group]],
+    power: float,
+    run_tasks: RunTasks,
+    on_done: Callable[[int], None],
+) -> Moments:
+    """Return the moments of the Training photos. The driver holds two of them at a time."""
+    folder = out.work / f"moments-{feature_table.new_run()}"
+    folder.mkdir(parents=True)
+    task = MomentsTask(str(out.root), tuple(tuple(group) for group in groups), str(folder), power)
+    run_tasks(task, len(groups), lambda: on_done(len(list(folder.glob("[0-9]*.npz")))))
+    found = projection.merge(_load(folder / f"{number}.npz") for number in range(len(groups)))
+    shutil.rmtree(folder)
+    return found
+
+
+def _load(path: Path) -> Moments:
+    with np.load(path, allow_pickle=False) as part:
+        return Moments(int(part["count"]), part["mean"], part["scatter"])
+
+
+# --- projected rows ----------------------------------------------------------------------------
+
+
+def partition(label: str) -> str:
+    """Name a label's folder as Spark and Hive do; pandas, pyarrow and DuckDB read it back.
+
+    >>> partition("Apple 10"), partition("50% = half"), partition("Pêche")
+    ('label=Apple 10', 'label=50%25 %3D half', 'label=Pêche')
+    """
+    return "label=" + "".join(
+        f"%{ord(c):02X}" if c in "\"#%'*/:=?\\{[]^\x7f" or ord(c) < 0x20 else c for c in label
+    )
+
+
+@dataclass(frozen=True)
+class ProjectTask:
+    """Write the PCA rows of one chunk: Parquet by label, and CSV. Picklable; called on workers."""
+
+    chunks: str
+    root: str
+    files: tuple[str, ...]
+    projection: Projection
+    staged: str
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Return ``files``: the sha256 of each file written, by name."""
+        plan = read_chunk(self.chunks, number)
+        parts = [
+            self.projection.transform(features_of(rows["features"]))
+            for _, rows in gather(plan, self.root, self.files, ["features"])
+        ]
+        values = np.concatenate(parts)
+        name = FOLDERS[plan["split"][0].as_py()]
+        written = [
+            *_write_labels(plan, values, Path(self.staged, name), number),
+            _write_csv(plan, values, Path(self.staged, f"{name}_csv"), number),
+        ]
+        staged = Path(self.staged)
+        return {
+            "files": {p.relative_to(staged).as_posix(): sha256(p) for p in written},
+            "rows": {name: plan.num_rows},
+        }
+
+
+def _write_labels(
+    plan: pa.RecordBatch, values: npt.NDArray[np.float32], folder: Path, number: int
+) -> Iterator[Path]:
+    count, k = values.shape
+    offsets = pa.array(np.arange(0, count * k + 1, k, dtype=np.int32))
+    lists = pa.ListArray.from_arrays(offsets, pa.array(values.ravel()))
+    table = pa.table([plan["path"], plan["label"], plan["filename"], lists], schema=PCA_TABLE)
+    labels = plan["label"].to_pylist()
+    cuts = [0, *(n for n in range(1, count) if labels[n] != labels[n - 1]), count]
+    for start, stop in itertools.pairwise(cuts):
+        path = folder / partition(labels[start]) / f"part-{number:05d}.parquet"
+        rows = table.slice(start, stop - start).select(without(PCA_TABLE, "label").names)
+        with aside(path) as part:
+            pq.write_table(rows, part, compression="zstd", use_dictionary=False)
+        yield path
+
+
+def _write_csv(
+    plan: pa.RecordBatch, values: npt.NDArray[np.float32], folder: Path, number: int
+) -> Path:
+    path = folder / f"part-{number:05d}.csv"
+    columns = {"label": plan["label"], "filename": plan["filename"]}
+    columns |= {f"f_{n}": pa.array(np.ascontiguousarray(v)) for n, v in enumerate(values.T)}
+    with aside(path) as part:
+        pcsv.write_csv(pa.table(columns), part)
+    return path
+
+
+def write(
+    out: Out, found: Projection, made_from: dict[str, Any], run_tasks: RunTasks
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Write the PCA tables and the projection, whole or not at all.
+
+    Returns
+    -------
+    (dict, dict)
+        Digests by output, and rows by table.
+    """
+    # A name of its own: a task that outlives a killed driver can't reach this run's files.
+    staged = out.work / f"reduce-{feature_table.new_run()}"
+    plan, files, bounds = _plan(out, found.k)
+    chunks = out.work / "project.arrow"
+    write_chunks(chunks, plan, bounds)
+    task = ProjectTask(str(chunks), str(out.root), files, found, str(staged))
+    answers = run_tasks(task, len(bounds) - 1)
+    projection.save_projection(found, staged / "projection", made_from)
+    names = [f"{name}{kind}" for name in FOLDERS.values() for kind in ("", "_csv")]
+    moves: list[Move] = []
+    for name in (*names, "projection"):
+        there = (staged / name).exists()
+        moves.append((f"_work/{staged.name}/{name}" if there else None, name))
+    # Of another projection:
+    moves += [(None, f"report/{n}") for n in ("pca_variance.png", "metrics.json", "report.html")]
+    layout.commit(out, moves)
+    shutil.rmtree(out.work, ignore_errors=True)
+    return _digests(out, answers, names), _count(answers)
+
+
+def _plan(out: Out, k: int) -> tuple[pa.Table, tuple[str, ...], list[int]]:
+    """Rows with features by split and label, cut so that a task holds rows of one split."""
+    index = feature_table.index(out, out.work / "none")
+    rows = index.rows.filter(pc.is_null(index.rows["error"]))
+    rows = rows.sort_by([(name, "ascending") for name in ("split", "label", "path")])
+    rows = rows.select(["path", "split", "label", "filename", "file", "row"])
+    most = max(1, min(ROWS_PER_TASK, VALUES_PER_TASK // k))
+    ends = [end for _, cuts in cut_by_split(rows, most) for end in cuts]
+    return rows, tuple(index.files), [0, *ends]
+
+
+def _count(answers: list[dict[str, Any]]) -> dict[str, int]:
+    rows = dict.fromkeys(FOLDERS.values(), 0)
+    for answer in answers:
+        for name, count in answer["rows"].items():
+            rows[name] += count
+    return rows
+
+
+def _digests(out: Out, answers: list[dict[str, Any]], names: list[str]) -> dict[str, str]:
+    files = {name: sha for answer in answers for name, sha in answer["files"].items()}
+    digests = {
+        name: tree_digest({k: v for k, v in files.items() if k.startswith(f"{name}/")})
+        for name in names
+    }
+    tensors = out.projection / "projection.safetensors"
+    return {**digests, "projection.safetensors": sha256(tensors)}
+
+
+def is_whole(out: Out, record: dict[str, Any]) -> bool:
+    """Tell whether the outputs that a record names are there, and are those and no later ones."""
+    about = read_json(out.projection / "projection.json")
+    if about.get("made_from") != record["made_from"]:
+        return False
+    digests: dict[str, str] = record["digests"]
+    empty = tree_digest({})
+    folders = [name for name, digest in digests.items() if digest != empty and "." not in name]
+    return all((out.root / name).is_dir() for name in (*folders, "projection"))

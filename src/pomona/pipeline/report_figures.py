@@ -1,0 +1,197 @@
+"""Pictures: curves by matplotlib, thumbnails by Pillow. Needs the extra ``report``."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile
+
+from pomona.core.errors import MissingError, SourceError
+from pomona.model.projection import Projection, count_for
+from pomona.photos import decoding
+from pomona.photos.reading import reader
+from pomona.photos.source import open_source
+
+GREEN, RED, BLUE = "#5b8c3a", "#b03a2e", "#1f4e79"
+
+
+def check_matplotlib() -> None:
+    """Raise MissingError, with the remedy, if there is nothing to draw with."""
+    for name in ("matplotlib", "jinja2", "sklearn"):
+        if find_spec(name) is None:
+            raise MissingError(
+                f"pictures and the report need {name}: pip install 'pomona[report]', or add "
+                "--no-plots"
+            )
+
+
+# --- curves ------------------------------------------------------------------------------------
+
+
+def plot_variance(projection: Projection, path: Path) -> None:
+    """Draw the variance of each component and of the first so many, with lines at 95 % and 99 %."""
+    figure = variance(projection)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def variance(projection: Projection) -> Any:
+    """Return the figure of `plot_variance`."""
+    from matplotlib.figure import Figure
+
+    ratio = projection.explained_variance_ratio
+    kept = np.cumsum(ratio)
+    k = projection.k
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    each, together = figure.subplots(1, 2)
+    shown = min(len(ratio), max(k, 10))
+    each.bar(np.arange(1, shown + 1), 100 * ratio[:shown], color=GREEN)
+    each.set(xlabel="component", ylabel="% of variance", title=f"Each of the first {shown}")
+    together.plot(np.arange(1, len(kept) + 1), 100 * kept, color=RED, lw=2)
+    for share, below in ((0.95, -11), (0.99, 3)):
+        needs = count_for(ratio, share)
+        together.axhline(100 * share, color="grey", lw=0.8, ls="--")
+        note = f"{share:.0%}: {needs} components"
+        together.annotate(
+            note,
+            (len(kept), 100 * share),
+            (0, below),
+            textcoords="offset points",
+            ha="right",
+            size=9,
+        )
+    together.plot(k, 100 * projection.kept, "o", color=BLUE)
+    together.annotate(
+        f"{k} components: {projection.kept:.1%}",
+        (k, 100 * projection.kept),
+        (10, -14),
+        textcoords="offset points",
+        color=BLUE,
+    )
+    together.set(xlabel="components", ylabel="% of variance", ylim=(0, 106), title="Cumulative")
+    for axes in (each, together):
+        axes.spines[["top", "right"]].set_visible(False)
+    kind = "standardised" if projection.scaled else "unscaled"
+    figure.suptitle(f"Variance kept by PCA ({kind} features, {projection.count:,} Training photos)")
+    return figure
+
+
+def reliability(parts: dict[str, dict[str, Any]]) -> Any:
+    """Return the reliability diagrams of metrics.json's parts, before and after the temperature."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(parts), 4.6), layout="constrained")
+    for axes, (name, part) in zip(
+        np.atleast_1d(figure.subplots(1, len(parts))), parts.items(), strict=True
+    ):
+        axes.plot([0, 1], [0, 1], color="grey", lw=0.8, ls="--")
+        for key, words, colour in (
+            ("reliability_before", "before", "grey"),
+            ("reliability", "after the temperature", GREEN),
+        ):
+            rows = part[key]
+            x, y = [[row[n] for row in rows] for n in ("confidence", "accuracy")]
+            size = 200 * np.sqrt(np.array([r["photos"] for r in rows]) / part["photos"])
+            axes.plot(x, y, color=colour, lw=1, zorder=1)
+            axes.scatter(x, y, s=size, color=colour, alpha=0.8, label=words, zorder=2)
+        axes.set(
+            xlabel="highest probability",
+            ylabel="share that was right",
+            title=name,
+            xlim=(0, 1.02),
+            ylim=(0, 1.05),
+        )
+        axes.legend(frameon=False, loc="lower right", markerscale=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def svg(figure: Any) -> str:
+    """Return a figure as an SVG element, the same each time."""
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "pomona", "svg.fonttype": "path"}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+# --- thumbnails --------------------------------------------------------------------------------
+
+Pixels = npt.NDArray[np.uint8]
+PATIENCE = 15.0
+"""Seconds that photos which don't come may cost in all: an object store out of reach takes six for
+each."""
+Look = Callable[[str, int], "Pixels | None"]
+"""``look(path, size)``: a photo's pixels [size, size, 3], or None where it can't be shown."""
+
+
+def looker(source: str) -> Look:
+    """Return a function that reads photos of a source for the page; the source may be gone."""
+    try:
+        place = open_source(source)
+        read = reader(place)
+    except SourceError:
+        return lambda path, size: None
+    if place.kind == "hadoop":
+        return lambda path, size: None
+
+    waited = 0.0
+
+    def look(path: str, size: int) -> Pixels | None:
+        nonlocal waited
+        if waited > PATIENCE:
+            return None
+        start = time.monotonic()
+        try:
+            content = read(path)
+        except (OSError, SourceError):
+            waited += time.monotonic() - start
+            return None
+        found = decoding.decode(content, size).pixels
+        return found if found is not None else _what_is_there(content, size)
+
+    return look
+
+
+def _what_is_there(content: bytes, size: int) -> Pixels | None:
+    """Return as much of a damaged photo as can be decoded."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+    try:
+        with Image.open(io.BytesIO(content), formats=decoding.FORMATS) as image:
+            if image.size[0] * image.size[1] > decoding.MAX_DECODED:
+                return None
+            return np.asarray(image.convert("RGB").resize((size, size)))
+    except Exception:  # noqa: BLE001 - Pillow's readers raise nearly any type on damaged bytes
+        return None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def data_uri(pixels: Pixels | None, quality: int = 80) -> str | None:
+    """Return pixels as a JPEG in a ``data:`` URI."""
+    if pixels is None:
+        return None
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def sprite(thumbnails: Sequence[Pixels | None], count: int, size: int, columns: int) -> str | None:
+    """Return one picture of many thumbnails, row by row; grey where one is missing."""
+    rows = -(-count // columns)
+    sheet = np.full((rows * size, columns * size, 3), 200, np.uint8)
+    for n, pixels in enumerate(thumbnails):
+        if pixels is not None:
+            y, x = size * (n // columns), size * (n % columns)
+            sheet[y : y + size, x : x + size] = pixels
+    return data_uri(sheet, 65) if count else None

@@ -1,0 +1,107 @@
+"""Names of photos as text may hold them: as they are, or as JSON, HTML, CSV and URIs do."""
+
+from __future__ import annotations
+
+import html
+import json
+import mmap
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from pomona.photos.source import SUFFIXES
+
+GONE = "(forgotten)"
+"""What stands in the place of a name."""
+MANY = 200
+"""A report of a megabyte takes seconds to search for so many."""
+
+_HOW = re.IGNORECASE | re.DOTALL
+ANY_PHOTO = rf".*(?:{'|'.join(re.escape(suffix) for suffix in SUFFIXES)}).*"
+A_PHOTO = re.compile(b"|".join(re.escape(s.encode()) for s in SUFFIXES), re.IGNORECASE)
+"""Finds the name of any photo in bytes."""
+
+
+class Names:
+    """Find and replace some names in text.
+
+    Above `MANY` names it is enough that a text names any photo at all: an alternation of so many
+    is slow, and copies may lose more than they must, never less.
+
+    Parameters
+    ----------
+    paths
+        Of the photos.
+    others
+        File names that no other photo has, and other words that go.
+    """
+
+    def __init__(self, paths: Iterable[str], others: Iterable[str] = ()) -> None:
+        self.paths = frozenset(paths)
+        names = [*self.paths, *others]
+        if len(names) > MANY:
+            self._text, self._bytes = re.compile(ANY_PHOTO, _HOW), A_PHOTO
+            return
+        written = {form for name in names if name for form in forms(name)}
+        pattern = "|".join(_pattern(form) for form in sorted(written, key=len, reverse=True))
+        self._text = re.compile(pattern or r"(?!)")
+        self._bytes = re.compile(pattern.encode("utf-8", "surrogateescape") or rb"(?!)")
+
+    def are_in(self, content: bytes) -> bool:
+        """Tell whether bytes hold one of the names."""
+        return self._bytes.search(content) is not None
+
+    def are_in_file(self, path: Path) -> bool:
+        """Tell whether a file holds one of the names, without taking it into memory."""
+        if not path.stat().st_size:
+            return False
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            return self._bytes.search(content) is not None
+
+    def replaced(self, text: str) -> str:
+        """Return the text with `GONE` in the place of each name."""
+        return self._text.sub(GONE, text)
+
+    def pruned(self, value: Any) -> Any:
+        """Return a JSON value without the items of lists that hold a name."""
+        if isinstance(value, dict):
+            return {self.replaced(key): self.pruned(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.pruned(item) for item in value if not self._in_item(item)]
+        return self.replaced(value) if isinstance(value, str) else value
+
+    def _in_item(self, item: Any) -> bool:
+        if isinstance(item, dict):
+            return any(isinstance(v, str) and self._text.search(v) for v in item.values())
+        return isinstance(item, str) and self._text.search(item) is not None
+
+
+def _pattern(form: str) -> str:
+    # 1.jpg isn't 21.jpg. Other neighbours are allowed: better a word too many than a name left.
+    return (r"(?<![0-9])" if form[0].isdigit() else "") + re.escape(form)
+
+
+def forms(name: str) -> set[str]:
+    r"""Return the ways to write a name.
+
+    >>> sorted(forms("a&b.jpg"))
+    ['a%26b.jpg', 'a&amp;b.jpg', 'a&b.jpg', 'a\\u0026b.jpg']
+    """
+    ascii_json = json.dumps(name)[1:-1]
+    in_script = "".join(f"\\u{ord(c):04x}" if c in "<>&'" else c for c in ascii_json)
+    return {
+        name,
+        ascii_json,
+        in_script,
+        json.dumps(name, ensure_ascii=False)[1:-1],
+        html.escape(name),
+        html.escape(name).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
+        quote(name),
+        name.replace('"', '""'),
+        repr(name)[1:-1],
+    }

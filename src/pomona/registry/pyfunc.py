@@ -1,0 +1,147 @@
+"""A registered model as MLflow runs it: ``mlflow models serve``, ``mlflow.pyfunc.load_model``.
+
+`save` writes it. MLflow then calls `_load_pyfunc` with the model's folder: nothing is unpickled,
+and running it needs few of Pomona's dependencies.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+import pomona
+from pomona.model import artifact
+from pomona.model.artifact import Model
+from pomona.model.recogniser import ANSWERS, make_recogniser, recognise
+
+COLUMN = "image"
+"""Of the input: a photo's file as bytes, or the same as base64 text."""
+TOP = 3
+NOT_A_FILE = b"\0"
+"""In the place of what isn't base64: no image, so its row says ``not_an_image``."""
+
+NEEDS = ("mlflow", "numpy", "onnxruntime", "onnxruntime-gpu", "pandas", "pillow", "pyarrow")
+"""What serving imports, where it is installed. Pomona itself travels in the version, as code."""
+
+_TYPES = {
+    pa.string(): "string",
+    pa.bool_(): "boolean",
+    pa.float32(): "float",
+}
+
+# --- running it --------------------------------------------------------------------------------
+
+
+def _load_pyfunc(path: str) -> Served:
+    """Read and check the model. MLflow asks for a function of this name."""
+    return Served(artifact.load_model(Path(path)))
+
+
+class Served:
+    """A model behind MLflow's interface."""
+
+    def __init__(self, found: Model) -> None:
+        self.model = found
+
+    def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
+        """Answer for photos; calls `pomona.model.recogniser.recognise`.
+
+        Parameters
+        ----------
+        data
+            A DataFrame with the column ``image``, or a list of dicts with that key.
+        params
+            ``top``: how many labels to give for each photo.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row for each photo, in the same order, with the columns of `ANSWERS`; the cells are
+            Python's, so that a missing one becomes JSON's null.
+        """
+        import pandas
+
+        top = int((params or {}).get("top", TOP))
+        images = [row[COLUMN] for row in data] if isinstance(data, list) else list(data[COLUMN])
+        found = make_recogniser(self.model, top)
+        batches = _batches(images, found.spec.batch_size)
+        rows = [row for batch in recognise(batches, found) for row in batch.to_pylist()]
+        return pandas.DataFrame(rows, columns=ANSWERS.names, dtype=object)
+
+
+def _batches(images: list[Any], size: int) -> Iterator[pa.RecordBatch]:
+    for start in range(0, len(images), size):
+        contents = [content(image) for image in images[start : start + size]]
+        yield pa.record_batch({"content": pa.array(contents, pa.binary())})
+
+
+def content(image: Any) -> bytes | None:
+    """Return a photo's file; None (its row says ``unreadable``) where the cell is empty."""
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if image is None or isinstance(image, float):  # pandas' missing value is NaN
+        return None
+    try:
+        return base64.b64decode("".join(str(image).split()), validate=True)
+    except (binascii.Error, ValueError):
+        return NOT_A_FILE
+
+
+# --- writing it --------------------------------------------------------------------------------
+
+
+def save(place: Path, found: Model, run: str, logged: Any) -> None:
+    """Write MLflow's form of the model: no pickle, and no example, since a photo is somebody's."""
+    import mlflow.pyfunc
+    from mlflow.models import Model as Description
+
+    description = Description(
+        artifact_path=logged.artifact_location,
+        run_id=run,
+        model_uuid=logged.model_id,
+        model_id=logged.model_id,
+    )
+    mlflow.pyfunc.save_model(
+        str(place),
+        mlflow_model=description,
+        loader_module=__name__,
+        data_path=str(found.folder),
+        # The code that made it: it is in no package index, and answers stay the same.
+        code_paths=[str(Path(pomona.__file__).parent)],
+        pip_requirements=_requirements(),
+        signature=_signature(),
+    )
+
+
+def _requirements() -> list[str]:
+    found = []
+    for name in NEEDS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name}=={metadata.version(name)}")
+    return found
+
+
+def _signature() -> Any:
+    """Return what goes in and out. ``image`` is declared as text; bytes pass as well."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array
+
+    def kind(found: pa.DataType) -> Any:
+        if pa.types.is_list(found):
+            return Array(kind(found.value_type))
+        return DataType[_TYPES[found]]
+
+    columns = [ColSpec(kind(field.type), field.name, required=False) for field in ANSWERS]
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, COLUMN)]),
+        outputs=Schema(columns),
+        params=ParamSchema([ParamSpec("top", DataType.long, TOP)]),
+    )

@@ -1,0 +1,4 @@
+"""The HTTP service.
+
+It answers by a finished model and keeps nothing; no stage runs here.
+"""

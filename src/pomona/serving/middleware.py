@@ -1,0 +1,146 @@
+"""The gate before every route: the key, metrics, the access log, headers. ASGI middleware."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import time
+from collections.abc import Callable, Collection
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pomona.serving.problem_details import Problem
+from pomona.serving.prometheus import Metrics
+
+log = logging.getLogger("pomona.serving.app")
+access = logging.getLogger("pomona.access")
+
+PROBLEM = "pomona.problem"
+"""In a request's scope: the code of what went wrong."""
+
+GONE = 499
+"""As nginx logs a client that has gone; nobody hears it."""
+
+METHODS = {"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"}
+
+SAFE = {
+    b"x-content-type-options": b"nosniff",
+    b"cache-control": b"no-store",
+    b"referrer-policy": b"no-referrer",
+}
+"""Headers of answers that don't set them themselves."""
+
+
+class Gate:
+    """Lets requests through, or refuses them for want of a key.
+
+    Parameters
+    ----------
+    keys
+        Who has one of them may ask; none: everybody.
+    routes
+        The paths that metrics and log name; others are ``page`` or ``other``.
+    open_routes
+        Those that need no key.
+    locked
+        Requests that need one even where nothing else does: (method, path).
+    page
+        Tells of a path that is a file of the page whether it needs a key; None: it is none.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        keys: Collection[str],
+        routes: Collection[str],
+        open_routes: Collection[str],
+        locked: Collection[tuple[str, str]],
+        page: Callable[[str], bool | None],
+    ) -> None:
+        self.app, self.metrics = app, metrics
+        self.keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self.routes, self.open_routes, self.locked = routes, open_routes, locked
+        self.page = page
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or refuse it for want of a key."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = message["headers"]
+                present = {name for name, _ in headers}
+                headers.extend(pair for pair in SAFE.items() if pair[0] not in present)
+            await send(message)
+
+        async def refuse(problem: Problem) -> None:
+            scope[PROBLEM] = problem.code
+            if not status:
+                await problem.response()(scope, receive, sending)
+
+        try:
+            if self._needs_key(scope) and not self._has_key(scope):
+                await refuse(_unauthorized(bool(self.keys)))
+            else:
+                await self.app(scope, receive, sending)
+        except ClientDisconnect:
+            status = status or GONE
+        except asyncio.CancelledError:  # uvicorn has waited long enough for the end
+            headers = {"Connection": "close", "Retry-After": "1"}
+            await refuse(Problem(503, "stopping", "The server stops.", headers))
+        except Exception:
+            log.exception("a bug")
+            detail = "Something went wrong in the server; its log says what."
+            await refuse(Problem(500, "internal_error", detail))
+        finally:
+            self._record(scope, status, time.perf_counter() - start)
+
+    def _needs_key(self, scope: Scope) -> bool:
+        path = scope["path"]
+        if (scope["method"], path) in self.locked:
+            return True
+        if not self.keys or path in self.open_routes:
+            return False
+        return self.page(path) is not False
+
+    def _has_key(self, scope: Scope) -> bool:
+        given = b""
+        for name, value in scope["headers"]:
+            if name == b"x-api-key":
+                given = value
+            elif name == b"authorization" and value[:7].lower() == b"bearer ":
+                given = value[7:].strip()
+        digest = hashlib.sha256(given).digest()
+        # All are compared, so that the time doesn't tell which was nearly right.
+        return any([hmac.compare_digest(digest, key) for key in self.keys])  # noqa: C419
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        path = scope["path"]
+        known = path if path in self.routes else None
+        route = known or ("other" if self.page(path) is None else "page")
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self.metrics.request(route, method, status, seconds)
+        if code := scope.get(PROBLEM):
+            self.metrics.rejected(code)
+        # Neither address nor query nor agent: nothing that tells who asked, or what for.
+        access.info("%s %s %d %.1f ms", method, route, status, 1e3 * seconds)
+
+
+def _unauthorized(there_are_keys: bool) -> Problem:
+    if not there_are_keys:
+        return Problem(
+            403,
+            "forbidden",
+            "This needs a key, and the service was started without any: set POMONA_API_KEYS.",
+        )
+    detail = "Send a key: Authorization: Bearer KEY."
+    return Problem(401, "unauthorized", detail, {"WWW-Authenticate": "Bearer"})

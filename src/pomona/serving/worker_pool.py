@@ -1,0 +1,265 @@
+"""Photos that wait for a model: a bounded queue, and one thread for each core.
+
+The service puts photos in and gets futures; the threads call `pomona.extract` with batches of one
+(on a GPU: with all that wait). ONNX Runtime and Pillow let go of the interpreter's lock while they
+work, so that threads fill the cores.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+
+from pomona.backbone import extract
+from pomona.backbone.mobilenet import OUTPUT
+from pomona.backbone.spec import BackboneSpec
+from pomona.core.cpus import available_cpus
+from pomona.model.artifact import Model
+from pomona.model.recogniser import Recogniser, answers, make_recogniser
+from pomona.photos import synthetic
+from pomona.photos.decoding import MAX_DECODED
+from pomona.photos.isolation import Guard
+from pomona.photos.synthetic_shapes import LABELS
+
+Kind = Literal["predict", "features"]
+Row = dict[str, Any]
+
+MOST_TOP = 20
+"""Labels that an answer names at most."""
+
+
+PER_WORKER = 16
+"""Photos that may wait for each thread: the last one waits for 16 times a photo's time."""
+
+
+STALLED = 10.0
+"""Seconds after which a thread that should end isn't waited for."""
+
+
+class FullError(Exception):
+    """No place is free: the request comes again later."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that answers.
+
+    Attributes
+    ----------
+    model
+        Its folder, as read.
+    recogniser
+        How the network is run, and how its outcome becomes an answer.
+    features
+        What `pomona.extract` takes, for features. The two share one session.
+    """
+
+    model: Model
+    recogniser: Recogniser
+    features: BackboneSpec
+
+    def run(self, kind: Kind, contents: Sequence[bytes]) -> list[Row]:
+        """Answer for photos' bytes: one row each.
+
+        As `pomona.model.recogniser.ANSWERS`, or with ``features``, ``width`` and ``height``
+        (pixels, as the file says) and ``error``.
+        """
+        column = pa.array(contents, pa.binary())
+        batch = iter([pa.RecordBatch.from_arrays([column], names=["content"])])
+        if kind == "predict":
+            found = next(extract.extract(batch, self.recogniser.spec))
+            return answers(found, self.recogniser)
+        return list(next(extract.extract(batch, self.features)).to_pylist())
+
+
+def load(
+    found: Model,
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    guard: Guard = "",
+    pixels: int = MAX_DECODED,
+) -> Loaded:
+    """Build a model's session and send a photo through it.
+
+    Parameters
+    ----------
+    threads
+        CPU threads that decode for one GPU; on a CPU the threads are the pool's.
+    guard
+        ``child``: decode in a child process (`pomona.photos.isolation`).
+    pixels
+        Pixels that may be decoded.
+
+    Raises
+    ------
+    RuntimeError
+        If the photo gets no answer.
+    """
+    recogniser = make_recogniser(found, MOST_TOP, device=device)
+    many = threads if recogniser.spec.device == "cuda" else 1
+    spec = replace(recogniser.spec, threads=many, guard=guard, pixels=pixels)
+    loaded = Loaded(found, replace(recogniser, spec=spec), replace(spec, outputs=(OUTPUT,)))
+    for kind in get_args(Kind):
+        check(loaded.run(kind, [sample()])[0])
+    return loaded
+
+
+def check(row: Row) -> None:
+    """Raise RuntimeError if the row of `sample` is no answer."""
+    if row["error"] is not None:
+        raise RuntimeError(f"a photo that is whole was refused: {row['error']}")
+
+
+@functools.cache
+def sample() -> bytes:
+    """Return a photo to try a model with: a rendered fruit, JPEG."""
+    file = io.BytesIO()
+    synthetic.render(LABELS[0], 30).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+@dataclass
+class _Job:
+    kind: Kind
+    content: bytes
+    future: Future[tuple[Row, Loaded]]
+
+
+class Pool:
+    """Threads that answer, and the queue before them.
+
+    Parameters
+    ----------
+    loaded
+        The model to begin with.
+    workers
+        Threads; by default one for each core that the process may use, on a GPU one.
+    limit
+        Photos that may wait; beyond, `submit` raises `FullError` at once. By default `PER_WORKER`
+        for each thread.
+    """
+
+    def __init__(
+        self, loaded: Loaded, workers: int | None = None, limit: int | None = None
+    ) -> None:
+        spec = loaded.recogniser.spec
+        on_gpu = spec.device == "cuda"
+        self.workers = workers or (1 if on_gpu else available_cpus())
+        self.limit = limit or PER_WORKER * self.workers
+        self.at_once = spec.batch_size if on_gpu else 1
+        self._loaded = loaded
+        self._jobs: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"pomona-{n}", daemon=True)
+            for n in range(self.workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model that answers now."""
+        return self._loaded
+
+    @property
+    def waiting(self) -> int:
+        """Photos that wait."""
+        return len(self._jobs)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no place is free."""
+        return len(self._jobs) >= self.limit
+
+    def swap(self, loaded: Loaded) -> None:
+        """Let another model answer. Photos that are in work keep the one that they have."""
+        self._loaded = loaded
+
+    def submit(
+        self, kind: Kind, contents: Sequence[bytes], *, first: bool = False
+    ) -> list[Future[tuple[Row, Loaded]]]:
+        """Queue photos, all or none. A future that is cancelled before its turn costs nothing.
+
+        Parameters
+        ----------
+        first
+            Before all others and beyond the limit, for a check.
+
+        Raises
+        ------
+        FullError
+            If there aren't places for all.
+        RuntimeError
+            After `stop`.
+        """
+        jobs = [_Job(kind, content, Future()) for content in contents]
+        with self._changed:
+            if self._stopped:
+                raise RuntimeError("the pool was stopped")
+            if first:
+                self._jobs.extendleft(reversed(jobs))
+            else:
+                if len(self._jobs) + len(jobs) > self.limit:
+                    raise FullError
+                self._jobs.extend(jobs)
+            self._changed.notify(len(jobs))
+        return [job.future for job in jobs]
+
+    def drop_cancelled(self) -> None:
+        """Let go of photos whose futures were cancelled: their places and their bytes."""
+        with self._changed:
+            self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
+
+    def stop(self) -> None:
+        """Take no more photos, answer those that wait, and end the threads.
+
+        A thread that stalls is left behind: it ends with the process.
+        """
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        end = time.monotonic() + STALLED
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    # --- in the threads ---
+
+    def _work(self) -> None:
+        while jobs := self._take():
+            loaded = self._loaded
+            try:
+                rows = loaded.run(jobs[0].kind, [job.content for job in jobs])
+                pairs = list(zip(jobs, rows, strict=True))
+            except Exception as error:  # noqa: BLE001 - it is the request's that asked, and the thread goes on
+                for job in jobs:
+                    job.future.set_exception(error)
+                continue
+            for job, row in pairs:
+                job.future.set_result((row, loaded))
+
+    def _take(self) -> list[_Job]:
+        """Wait for photos; return one, on a GPU all of one kind that wait; none: it is over."""
+        with self._changed:
+            while True:
+                jobs: list[_Job] = []
+                while self._jobs and len(jobs) < self.at_once:
+                    if jobs and self._jobs[0].kind != jobs[0].kind:
+                        break
+                    job = self._jobs.popleft()
+                    if job.future.set_running_or_notify_cancel():
+                        jobs.append(job)
+                if jobs or self._stopped:
+                    return jobs
+                self._changed.wait()

@@ -1,0 +1,320 @@
+"""OUT on an object store: worked on in a folder of the driver, and kept up to date there.
+
+A driver may be lost with its disk. So OUT is pulled before the work, the parts of a run go up as
+they come, and everything goes up after each stage. Executors see nothing of this.
+
+One writer at a time: ``_lock.json`` says who, and is written anew every few seconds. Object stores
+that Arrow speaks to have no conditional write here, so that two who start within the same second
+are told apart by looking again (`SETTLE`), and a writer that was silent for `SILENT` seconds may
+find that another has taken over; it then stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pomona.core.errors import BusyError, PomonaError, RequestError, first_line
+from pomona.core.files import cache_folder, read_json
+from pomona.core.progress import OnTick, Tick, quiet
+from pomona.core.uris import is_store, local_path
+from pomona.photos.source import open_source
+from pomona.workspace import layout, sync
+from pomona.workspace.layout import Out
+from pomona.workspace.lease import LAST_SECONDS, Holder, every, held, is_held
+from pomona.workspace.remote_folder import Place, open_place, refusing
+from pomona.workspace.sync import Mirror
+
+log = logging.getLogger("pomona")
+
+PUSH_EVERY = 5.0
+"""Seconds between looks for new parts: what a lost driver loses, with the tasks under way."""
+
+
+# --- push and pull -----------------------------------------------------------------------------
+
+
+def push(
+    out: str | Path, place: str, on_tick: OnTick = quiet, *, replace: bool = False
+) -> dict[str, Any]:
+    """Copy a finished OUT to an object store or another folder. Killed, it goes on.
+
+    Raises
+    ------
+    RequestError
+        And its kinds: OUT isn't finished, somebody is at work on either side, or the place holds
+        what another OUT pushed (``replace`` takes its place).
+    """
+    folder = layout.open_out(out, must_exist=True)
+    to = open_place(place)
+    _refuse_nesting(folder, to)
+    if not read_json(folder.table_file).get("files"):
+        raise RequestError(f"there are no results in {out}: pomona extract SOURCE --out {out}")
+    started = time.monotonic()
+    with layout.lock(folder), held(to, on_tick):
+        if (folder.work / "plan.json").exists():
+            raise RequestError(
+                f"extract isn't finished in {out}: run the same pomona extract again, it goes on"
+            )
+        both = Mirror(folder, to)
+        if not (both.is_known or replace):
+            raise RequestError(
+                f"{to} holds what another OUT pushed, or another machine since: choose another "
+                "place, pull it first, or add --replace"
+            )
+        record = both.push(on_tick=on_tick)
+    return {**record, "seconds": round(time.monotonic() - started, 2)}
+
+
+def pull(place: str, out: str | Path, on_tick: OnTick = quiet) -> dict[str, Any]:
+    """Copy an OUT from where it was pushed to, and check every file. Killed, it goes on.
+
+    Raises
+    ------
+    RequestError
+        And its kinds: there is nothing, somebody is at work on either side, or OUT has results
+        that the place doesn't know.
+    """
+    source = open_place(place)
+    if is_held_or_unreadable(source):
+        raise BusyError(f"another pomona run is at work on {source}: pull when it has ended")
+    existed = local_path(str(out)).exists()
+    folder = layout.open_out(out)
+    _refuse_nesting(folder, source)
+    started = time.monotonic()
+    with contextlib.nullcontext() if existed else _tidy(folder), layout.lock(folder):
+        both = Mirror(folder, source)
+        _refuse_nothing(both)
+        if not both.pulling and (changed := both.changed_here()):
+            raise RequestError(
+                f"{out} has {changed[0]}, which {source} doesn't know: push it there first, or "
+                "pull into a new folder"
+            )
+        record = both.pull(everything=False, on_tick=on_tick)
+    return {**record, "seconds": round(time.monotonic() - started, 2)}
+
+
+def is_held_or_unreadable(place: Place) -> bool:
+    """Return `is_held`; a store that doesn't answer is one line."""
+    with refusing(place, "read"):
+        return is_held(place)
+
+
+def _refuse_nothing(both: Mirror) -> None:
+    if not ({"manifest.json", "features/_table.json"} & (both.record.keys() | both.sizes.keys())):
+        raise RequestError(
+            f"{both.place} holds nothing of Pomona's: pomona extract SOURCE --out {both.place}, or "
+            "pomona push, puts it there"
+        )
+
+
+def _refuse_nesting(out: Out, place: Place) -> None:
+    there = Path(place.root)
+    if not place.store and (there.is_relative_to(out.root) or out.root.is_relative_to(there)):
+        raise RequestError(f"{place} and {out.root} lie in one another: choose another place")
+
+
+# --- OUT on an object store --------------------------------------------------------------------
+
+
+@dataclass
+class Home:
+    """Where a command works.
+
+    Attributes
+    ----------
+    folder
+        On this machine.
+    name
+        What people know it by.
+    after
+        To be called with a stage's name when it has ended: pushes, where OUT is elsewhere.
+    running
+        Whether somebody else is at work on it now.
+    holder
+        Of the place's lock, where OUT is elsewhere.
+    """
+
+    folder: str
+    name: str
+    after: Callable[[str], None] = field(default=lambda _: None)
+    running: bool = False
+    holder: Holder | None = None
+
+    def ticks(self, on_tick: OnTick) -> OnTick:
+        """Return ``on_tick`` for a stage; it raises BusyError once another has taken over."""
+
+        def tick(done: Tick) -> None:
+            if self.holder and self.holder.lost:
+                raise self.holder.lost
+            on_tick(done)
+
+        return tick
+
+    def shown(self, path: str | Path) -> str:
+        """Return a path of this machine as people know it."""
+        return str(path).replace(self.folder, self.name)
+
+
+@contextlib.contextmanager
+def opened(
+    out: str, on_tick: OnTick = quiet, *, source: str | None = None, look_only: bool = False
+) -> Iterator[Home]:
+    """Give a folder to work on in OUT's stead, and keep the object store up to date.
+
+    Parameters
+    ----------
+    out
+        A folder, which is given back as it is, or an object store's URI.
+    source
+        Where photos are read from: OUT must not lie there. Without it there must be an OUT.
+    look_only
+        Take no lock and push nothing.
+
+    Raises
+    ------
+    BusyError
+        If another is at work on it.
+    RequestError
+        And its kinds: it can't be reached, or there is none.
+    """
+    if not is_store(out):
+        yield Home(out, out)
+        return
+    place = open_place(out)
+    if source is not None:
+        _refuse_photos(place, source)
+    folder = copy_of(place)
+    try:
+        with (
+            _looking(place, folder, on_tick)
+            if look_only
+            else _writing(place, folder, on_tick, must_exist=source is None) as home
+        ):
+            yield home
+    except PomonaError as error:  # who named a URI doesn't know the folder
+        text = str(error).replace(str(folder), place.name)
+        raise type(error)(text) from error
+
+
+def copy_of(place: Place) -> Path:
+    """Return the folder of this machine where a place's OUT is worked on."""
+    digest = hashlib.sha256(place.name.encode()).hexdigest()[:16]
+    return (cache_folder() / "out" / digest).resolve()
+
+
+def _refuse_photos(place: Place, source: str) -> None:
+    from urllib.parse import urlsplit
+
+    if not is_store(source):
+        return
+    photos = open_source(source)
+    a, b = (urlsplit(name)._replace(scheme="").geturl() + "/" for name in (place.name, photos.name))
+    if a.startswith(b) or b.startswith(a):
+        raise RequestError(f"--out {place} and the source lie in one another: choose another place")
+
+
+@contextlib.contextmanager
+def _looking(place: Place, folder: Path, on_tick: OnTick) -> Iterator[Home]:
+    folder.mkdir(parents=True, exist_ok=True)
+    out = layout.open_out(folder)
+    with _tidy(out):
+        running = is_held_or_unreadable(place)
+        if not layout.is_locked(out):  # else it is the folder of a run on this machine
+            with layout.lock(out):
+                both = Mirror(out, place)
+                if both.is_behind:
+                    both.pull(everything=True, on_tick=on_tick)
+                if not out.table_file.exists():
+                    _refuse_nothing(both)
+        yield Home(str(folder), place.name, running=running)
+
+
+@contextlib.contextmanager
+def _writing(place: Place, folder: Path, on_tick: OnTick, *, must_exist: bool) -> Iterator[Home]:
+    folder.mkdir(parents=True, exist_ok=True)
+    out = layout.open_out(folder)
+    with _tidy(out), held(place, on_tick) as holder:
+        with layout.lock(out):
+            both = Mirror(out, place)
+            if both.is_behind:
+                both.pull(everything=True, on_tick=on_tick)
+            if must_exist and not out.table_file.exists():
+                _refuse_nothing(both)
+
+        def push(_: str = "", seconds: float | None = None) -> None:
+            with refusing(place, "written"):
+                holder.check()
+            with layout.lock(out):  # a change that a stage had begun is finished first
+                if out.table_file.exists():
+                    both.push(work=True, on_tick=on_tick, seconds=seconds)
+
+        def parts() -> None:
+            holder.check()
+            both.push_parts()
+
+        try:
+            with every(PUSH_EVERY, parts, "parts"):
+                yield Home(str(folder), place.name, push, holder=holder)
+        except BaseException:
+            _push_at_last(place, push)
+            raise
+        push()
+
+
+@contextlib.contextmanager
+def _tidy(out: Out) -> Iterator[None]:
+    """Leave no folder where nothing came of it."""
+    try:
+        yield
+    finally:
+        # A run that is listing its source has nothing to show yet, but it holds the folder.
+        with contextlib.suppress(RequestError), layout.lock(out):
+            if not sync.scan(out, work=True).keys() - {out.log.name}:
+                shutil.rmtree(out.root, ignore_errors=True)
+
+
+def _push_at_last(place: Place, push: Callable[..., None]) -> None:
+    """Push what a failed or interrupted run has done; the reason it ended is what counts."""
+    try:
+        push(seconds=LAST_SECONDS)
+    except PomonaError as error:
+        log.warning("not all of it is at %s: %s", place, first_line(error))
+
+
+# --- a model -----------------------------------------------------------------------------------
+
+MODEL_FILES = ("model.json", "model.onnx", "classifier.safetensors")
+
+
+def fetch_model(uri: str) -> Path:
+    """Copy a model's folder from an object store into the cache, and return where it is.
+
+    The model itself checks its files when it is loaded.
+
+    Raises
+    ------
+    RequestError
+        If there is none.
+    """
+    place = open_place(uri)
+    with refusing(place, "read"):
+        try:
+            about = place.read_bytes(MODEL_FILES[0])
+        except FileNotFoundError:
+            raise RequestError(
+                f"there is no model in {place}: it is the folder model of a pushed OUT"
+            ) from None
+        digest = hashlib.sha256(place.name.encode() + b"\0" + about).hexdigest()[:16]
+        folder = cache_folder() / "models" / digest
+        for name in MODEL_FILES:
+            if not (folder / name).exists():
+                place.download(name, folder / name)
+    return folder

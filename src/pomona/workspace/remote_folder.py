@@ -1,0 +1,190 @@
+"""Where copies of OUT lie: folders on an object store, or plain ones. Read, write, list, remove."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pomona.core.errors import RequestError, first_line
+from pomona.core.files import aside
+from pomona.core.object_store import connect, patiently
+from pomona.core.uris import is_store, local_path, refuse_uri
+from pomona.photos.source import open_source
+
+log = logging.getLogger("pomona")
+
+SMALL = 16 << 20
+"""Bytes that are held in memory: one request writes them."""
+
+CHUNK = 8 << 20
+
+Entry = dict[str, Any]
+"""``size`` and ``sha256`` of a file."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder on an object store, or a plain one.
+
+    Attributes
+    ----------
+    name
+        Its URI without options, or its path.
+    root
+        ``bucket/prefix``, or the absolute path.
+    store
+        The store's URI with options; empty for a plain folder.
+    """
+
+    name: str
+    root: str
+    store: str = ""
+
+    @property
+    def _files(self) -> Any:
+        from pyarrow.fs import LocalFileSystem
+
+        return connect(self.store, writes=True) if self.store else LocalFileSystem()
+
+    def __str__(self) -> str:
+        return self.name
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size of each file by its name."""
+        from pyarrow.fs import FileSelector, FileType
+
+        selector = FileSelector(self.root, recursive=True, allow_not_found=True)
+        found = patiently(lambda: self._files.get_file_info(selector))
+        start = len(self.root) + 1
+        return {info.path[start:]: info.size for info in found if info.type == FileType.File}
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return JSON; an empty dict where there is no such file, or it is damaged."""
+        try:
+            return dict(json.loads(self.read_bytes(name)))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError):
+            log.warning("%s of %s is damaged", name, self)
+            return {}
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return a file's bytes; it raises OSError."""
+
+        def read() -> bytes:
+            with self._files.open_input_file(f"{self.root}/{name}") as file:
+                return bytes(file.read())
+
+        return patiently(read)
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a small file whole."""
+
+        def write() -> None:
+            if not self.store:
+                with aside(Path(self.root, name)) as part:
+                    part.write_bytes(content)
+                return
+            with self._files.open_output_stream(f"{self.root}/{name}") as file:
+                file.write(content)
+
+        patiently(write)
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write JSON whole."""
+        self.write_bytes(name, json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+
+    def upload(self, path: Path, name: str) -> Entry:
+        """Copy a file there. Returns size and sha256 of what was sent."""
+        if path.stat().st_size <= SMALL:
+            content = path.read_bytes()
+            self.write_bytes(name, content)
+            return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+        def send() -> Entry:
+            with path.open("rb") as source, self._writing(name) as file:
+                return _copy(source, file)
+
+        return patiently(send)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[Any]:
+        if not self.store:
+            with aside(Path(self.root, name)) as part, part.open("wb") as file:
+                yield file
+            return
+        with self._files.open_output_stream(f"{self.root}/{name}") as file:
+            yield file
+
+    def download(self, name: str, path: Path) -> Entry:
+        """Copy a file from there. Returns size and sha256 of what came."""
+
+        def fetch() -> Entry:
+            with (
+                aside(path) as part,
+                part.open("wb") as file,
+                self._files.open_input_stream(f"{self.root}/{name}") as source,
+            ):
+                return _copy(source, file)
+
+        return patiently(fetch)
+
+    def delete(self, name: str) -> None:
+        """Remove a file; one that is gone already is no matter."""
+        with contextlib.suppress(FileNotFoundError):
+            patiently(lambda: self._files.delete_file(f"{self.root}/{name}"))
+        if not self.store:
+            drop_empty(Path(self.root), name)
+
+
+def drop_empty(root: Path, name: str) -> None:
+    """Remove the folders of a file that is gone: their names may be what had to go."""
+    for folder in (root / name).parents:
+        if folder == root:
+            return
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:  # it isn't empty
+            return
+
+
+def _copy(source: Any, target: Any) -> Entry:
+    sha, size = hashlib.sha256(), 0
+    while chunk := source.read(CHUNK):
+        target.write(chunk)
+        sha.update(chunk)
+        size += len(chunk)
+    return {"size": size, "sha256": sha.hexdigest()}
+
+
+def open_place(text: str) -> Place:
+    """Return the place that a URI or a folder's name means. Doesn't touch the network.
+
+    Raises
+    ------
+    RequestError
+        If it is neither an object store that Arrow speaks nor a folder.
+    """
+    if not is_store(text):
+        refuse_uri(text, "a place for OUT")
+        path = local_path(text)
+        return Place(str(path), str(path))
+    found = open_source(text)
+    return Place(found.name, found.root, found.store)
+
+
+@contextlib.contextmanager
+def refusing(place: Place, what: str) -> Iterator[None]:
+    """Turn an object store's last word into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{place} can't be {what}: {first_line(error)}") from error

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pyarrow as pa
+import pytest
+
+from pomona.backbone import extract, weights
+from pomona.backbone.spec import make_spec
+from pomona.core.errors import MismatchError, RequestError
+from pomona.model import artifact, classifier, projection, unknown
+from pomona.model.head import OUTPUTS, Head, make_head, to_onnx
+from pomona.model.recogniser import ANSWERS, make_recogniser, recognise
+from pomona.photos import decoding
+from tests.conftest import photo
+
+pytest.importorskip("sklearn")
+
+SIZE = 32
+ABOUT = {
+    "weights": {"name": "random:0", "digest": "-", "trained": False},
+    "preprocessing": {"image_size": SIZE},
+    "unknown": {"keep": 0.95},
+}
+
+
+@pytest.fixture(scope="module")
+def features() -> Any:
+    spec = make_spec(weights.load_weights("random:0"), image_size=SIZE, device="cpu")
+    contents = [photo(1000 * (n % 3) + n) for n in range(36)]
+    batch = pa.record_batch({"content": pa.array(contents, pa.binary())})
+    rows = next(extract.extract(iter([batch]), spec))
+    return np.array(rows["features"].to_pylist(), np.float32)
+
+
+def small_head(features: Any, method: str = "distance", power: float = 0.5) -> Head:
+    moments = projection.Moments.of(projection.raised(features, power))
+    found = projection.fit(moments, 6, power=power)
+    z, y = found.transform(features), np.arange(len(features)) % 3
+    fitted = classifier.fit(z, y, ("a", "b", "ünknown"), 0.1)
+    detector = replace(unknown.make(method, z, y), threshold=-50.0)
+    return make_head(found, classifier.calibrated(fitted, 1.7), detector)
+
+
+@pytest.fixture
+def folder(features: Any, tmp_path: Path) -> Path:
+    spec = make_spec(weights.load_weights("random:0"), image_size=SIZE, device="cpu")
+    artifact.save_model(tmp_path / "model", spec.payload, small_head(features), ABOUT)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("method", unknown.METHODS)
+def test_the_file_and_numpy_agree(features: Any, method: str, power: float) -> None:
+    """model.onnx alone against the head in float64, for every detector."""
+    spec = make_spec(weights.load_weights("random:0"), image_size=SIZE, device="cpu")
+    top = small_head(features, method, power)
+    session = ort.InferenceSession(to_onnx(spec.payload, top), providers=["CPUExecutionProvider"])
+    decoded = [decoding.decode(photo(1000 * (n % 3) + n), SIZE).pixels for n in range(36)]
+    found = session.run(list(OUTPUTS), {"image": np.stack([d for d in decoded if d is not None])})
+    wanted = top.apply(features)
+    assert [f.shape for f in found] == [(36, 3), (36,), (36, 6), (36, 1280)]
+    assert {f.dtype for f in found} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(found[0], wanted["probabilities"], atol=1e-4)
+    assert (found[0].argmax(axis=1) == wanted["probabilities"].argmax(axis=1)).all()
+    np.testing.assert_allclose(found[1], wanted["score"], rtol=1e-3, atol=2e-2)
+    np.testing.assert_allclose(found[2], wanted["pca_features"], rtol=1e-3, atol=1e-3)
+
+
+def test_the_folder_comes_back(folder: Path, features: Any) -> None:
+    found = artifact.load_model(folder)
+    assert found.labels == ("a", "b", "ünknown")
+    again, made = found.head(), small_head(features)
+    for name, value in made.apply(features).items():
+        np.testing.assert_array_equal(again.apply(features)[name], value)
+    session = ort.InferenceSession(found.content, providers=["CPUExecutionProvider"])
+    (put,) = session.get_inputs()
+    assert (put.name, put.type, put.shape) == ("image", "tensor(uint8)", ["n", SIZE, SIZE, 3])
+    assert tuple(output.name for output in session.get_outputs()) == OUTPUTS
+    assert {path.name for path in folder.iterdir()} == {"model.json", *artifact.FILES}
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [*artifact.FILES, "model.json"])
+def test_a_changed_byte_is_found(folder: Path, name: str) -> None:
+    size = (folder / name).stat().st_size
+    for place in (0, size // 3, size // 2, size - 2):
+        shutil.copytree(folder, folder.parent / "copy", dirs_exist_ok=True)
+        flip(folder.parent / "copy" / name, place)
+        with pytest.raises(MismatchError, match=r"changed|damaged|format") as told:
+            artifact.load_model(folder.parent / "copy")
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", artifact.FILES)
+def test_a_missing_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(MismatchError, match=f"{name} is missing"):
+        artifact.load_model(folder)
+
+
+def test_no_model_and_a_newer_one(folder: Path) -> None:
+    with pytest.raises(RequestError, match="there is no model in"):
+        artifact.load_model(folder / "nowhere")
+    about = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**about, "format": 99}))
+    with pytest.raises(MismatchError, match="has format 99, and this Pomona reads up to 1"):
+        artifact.load_model(folder)
+    (folder / "model.json").write_text("[1, 2]")
+    with pytest.raises(MismatchError, match="damaged"):
+        artifact.load_model(folder)
+
+
+def test_answers(folder: Path) -> None:
+    found = make_recogniser(artifact.load_model(folder), top=2)
+    contents = [photo(0), None, b"", b"no photo", photo(5)[:300]]
+    batch = pa.record_batch(
+        {"path": pa.array(list("abcde")), "content": pa.array(contents, pa.binary())}
+    )
+    (rows,) = recognise(iter([batch]), pickle.loads(pickle.dumps(found)))
+    assert rows.schema.names == ["path", *ANSWERS.names]
+    first, *bad = rows.to_pylist()
+    assert first["label"] == first["nearest"][0]
+    assert len(first["nearest"]) == len(first["probabilities"]) == 2
+    assert first["probability"] == first["probabilities"][0]
+    codes = ["unreadable", "empty", "not_an_image", "truncated"]
+    assert [row["error"] for row in bad] == codes
+    assert all(row["label"] is row["unknown"] is row["nearest"] is None for row in bad)
+
+
+def test_unknown_has_a_reason_and_the_nearest_labels(folder: Path) -> None:
+    found = replace(make_recogniser(artifact.load_model(folder)), threshold=1e9)
+    batch = pa.record_batch({"content": pa.array([photo(0)], pa.binary())})
+    (row,) = next(recognise(iter([batch]), found)).to_pylist()
+    assert row["unknown"] is True
+    assert row["label"] is None
+    assert row["reason"] == "too far from every kind of photo that the model was trained on"
+    assert len(row["nearest"]) == 3
+
+
+def test_batches_of_any_size_and_only_bad_photos(folder: Path) -> None:
+    found = make_recogniser(artifact.load_model(folder))
+    assert list(recognise(iter([]), found)) == []
+    for count in (0, 1, found.spec.batch_size, found.spec.batch_size + 1):
+        batch = pa.record_batch(
+            {"content": pa.array([photo(n) for n in range(count)], pa.binary())}
+        )
+        (rows,) = recognise(iter([batch]), found)
+        assert rows.num_rows == count
+        assert rows["score"].null_count == 0
+    batch = pa.record_batch({"content": pa.array([b"", None], pa.binary())})
+    (rows,) = recognise(iter([batch]), found)
+    assert rows["error"].to_pylist() == ["empty", "unreadable"]

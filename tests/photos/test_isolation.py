@@ -1,0 +1,156 @@
+"""The child process that decodes, and what is sent to executors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from pomona.photos import isolation
+from pomona.photos.decoding import decode
+from pomona.spark import executors
+from tests.conftest import photo
+
+
+@pytest.fixture(autouse=True)
+def _no_child_left() -> Iterator[None]:
+    def end() -> None:
+        if hasattr(isolation._own, "child"):
+            isolation._own.child.end()
+            del isolation._own.child
+
+    end()
+    yield
+    end()
+
+
+def test_a_child_decodes_as_the_parent_does() -> None:
+    for content in (photo(3), photo(4, (640, 480)), photo(5, kind="PNG"), b"no photo", b"", None):
+        here, there = decode(content, 32), isolation.decode_apart(content, 32)
+        assert (there.width, there.height, there.error) == (here.width, here.height, here.error)
+        if here.pixels is None:
+            assert there.pixels is None
+        else:
+            assert there.pixels is not None
+            assert np.array_equal(here.pixels, there.pixels)
+
+
+def worse(pipe: Connection) -> None:
+    """A child whose decoder crashes on one photo and stalls on another."""
+    pipe.send(isolation.READY)
+    while True:
+        content, size, most = pipe.recv()
+        if content == b"crash":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if content == b"hang":
+            time.sleep(1000)
+        pipe.send(tuple(decode(content, size, most)))
+
+
+def test_one_photo_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "_serve", worse)
+    monkeypatch.setenv("POMONA_DECODE_SECONDS", "2")
+    good = photo(3)
+    found = [isolation.decode_apart(c, 32).error for c in (good, b"crash", good, b"hang", good)]
+    assert found == [None, "crashed", None, "crashed", None]
+
+
+def test_a_child_that_died_of_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = photo(3)
+    assert isolation.decode_apart(good, 32).error is None
+    isolation._child().process.kill()
+    isolation._child().process.join()
+    assert isolation.decode_apart(good, 32).error is None, "the photo is not to blame"
+
+
+def test_a_child_that_stalls_outlives_no_parent() -> None:
+    """The parent is killed while the child decodes: nobody else would end it."""
+    script = (
+        "import os, signal, sys, threading, time\n"
+        "from pomona.photos import isolation\n"
+        "from tests.photos import test_isolation as test_guard\n"
+        "if __name__ == '__main__':\n"
+        "    isolation._serve = test_guard.stalls\n"
+        "    print(isolation._child().process.pid, flush=True)\n"
+        "    isolation._child().pipe.send((b'x', 32, 10**6))\n"
+        "    time.sleep(0.5)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root = str(Path(__file__).parents[2])
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ
+        | {"POMONA_DECODE_SECONDS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        cwd=root,
+    )
+    child = int(told.stdout)
+    end = time.monotonic() + 30
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def stalls(pipe: Connection) -> None:
+    vars(isolation)["decode"] = lambda content, size: time.sleep(1000)
+    isolation._serve(pipe)
+
+
+def dies(pipe: Connection) -> None:
+    pipe.close()
+
+
+def test_a_child_that_doesnt_start_is_no_fault_of_the_photo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(isolation, "_serve", dies)
+    with pytest.raises(RuntimeError, match="doesn't start"):
+        isolation.decode_apart(photo(3), 32)
+
+
+def test_the_watch_ends_a_process_that_stalls() -> None:
+    script = (
+        "import time\nfrom pomona.photos.isolation import watched\nwith watched(): time.sleep(30)"
+    )
+    start = time.monotonic()
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"POMONA_DECODE_SECONDS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 1
+    assert "Timeout" in told.stderr
+    assert time.monotonic() - start < 25
+
+
+def test_the_archive_is_the_package(tmp_path: Path) -> None:
+    package = Path(executors.__file__).parent
+    archive = executors.pack(package, tmp_path)
+    (tmp_path / "again").mkdir()
+    assert executors.pack(package, tmp_path / "again").name == archive.name
+    with zipfile.ZipFile(archive) as packed:
+        assert "pomona/engine.py" in packed.namelist()
+    script = "import pomona.spark.tasks; print(pomona.spark.tasks.__file__)"
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(archive)},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert told.stdout.startswith(str(archive))

@@ -1,0 +1,434 @@
+"""A Spark cluster of real processes: the same table as on one machine, whatever happens to it.
+
+Master and workers are started from the pip package. Executors have the dependencies without
+Pomona, and a working folder, home and cache of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from tests.cluster import FAST, Cluster, cluster, hiding
+from tests.conftest import fill, photo
+
+OPTIONS = ["--weights", "fruits", "--image-size", "64", "--device", "cpu", "--json"]
+PHOTOS = 3 * 2 * 100
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's processes")
+
+
+SECONDS = 600
+"""A machine under load is no failure."""
+
+_started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    """A driver that is left holds the cluster's cores: the next test would wait for them."""
+    yield
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fill(tmp_path_factory.mktemp("photos") / "source", each=100)
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What an undisturbed run on one machine leaves."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return {**done(start(source, out, "local[2]")), "out": out}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("cluster")) as found:
+        for name in ("first", "second"):
+            found.start_worker(name)
+        yield found
+
+
+def start(
+    source: Path | str,
+    out: Path,
+    where: Cluster | str,
+    command: str = "extract",
+    more: tuple[str, ...] = (),
+    before: tuple[str, ...] = (),
+) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "pomona", command, str(source), "--out", str(out), *OPTIONS]
+    environment = dict(os.environ)
+    if isinstance(where, Cluster):
+        environment["PYSPARK_PYTHON"] = str(where.python)
+        for key, value in FAST.items():
+            words += ["--spark-conf", f"{key}={value}"]
+        words += ["--spark-conf", f"spark.driver.host={where.host}", "--master", where.url]
+    else:
+        words += ["--master", where]
+    return popen([*before, *words, *more], environment)
+
+
+def popen(words: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    _started.append(process)
+    return process
+
+
+def done(process: subprocess.Popen[str]) -> dict[str, Any]:
+    told, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, errors
+    found: dict[str, Any] = json.loads(told)
+    return found
+
+
+def rows(out: Path) -> dict[str, Any]:
+    files = sorted((out / "features").glob("split=*/*.parquet"))
+    every = [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
+    found = {row["path"]: row for row in every}
+    assert len(found) == len(every), "nothing twice"
+    return found
+
+
+def wait_for_parts(out: Path, process: subprocess.Popen[str], count: int = 1) -> None:
+    end = time.monotonic() + SECONDS
+    while len(list(out.glob("_work/parts-*/*.parquet"))) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def digest(record: dict[str, Any]) -> str:
+    return str(record["extract"]["digests"]["features"])
+
+
+# --- the same table ----------------------------------------------------------------------------
+
+
+def test_the_whole_run_is_the_same(source: Path, two: Cluster, tmp_path: Path) -> None:
+    quiet = ("--no-plots", "--no-mlflow")
+    here = done(start(source, tmp_path / "here", "local[2]", "run", quiet))
+    there = done(start(source, tmp_path / "there", two, "run", quiet))
+    for stage in ("extract", "reduce", "train"):
+        assert there[stage]["digests"] == here[stage]["digests"]
+    assert all(two.executors(name) == [] for name in ("first", "second")), "the run lets go"
+    # Nothing was looked up or kept where an executor has it for itself.
+    assert not list(two.root.glob("*/cache/*"))
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Path]]:
+    """A cluster that doesn't see one folder of the driver's."""
+    folder = tmp_path_factory.mktemp("drivers")
+    words = hiding(folder)
+    with cluster(tmp_path_factory.mktemp("apart")) as found:
+        found.start_worker("alone", before=words)
+        yield found, folder
+
+
+def test_executors_need_not_see_out(
+    source: Path, whole: dict[str, Any], apart: tuple[Cluster, Path]
+) -> None:
+    found, folder = apart
+    out = folder / "out"
+    process = start(source, out, found)
+    wait_for_parts(out, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    record = done(start(source, out, found))
+    assert 0 < record["extract"]["times"]["computed"] < PHOTOS, "what came back is kept"
+    assert digest(record) == digest(whole)
+    assert "don't see" in (out / "pomona.log").read_text()
+
+
+def test_executors_must_see_the_source(apart: tuple[Cluster, Path]) -> None:
+    found, folder = apart
+    process = start(fill(folder / "source", 2, 2), folder / "other", found)
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 2
+    assert "the executors can't read" in errors.splitlines()[-1]
+    assert "driver and executors both see" in errors.splitlines()[-1]
+
+
+def test_executors_without_the_dependencies(two: Cluster, source: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    poor = Cluster(two.root, bare / "bin" / "python", two.host, two.port)
+    _, errors = (process := start(source, tmp_path / "out", poor)).communicate(timeout=SECONDS)
+    assert process.returncode == 2
+    assert "the executors can't run Pomona" in errors.splitlines()[-1]
+    assert "No module named" in errors.splitlines()[-1]
+
+
+# --- faults ------------------------------------------------------------------------------------
+
+
+def test_processes_are_killed(
+    source: Path, whole: dict[str, Any], two: Cluster, tmp_path: Path
+) -> None:
+    """A Python worker, then an executor, then a worker host, each while the same job runs."""
+    out = tmp_path / "out"
+    process = start(source, out, two)
+    for number, find in enumerate((two.python_workers, two.executors)):
+        wait_for_parts(out, process, 1 + 2 * number)
+        found: list[psutil.Process] = []
+        while not found and process.poll() is None:
+            found = find("second") or find("first")
+        found[0].kill()
+    wait_for_parts(out, process, 5)
+    two.stop("second")
+    record = done(process)
+    two.start_worker("second")
+    assert digest(record) == digest(whole)
+    assert len(rows(out)) == PHOTOS
+    assert not (out / "_work").exists()
+
+
+def test_the_driver_is_killed(
+    source: Path, whole: dict[str, Any], two: Cluster, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start(source, out, two)
+    wait_for_parts(out, process, 2)
+    process.kill()
+    process.communicate()
+    record = done(start(source, out, two))
+    assert 0 < record["extract"]["times"]["computed"] < PHOTOS
+    assert digest(record) == digest(whole)
+
+
+BAD_DECODER = """
+# A decoder in native code that crashes on one photo and never ends on another, as Pillow sees it.
+import ctypes, os, signal
+from PIL import Image
+
+true_open = Image.open
+
+def open_or_worse(file, *words, **named):
+    content = file.getvalue() if hasattr(file, "getvalue") else b""
+    if b"this one crashes" in content:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if b"this one hangs" in content:
+        ctypes.PyDLL(None).sleep(1000)  # with the interpreter's lock held
+    return true_open(file, *words, **named)
+
+Image.open = open_or_worse
+"""
+
+
+IN_A_SESSION = """
+import json, sys
+from pyspark.sql import SparkSession
+from pomona import stages
+
+spark = SparkSession.builder.master("local[2]").getOrCreate()  # a task has one try
+options = stages.ExtractOptions(weights="fruits", image_size=64, device="cpu")
+print(json.dumps({"extract": stages.extract(sys.argv[1], sys.argv[2], options)}))
+assert spark.range(3).count() == 3, "the session is left running"
+"""
+
+
+@pytest.mark.parametrize("where", ["a cluster", "a session of the user's"])
+def test_a_photo_that_ends_or_stalls_its_worker(
+    where: str, source: Path, whole: dict[str, Any], tmp_path: Path, request: Any
+) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "sitecustomize.py").write_text(BAD_DECODER)
+    photos = tmp_path / "source"
+    shutil.copytree(source, photos)
+    for word in ("crashes", "hangs"):
+        (photos / "Training" / "Fruit 1" / f"{word}.jpg").write_bytes(
+            photo(1) + f"this one {word}".encode()
+        )
+    out = tmp_path / "out"
+    setting = {"PYTHONPATH": str(bad), "POMONA_DECODE_SECONDS": "5"}
+    if where == "a cluster":
+        more = [
+            w for k, v in setting.items() for w in ("--spark-conf", f"spark.executorEnv.{k}={v}")
+        ]
+        two = request.getfixturevalue("two")
+        process = start(photos, out, two, more=(*more, "--max-error-rate", "0.01"))
+    else:
+        setting["PYTHONPATH"] += os.pathsep + os.environ.get("PYTHONPATH", "")
+        words = [sys.executable, "-c", IN_A_SESSION, str(photos), str(out)]
+        process = popen(words, os.environ | setting)
+    record = done(process)
+    assert record["extract"]["rejected"] == {"crashed": 2}
+    there = rows(out)
+    assert len(there) == PHOTOS + 2
+    assert {Path(p).stem for p, row in there.items() if row["error"]} == {"crashes", "hangs"}
+    # The others are what they are without such photos, to the bit.
+    for path, row in rows(whole["out"]).items():
+        assert there[path]["features"] == row["features"]
+
+
+def test_the_disk_is_full(source: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=10500k", "none", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small disk needs root and mount")
+    try:
+        out = disk / "out"
+        process = start(source, out, "local[2]")
+        _, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode == 1, errors
+        assert "No space left" in errors.splitlines()[-1]
+        assert "Traceback" not in errors
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        record = done(start(source, out, "local[2]"))
+        assert record["extract"]["times"]["computed"] < PHOTOS
+        assert digest(record) == digest(whole)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=False)
+
+
+# --- GPUs --------------------------------------------------------------------------------------
+
+WHICH = """
+import time
+from pomona.backbone.extract import BackboneSpec
+from pomona.spark.tasks import at_task
+
+def which(number):
+    spec = at_task(BackboneSpec("x", "x", device="cuda"))
+    time.sleep(2)  # so that both slots are in use
+    return {"gpu": spec.gpu, "guard": spec.guard}
+"""
+
+ASK = """
+import json, sys
+from which import which
+from pomona import engine, executors, extraction, weights
+from pomona.backbone.extract import BackboneSpec
+
+conf = json.loads(sys.argv[2])
+cluster = engine.Cluster(sys.argv[1], tuple(conf.items()))
+gives = engine.gives_gpus(cluster)
+with engine.session(cluster) as spark:
+    executors.ship(spark)
+    spark.addArtifacts(sys.argv[3], pyfile=True)
+    share = engine.fit_spec(BackboneSpec("x", "x", device="cuda"), spark).memory_share
+    options = extraction.ExtractOptions(weights="fruits", image_size=64)
+    device = extraction._spec(weights.load(options.weights), options, cluster).device
+    tasks = engine.run_tasks(spark, which, 4)
+print(json.dumps({"gives": gives, "share": share, "device": device, "tasks": tasks}))
+"""
+
+
+def test_tasks_use_the_gpus_that_spark_gives_them(tmp_path: Path) -> None:
+    """By configuration: the discovery script names GPUs that aren't there."""
+    script = tmp_path / "discover.sh"
+    script.write_text("""echo '{"name": "gpu", "addresses": ["2", "5"]}'\n""")
+    script.chmod(0o755)
+    (tmp_path / "which.py").write_text(WHICH)
+    (tmp_path / "ask.py").write_text(ASK)
+    with cluster(tmp_path / "c") as found:
+        prefix = "-Dspark.worker.resource.gpu."
+        has = f"{prefix}amount=2 {prefix}discoveryScript={script}"
+        found.start_worker("gpus", cores=2, java=has)
+        conf = FAST | {
+            "spark.driver.host": found.host,
+            "spark.executor.resource.gpu.amount": "2",
+            "spark.task.resource.gpu.amount": "1",
+        }
+        words = [sys.executable, str(tmp_path / "ask.py"), found.url, json.dumps(conf)]
+        told = subprocess.run(
+            [*words, str(tmp_path / "which.py")],
+            env=os.environ | {"PYSPARK_PYTHON": str(found.python)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=SECONDS,
+        )
+    assert told.returncode == 0, told.stderr
+    answer = json.loads(told.stdout.splitlines()[-1])
+    assert answer["gives"]
+    assert answer["share"] == 0.9
+    assert answer["device"] == "cuda", "whatever the driver has"
+    assert {task["gpu"] for task in answer["tasks"]} == {2, 5}
+    assert {task["guard"] for task in answer["tasks"]} == {"watch"}
+
+
+# --- hosts -------------------------------------------------------------------------------------
+
+
+class Net:
+    """Another host: a network namespace behind a cable that can be pulled."""
+
+    here, there = "10.213.77.1", "10.213.77.2"
+
+    def __init__(self) -> None:
+        self.name = f"pomona{os.getpid()}"
+        self.near, self.far = f"pn{os.getpid()}", f"pf{os.getpid()}"
+        if os.geteuid() != 0 or shutil.which("ip") is None:
+            pytest.skip("hosts of their own need root and ip")
+        if self._ip("netns", "add", self.name, check=False):
+            pytest.skip("network namespaces can't be made here")
+        self._ip("link", "add", self.near, "type", "veth", "peer", "name", self.far)
+        self._ip("link", "set", self.far, "netns", self.name)
+        self._ip("addr", "add", f"{self.here}/30", "dev", self.near)
+        self._ip("link", "set", self.near, "up")
+        self._inside("addr", "add", f"{self.there}/30", "dev", self.far)
+        self._inside("link", "set", "lo", "up")
+        self.cable("up")
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        return ("ip", "netns", "exec", self.name)
+
+    def cable(self, state: str) -> None:
+        self._inside("link", "set", self.far, state)
+
+    def close(self) -> None:
+        self._ip("link", "del", self.near, check=False)
+        self._ip("netns", "del", self.name, check=False)
+
+    def _inside(self, *words: str) -> None:
+        self._ip("-n", self.name, *words)
+
+    def _ip(self, *words: str, check: bool = True) -> int:
+        return subprocess.run(["ip", *words], check=check, capture_output=True).returncode
+
+
+def test_a_host_is_cut_off_and_comes_back(
+    source: Path, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    with contextlib.closing(Net()) as net, cluster(tmp_path / "c", net.here) as found:
+        own = {"SPARK_LOCAL_IP": net.there}
+        found.start_worker("near", net.here, {"SPARK_LOCAL_IP": net.here})
+        found.start_worker("far", net.there, own, net.before)
+        out = tmp_path / "out"
+        process = start(source, out, found, before=("env", f"SPARK_LOCAL_IP={net.here}"))
+        wait_for_parts(out, process)
+        net.cable("down")
+        found.wait_for(lambda: "Removing worker" in found.log("master"), "the master sees it")
+        net.cable("up")
+        record = done(process)
+        assert digest(record) == digest(whole)
+        assert len(rows(out)) == PHOTOS
+        known = "Registering worker"
+        found.wait_for(lambda: found.log("master").count(known) >= 3, "the host comes back")
+        assert digest(done(start(source, out, found))) == digest(whole)
