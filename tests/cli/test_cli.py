@@ -126,7 +126,7 @@ def test_a_bug_leaves_its_traceback_in_the_log(
     def broken(*_: object, **__: object) -> None:
         raise KeyError("an oversight")
 
-    monkeypatch.setattr("pomona.photos.source.arrange", broken)
+    monkeypatch.setattr("pomona.pipeline.extract.arrange", broken)
     code, _, errors = pomona("extract", source, "--out", tmp_path / "out", *RANDOM)
     assert code == 1
     assert "a bug in Pomona (KeyError)" in errors.splitlines()[-1]

@@ -102,7 +102,7 @@ def test_a_file_that_vanishes_or_is_far_too_large(
     source = open_source(tmp_path)
     photos = arrange(list_files(source).files)
     (tmp_path / "2.jpg").unlink()
-    monkeypatch.setattr("pomona.photos.source.MAX_BYTES", 100)
+    monkeypatch.setattr("pomona.photos.reading.MAX_BYTES", 100)
     rows = [row for b in read(iter(photos.to_batches()), source) for row in b.to_pylist()]
     assert [row["content"] and len(row["content"]) for row in rows] == [101, None, 101]
 

@@ -248,7 +248,7 @@ def test_stops_early_when_held_out_groups_say_so(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "PATIENCE", 2)
-    monkeypatch.setattr(recipe, "order", lambda about: (-about.get("step", 99), 0.0))
+    monkeypatch.setattr(trainer, "order", lambda about: (-about.get("step", 99), 0.0))
     record = finetune(shapes, tmp_path, OPTIONS)
     assert record["ended"] == "early"
     assert record["held_out"]["step"] == 1 and record["history"][-1]["step"] == 3

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from pomona.core.errors import RequestError
-from pomona.photos import reading
 from pomona.pipeline import report_figures, report_page, run, train
 from pomona.pipeline.extract import ExtractOptions
 from pomona.pipeline.reduce import ReduceOptions
@@ -144,7 +143,7 @@ def test_a_source_out_of_reach_is_given_up(tmp_path: Path, monkeypatch: pytest.M
         asked.append(path)
         raise OSError("no route")
 
-    monkeypatch.setattr(reading, "reader", lambda source: read)
+    monkeypatch.setattr(report_figures, "reader", lambda source: read)
     monkeypatch.setattr(report_figures, "PATIENCE", -1.0)
     assert report_figures.looker(str(tmp_path))("1.jpg", 8) is None
     assert not asked

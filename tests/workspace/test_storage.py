@@ -127,7 +127,7 @@ def test_what_may_pass(text: str, passes: bool) -> None:
 
 
 def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pomona.photos.source.time.sleep", lambda _: None)
+    monkeypatch.setattr("pomona.core.object_store.time.sleep", lambda _: None)
     tries: list[int] = []
 
     def fail() -> None:

@@ -14,7 +14,7 @@ def available_cpus() -> int:
     """Return how many CPUs this process may use: affinity and a container's limit count."""
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(cpus, math.ceil(_quota())))
+    return max(1, math.ceil(min(cpus, _quota())))
 
 
 def _quota() -> float:
