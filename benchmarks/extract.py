@@ -35,6 +35,7 @@ from pomona.backbone.extract import features_of
 from pomona.backbone.spec import BackboneSpec, make_spec
 from pomona.backbone.weights import load_weights
 from pomona.core.errors import RequestError
+from pomona.core.parquet import sliced
 from pomona.photos.listing import list_files
 from pomona.photos.reading import read
 from pomona.photos.source import Source, arrange, open_source
@@ -62,8 +63,7 @@ def read_and_extract(share: pa.Table, source: Source, spec: BackboneSpec) -> Ite
     extract.load_network(spec)(blank(spec))
     yield
     rows = share.combine_chunks().to_batches()[0]
-    batches = (rows.slice(at, BATCH) for at in range(0, rows.num_rows, BATCH))
-    for _ in extract.extract(read(batches, source), spec):
+    for _ in extract.extract(read(sliced([rows], BATCH), source), spec):
         pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,17 @@ def even_bounds(rows: int, most: int) -> list[int]:
     return [rows * piece // pieces for piece in range(pieces + 1)] if pieces else [0]
 
 
+def sliced(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Cut batches into slices of at most ``rows`` rows, in order and without a copy.
+
+    >>> [len(b) for b in sliced([pa.record_batch({"n": range(5)})], 2)]
+    [2, 2, 1]
+    """
+    for batch in batches:
+        for start in range(0, batch.num_rows, rows):
+            yield batch.slice(start, rows)
+
+
 def gather(
     plan: pa.RecordBatch, root: str, files: Sequence[str], columns: list[str]
 ) -> Iterator[tuple[pa.RecordBatch, pa.Table]]:
@@ -100,8 +111,7 @@ def gather(
         )
     )
     starts = functools.cache(lambda file: _group_starts(_open(root, files[file])))
-    for begin in range(0, plan.num_rows, ROWS_PER_GROUP):
-        wanted = plan.slice(begin, ROWS_PER_GROUP)
+    for wanted in sliced([plan], ROWS_PER_GROUP):
         yield wanted, _take(wanted, read_group, starts)
 
 

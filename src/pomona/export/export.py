@@ -36,7 +36,7 @@ from pomona.model.artifact import Model
 from pomona.model.head import ANSWER
 from pomona.photos import decoding
 from pomona.photos.reading import Reader, reader
-from pomona.photos.source import open_source
+from pomona.photos.source import open_readable
 from pomona.web import page
 from pomona.workspace import feature_table, layout
 from pomona.workspace.layout import Out
@@ -185,18 +185,12 @@ def _chosen(split: str, rows: pa.Table, labels: tuple[str, ...]) -> Chosen:
 def _reader(out: Out) -> Reader:
     name = str(read_json(out.table_file).get("source"))
     try:
-        source = open_source(name)
+        return reader(open_readable(name))
     except SourceError as error:
         raise RequestError(
-            f"export reads photos to calibrate and judge, and their folder is gone: put the photos "
-            f"back at {name}, or export without int8 and half"
+            f"export reads photos to calibrate and judge, and can't: {error}; put the photos back "
+            f"at {name}, extract from a copy, or export without int8 and half"
         ) from error
-    if source.kind == "hadoop":
-        raise RequestError(
-            f"export can't read photos from {name}: export without int8 and half, or extract from "
-            "a copy in a local folder, s3:// or gs://"
-        )
-    return reader(source)
 
 
 def _read(read: Reader, chosen: Chosen, size: int) -> Iterator[tuple[Pixels, Codes]]:

@@ -15,12 +15,13 @@ from pomona.backbone.extract import features_of
 from pomona.core.cpus import available_cpus
 from pomona.core.errors import RequestError, SourceError
 from pomona.core.files import read_json
+from pomona.core.parquet import sliced
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.model import metrics, pca_table
 from pomona.model.artifact import Model
 from pomona.model.recogniser import make_recogniser, recognise
 from pomona.photos.reading import read
-from pomona.photos.source import open_source
+from pomona.photos.source import open_readable
 from pomona.workspace.layout import Out
 
 Strings = npt.NDArray[np.object_]
@@ -102,15 +103,13 @@ def _from_photos(
     place: str, found: Model, paths: Strings, on_tick: OnTick
 ) -> Iterator[tuple[str, str]]:
     """Let a model of other weights or another image size see the photos themselves."""
-    source = open_source(place)
-    if source.kind == "hadoop":
-        raise SourceError(f"it needs the photos, and {source.name} can be read by Spark alone")
+    try:
+        source = open_readable(place)
+    except SourceError as error:
+        raise SourceError(f"it needs the photos, and {error}") from error
     recogniser = make_recogniser(found, 1, threads=available_cpus())
-    size = recogniser.spec.batch_size
-    batches = (
-        pa.record_batch({"path": pa.array(paths[start : start + size], pa.string())})
-        for start in range(0, len(paths), size)
-    )
+    photos = pa.record_batch({"path": pa.array(paths, pa.string())})
+    batches = sliced([photos], recogniser.spec.batch_size)  # before reading: it bounds the bytes
     done = 0
     for batch in recognise(read(batches, source), recogniser):
         for row in batch.to_pylist():

@@ -100,6 +100,22 @@ def open_source(uri: str | Path) -> Source:
     return Source(text, "hadoop", text.rstrip("/"))
 
 
+def open_readable(uri: str | Path) -> Source:
+    """Open a source whose photos this process reads itself: any but Hadoop's.
+
+    Raises
+    ------
+    SourceError
+        As `open_source` (such as when the folder is gone), or if only Spark reads the source.
+    """
+    source = open_source(uri)
+    if source.kind == "hadoop":
+        raise SourceError(
+            f"{source.name} can be read by Spark alone: copy it to a local folder, s3:// or gs://"
+        )
+    return source
+
+
 def _open_local(text: str) -> Source:
     path = local_path(text)
     if not path.is_dir():

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from pomona.backbone.extract import extract
 from pomona.backbone.spec import BackboneSpec
+from pomona.core.parquet import sliced
 from pomona.photos.reading import read
 from pomona.photos.source import Source
 from pomona.spark.tasks import Answer, at_task
@@ -39,9 +40,8 @@ class ExtractTask:
     def write(self, photos: pa.RecordBatch, number: int, folder: str) -> Answer:
         """Write the part of chunk ``number``."""
         spec = at_task(self.spec)
-        size = spec.batch_size
-        batches = (photos.slice(start, size) for start in range(0, photos.num_rows, size))
-        rows = extract(read(batches, self.source), spec)
+        # Sliced before reading: a worker holds the bytes of one network batch, not of the chunk.
+        rows = extract(read(sliced([photos], spec.batch_size), self.source), spec)
         return write_part(self.part._replace(folder=folder), number, rows)._asdict()
 
     def done(self) -> set[int]:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pomona.core.cpus import available_cpus
 from pomona.core.errors import MismatchError, RequestError, SourceError
 from pomona.core.files import FORMAT, atomic_file, read_json, write_json
-from pomona.core.parquet import even_bounds, read_chunk, write_chunks
+from pomona.core.parquet import even_bounds, read_chunk, sliced, write_chunks
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.uris import local_path
 from pomona.model.artifact import Model
@@ -157,8 +157,7 @@ def answers(
     photos: pa.RecordBatch, source: Source | None, found: Recogniser
 ) -> Iterator[pa.RecordBatch]:
     """Yield the answers for photos of one source, as `ROWS`, a few at a time. Runs on workers."""
-    size = found.spec.batch_size
-    batches = (photos.slice(start, size) for start in range(0, photos.num_rows, size))
+    batches = sliced([photos], found.spec.batch_size)  # before reading: it bounds the bytes held
     with_bytes = _standard_input(batches) if source is None else read(batches, source)
     for batch in recognise(with_bytes, found):
         shown = batch["shown"]

@@ -18,7 +18,7 @@ from pomona.core.errors import MissingError, SourceError
 from pomona.model.projection import Projection, count_for
 from pomona.photos import decoding
 from pomona.photos.reading import reader
-from pomona.photos.source import open_source
+from pomona.photos.source import open_readable
 
 GREEN, RED, BLUE = "#5b8c3a", "#b03a2e", "#1f4e79"
 
@@ -138,13 +138,9 @@ Look = Callable[[str, int], "Pixels | None"]
 def looker(source: str) -> Look:
     """Return a function that reads photos of a source for the page; the source may be gone."""
     try:
-        place = open_source(source)
-        read = reader(place)
+        read = reader(open_readable(source))
     except SourceError:
         return lambda path, size: None
-    if place.kind == "hadoop":
-        return lambda path, size: None
-
     waited = 0.0
 
     def look(path: str, size: int) -> Pixels | None:

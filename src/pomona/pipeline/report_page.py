@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.csv as pcsv
 
 from pomona.core.files import read_json, write_text
 from pomona.core.object_store import READ_AHEAD
-from pomona.core.schema import REJECTED
 from pomona.model import projection
 from pomona.pipeline import report_figures
 from pomona.pipeline.report_figures import Look
@@ -101,12 +99,7 @@ def _labels(out: Out) -> list[tuple[str, int]]:
 def _rejected(out: Out, look: Look) -> list[dict[str, Any]]:
     if not out.rejected.exists():
         return []
-    table = pcsv.read_csv(
-        out.rejected,
-        parse_options=pcsv.ParseOptions(newlines_in_values=True),
-        convert_options=pcsv.ConvertOptions(column_types=REJECTED),  # a label may be 007 or NA
-    )
-    rows = table.slice(0, REJECTED_SHOWN).to_pylist()
+    rows = feature_table.read_rejected(out.rejected).slice(0, REJECTED_SHOWN).to_pylist()
     return [{**row, "picture": report_figures.data_uri(look(row["path"], PICTURE))} for row in rows]
 
 

@@ -32,7 +32,7 @@ from pomona.backbone.extract import features_of
 from pomona.core.errors import RequestError
 from pomona.core.files import atomic_file, read_json, sha256, tree_digest, write_json
 from pomona.core.parquet import gather, open_parquet
-from pomona.core.schema import FEATURES_TABLE, REJECTED, SPLITS, without
+from pomona.core.schema import FEATURES_TABLE, SPLITS, without
 from pomona.pipeline import reduce_tasks
 from pomona.privacy.path_patterns import A_PHOTO, Names
 from pomona.workspace import feature_table
@@ -309,7 +309,7 @@ def _clean_run(folder: Path, names: Names, tainted: Any, done: Copies) -> None:
 
 def _clean_file(path: Path, names: Names, done: Copies) -> None:
     if path.name == "rejected.csv":
-        rows = _read_rejected(path)
+        rows = feature_table.read_rejected(path)
         named = pc.is_in(rows["path"], pa.array(sorted(names.paths), pa.string()))
         with atomic_file(path) as part:
             pcsv.write_csv(rows.filter(pc.invert(named)), part)
@@ -322,14 +322,6 @@ def _clean_file(path: Path, names: Names, done: Copies) -> None:
         return
     path.unlink()  # a page: its thumbnails lie in one picture
     done.removed += 1
-
-
-def _read_rejected(path: Path) -> pa.Table:
-    return pcsv.read_csv(
-        path,
-        parse_options=pcsv.ParseOptions(newlines_in_values=True),
-        convert_options=pcsv.ConvertOptions(column_types=REJECTED),
-    )
 
 
 def _clean_foreign(out: Out, place: Path, found: Found, done: Copies) -> None:

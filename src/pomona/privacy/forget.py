@@ -40,7 +40,7 @@ from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import utc_now
 from pomona.core.uris import local_path
 from pomona.photos.reading import reader
-from pomona.photos.source import open_source
+from pomona.photos.source import open_readable
 from pomona.pipeline import run
 from pomona.pipeline.reduce import ReduceOptions, reduce
 from pomona.pipeline.train import TrainOptions, train
@@ -318,11 +318,8 @@ def _in_source(out: Out, paths: Iterable[str]) -> set[str]:
     """Return the paths that lie in the source; none where it is out of reach."""
     found: set[str] = set()
     try:
-        source = open_source(read_json(out.table_file)["source"])
-        read = reader(source)
+        read = reader(open_readable(read_json(out.table_file)["source"]))
     except SourceError:
-        return found
-    if source.kind == "hadoop":
         return found
     for path in paths:
         try:

@@ -17,6 +17,7 @@ from pomona.core.errors import (
     SourceError,
     first_line,
 )
+from pomona.core.parquet import sliced
 from pomona.core.schema import FILES, IMAGES, ddl
 from pomona.photos import reading
 from pomona.photos.listing import Listing, list_files
@@ -196,8 +197,7 @@ def load_images(spark: SparkSession, path: str, split: str | None = None) -> Dat
 
 
 def _read_small(source: Source, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    small = (b.slice(n, 8) for b in batches for n in range(0, b.num_rows, 8))
-    return reading.read(small, source)
+    return reading.read(sliced(batches, 8), source)  # bounds the bytes held at a time
 
 
 def _select_images(

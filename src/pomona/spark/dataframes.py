@@ -20,6 +20,7 @@ import pyarrow as pa
 from pomona.backbone.extract import extract
 from pomona.backbone.spec import BackboneSpec
 from pomona.core.errors import RequestError
+from pomona.core.parquet import sliced
 from pomona.core.schema import nulls
 from pomona.model import artifact as models
 from pomona.model.artifact import Model
@@ -243,8 +244,9 @@ class OnPhotos:
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield the same rows in the same order, with more columns."""
-        few = (b.slice(n, self.size) for b in batches for n in range(0, b.num_rows, self.size))
-        photos: Iterator[pa.RecordBatch] = map(self._numbered, few)
+        if self.are_paths:  # a worker reads the bytes of ``size`` photos at a time
+            batches = sliced(batches, self.size)
+        photos: Iterator[pa.RecordBatch] = map(self._numbered, batches)
         for rows in self.work(read_uris(photos) if self.are_paths else photos):
             if self.strict:
                 self._refuse(rows)

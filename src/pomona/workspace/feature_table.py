@@ -248,6 +248,15 @@ def list_rejected(rows: pa.Table, path: Path) -> dict[str, int]:
     return {row["error"]: row["path_count"] for row in sorted(counted, key=lambda r: r["error"])}
 
 
+def read_rejected(path: Path) -> pa.Table:
+    """Read what `list_rejected` wrote, as `pomona.core.schema.REJECTED`."""
+    return pcsv.read_csv(
+        path,
+        parse_options=pcsv.ParseOptions(newlines_in_values=True),
+        convert_options=pcsv.ConvertOptions(column_types=REJECTED),  # a label may be 007 or NA
+    )
+
+
 def digest(out: Out) -> str:
     """Return one digest of the table's files, as they were when they were written."""
     files = read_json(out.table_file).get("files", {})
