@@ -163,3 +163,27 @@ def store() -> Iterator[str]:
     host, port = server.get_host_and_port()
     yield f"endpoint_override=http://{host}:{port}&region=us-east-1&scheme=http"
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def gate(store: str) -> Iterator[Any]:
+    """A proxy in front of `store` that lets requests fail (`tests.faults.Proxy`)."""
+    from tests.faults import proxy
+
+    with proxy(store) as server:
+        yield server
+
+
+@pytest.fixture
+def through(gate: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The proxy, with a client that gives a request up after a second."""
+    from pomona.core import object_store
+    from pomona.core.object_store import connect
+
+    monkeypatch.setattr(object_store, "REQUEST_TIMEOUT", 1.0)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    connect.cache_clear()
+    gate.reset()
+    yield gate
+    gate.reset()
+    connect.cache_clear()

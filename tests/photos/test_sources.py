@@ -3,9 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from pomona.core.errors import RequestError, SourceError
@@ -14,18 +12,9 @@ from pomona.photos.listing import list_files
 from pomona.photos.reading import read, reader
 from pomona.photos.source import arrange, layout_hint, open_source
 from tests.conftest import photo
+from tests.object_stores import paths, table, upload
 
 NAMES = ["a b.jpg", "été.JPG", "50%20off.jpeg", "k=v.png", "#1.jpg", 'it\'s "q".jpg', "🍎.webp"]
-
-
-def paths(files: pa.Table) -> list[str]:
-    return sorted(files["path"].to_pylist())
-
-
-def table(*names: str) -> pa.Table:
-    size = len(names)
-    columns = [list(names), [1] * size, pa.array([0] * size, FILES.field("modified").type)]
-    return pa.table(columns, schema=FILES)
 
 
 def test_local_listing_keeps_names_and_passes_over_the_rest(tmp_path: Path) -> None:
@@ -198,17 +187,6 @@ def test_empty_listing(tmp_path: Path) -> None:
 
 
 # --- an object store, for real against moto's server -------------------------------------------
-
-
-def upload(options: str, bucket: str, contents: dict[str, bytes]) -> None:
-    from pyarrow.fs import FileSystem
-
-    uri = f"s3://{bucket}?{options}&allow_bucket_creation=true&allow_delayed_open=true"
-    filesystem: Any = FileSystem.from_uri(uri)[0]
-    filesystem.create_dir(bucket)
-    for key, content in contents.items():
-        with filesystem.open_output_stream(f"{bucket}/{key}") as file:
-            file.write(content)
 
 
 def test_an_object_store(store: str) -> None:

@@ -42,7 +42,7 @@ from pomona.registry import lineage, publish
 from pomona.workspace import feature_table, layout, lease, remote, tombstones
 from pomona.workspace.remote_folder import open_place
 from tests.conftest import photo
-from tests.photos.test_sources import upload
+from tests.object_stores import upload
 
 pytest.importorskip("sklearn")
 # MLflow and SQLAlchemy warn of each other's deprecations when they are imported.

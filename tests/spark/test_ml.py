@@ -31,7 +31,7 @@ from pomona.spark.dataframes import OnPhotos
 from pomona.spark.ml import MobileNetV2Features
 from tests.conftest import fill, photo
 from tests.model.test_artifact import ABOUT, SIZE, features, small_head  # noqa: F401 - a fixture
-from tests.photos.test_sources import upload
+from tests.object_stores import upload
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = make_spec(weights.load_weights("fruits"), image_size=32, device="cpu")

@@ -17,10 +17,11 @@ from pomona.core.errors import BusyError, PomonaError, first_line
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import utc_now
 from pomona.workspace.remote_folder import Place, refusing
-from pomona.workspace.sync import LOCK
 
 log = logging.getLogger("pomona")
 
+
+LOCK = "_lock.json"
 
 REFRESH = 10.0
 """Seconds between a writer's signs of life."""
@@ -40,7 +41,7 @@ LAST_SECONDS = 20.0
 # --- one writer --------------------------------------------------------------------------------
 
 
-class Holder:
+class Lease:
     """A lock at a place. Given up by `release`, or lost to another after a long silence."""
 
     def __init__(self, place: Place, on_tick: OnTick = quiet) -> None:
@@ -103,7 +104,7 @@ class Holder:
             self.place.delete(LOCK)
 
 
-def is_held(place: Place) -> bool:
+def is_leased(place: Place) -> bool:
     """Tell whether somebody seems to be at work there: one look, by the clock."""
     there = place.read_json(LOCK)
     return bool(there) and time.time() - float(there.get("refreshed", 0)) < SILENT
@@ -141,17 +142,17 @@ def _is_alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def held(place: Place, on_tick: OnTick = quiet) -> Iterator[Holder]:
+def leased(place: Place, on_tick: OnTick = quiet) -> Iterator[Lease]:
     """Hold a place, with signs of life from a thread."""
-    holder = Holder(place, on_tick)
+    lease = Lease(place, on_tick)
     with refusing(place, "locked"):
-        holder.acquire()
+        lease.acquire()
     try:
-        with every(REFRESH, holder.refresh, "sign of life"):
-            yield holder
+        with every(REFRESH, lease.refresh, "sign of life"):
+            yield lease
     finally:
         with contextlib.suppress(OSError):
-            holder.release()
+            lease.release()
 
 
 @contextlib.contextmanager

@@ -26,11 +26,12 @@ from pomona.core.files import cache_folder, read_json
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.uris import is_store, local_path
 from pomona.photos.source import open_source
-from pomona.workspace import layout, sync
+from pomona.workspace import layout
 from pomona.workspace.layout import Out
-from pomona.workspace.lease import LAST_SECONDS, Holder, every, held, is_held
+from pomona.workspace.lease import LAST_SECONDS, Lease, every, is_leased, leased
 from pomona.workspace.remote_folder import Place, open_place, refusing
-from pomona.workspace.sync import Mirror
+from pomona.workspace.sync import pull_files, push_files, push_parts
+from pomona.workspace.sync_state import Copy, changed_here, open_copy, scan
 
 log = logging.getLogger("pomona")
 
@@ -58,18 +59,18 @@ def push(
     if not read_json(folder.table_file).get("files"):
         raise RequestError(f"there are no results in {out}: pomona extract SOURCE --out {out}")
     started = time.monotonic()
-    with layout.lock(folder), held(to, on_tick):
+    with layout.lock(folder), leased(to, on_tick):
         if (folder.work / "plan.json").exists():
             raise RequestError(
                 f"extract isn't finished in {out}: run the same pomona extract again, it goes on"
             )
-        both = Mirror(folder, to)
-        if not (both.is_known or replace):
+        copy = open_copy(folder, to)
+        if not (copy.is_known or replace):
             raise RequestError(
                 f"{to} holds what another OUT pushed, or another machine since: choose another "
                 "place, pull it first, or add --replace"
             )
-        record = both.push(on_tick=on_tick)
+        record = push_files(copy, on_tick=on_tick)
     return {**record, "seconds": round(time.monotonic() - started, 2)}
 
 
@@ -83,34 +84,36 @@ def pull(place: str, out: str | Path, on_tick: OnTick = quiet) -> dict[str, Any]
         that the place doesn't know.
     """
     source = open_place(place)
-    if is_held_or_unreadable(source):
+    if is_leased_or_unreadable(source):
         raise BusyError(f"another pomona run is at work on {source}: pull when it has ended")
     existed = local_path(str(out)).exists()
     folder = layout.open_out(out)
     _refuse_nesting(folder, source)
     started = time.monotonic()
     with contextlib.nullcontext() if existed else _tidy(folder), layout.lock(folder):
-        both = Mirror(folder, source)
-        _refuse_nothing(both)
-        if not both.pulling and (changed := both.changed_here()):
+        copy = open_copy(folder, source)
+        _refuse_nothing(copy)
+        if not copy.common.pulling and (changed := changed_here(copy)):
             raise RequestError(
                 f"{out} has {changed[0]}, which {source} doesn't know: push it there first, or "
                 "pull into a new folder"
             )
-        record = both.pull(everything=False, on_tick=on_tick)
+        record = pull_files(copy, everything=False, on_tick=on_tick)
     return {**record, "seconds": round(time.monotonic() - started, 2)}
 
 
-def is_held_or_unreadable(place: Place) -> bool:
-    """Return `is_held`; a store that doesn't answer is one line."""
+def is_leased_or_unreadable(place: Place) -> bool:
+    """Return `is_leased`; a store that doesn't answer is one line."""
     with refusing(place, "read"):
-        return is_held(place)
+        return is_leased(place)
 
 
-def _refuse_nothing(both: Mirror) -> None:
-    if not ({"manifest.json", "features/_table.json"} & (both.record.keys() | both.sizes.keys())):
+def _refuse_nothing(copy: Copy) -> None:
+    if not {"manifest.json", "features/_table.json"} & (
+        copy.record.files.keys() | copy.sizes.keys()
+    ):
         raise RequestError(
-            f"{both.place} holds nothing of Pomona's: pomona extract SOURCE --out {both.place}, or "
+            f"{copy.place} holds nothing of Pomona's: pomona extract SOURCE --out {copy.place}, or "
             "pomona push, puts it there"
         )
 
@@ -138,7 +141,7 @@ class Home:
         To be called with a stage's name when it has ended: pushes, where OUT is elsewhere.
     running
         Whether somebody else is at work on it now.
-    holder
+    lease
         Of the place's lock, where OUT is elsewhere.
     """
 
@@ -146,14 +149,14 @@ class Home:
     name: str
     after: Callable[[str], None] = field(default=lambda _: None)
     running: bool = False
-    holder: Holder | None = None
+    lease: Lease | None = None
 
     def ticks(self, on_tick: OnTick) -> OnTick:
         """Return ``on_tick`` for a stage; it raises BusyError once another has taken over."""
 
         def tick(done: Tick) -> None:
-            if self.holder and self.holder.lost:
-                raise self.holder.lost
+            if self.lease and self.lease.lost:
+                raise self.lease.lost
             on_tick(done)
 
         return tick
@@ -226,14 +229,14 @@ def _looking(place: Place, folder: Path, on_tick: OnTick) -> Iterator[Home]:
     folder.mkdir(parents=True, exist_ok=True)
     out = layout.open_out(folder)
     with _tidy(out):
-        running = is_held_or_unreadable(place)
+        running = is_leased_or_unreadable(place)
         if not layout.is_locked(out):  # else it is the folder of a run on this machine
             with layout.lock(out):
-                both = Mirror(out, place)
-                if both.is_behind:
-                    both.pull(everything=True, on_tick=on_tick)
+                copy = open_copy(out, place)
+                if copy.is_behind:
+                    pull_files(copy, everything=True, on_tick=on_tick)
                 if not out.table_file.exists():
-                    _refuse_nothing(both)
+                    _refuse_nothing(copy)
         yield Home(str(folder), place.name, running=running)
 
 
@@ -241,28 +244,28 @@ def _looking(place: Place, folder: Path, on_tick: OnTick) -> Iterator[Home]:
 def _writing(place: Place, folder: Path, on_tick: OnTick, *, must_exist: bool) -> Iterator[Home]:
     folder.mkdir(parents=True, exist_ok=True)
     out = layout.open_out(folder)
-    with _tidy(out), held(place, on_tick) as holder:
+    with _tidy(out), leased(place, on_tick) as lease:
         with layout.lock(out):
-            both = Mirror(out, place)
-            if both.is_behind:
-                both.pull(everything=True, on_tick=on_tick)
+            copy = open_copy(out, place)
+            if copy.is_behind:
+                pull_files(copy, everything=True, on_tick=on_tick)
             if must_exist and not out.table_file.exists():
-                _refuse_nothing(both)
+                _refuse_nothing(copy)
 
         def push(_: str = "", seconds: float | None = None) -> None:
             with refusing(place, "written"):
-                holder.check()
+                lease.check()
             with layout.lock(out):  # a change that a stage had begun is finished first
                 if out.table_file.exists():
-                    both.push(work=True, on_tick=on_tick, seconds=seconds)
+                    push_files(copy, work=True, on_tick=on_tick, seconds=seconds)
 
         def parts() -> None:
-            holder.check()
-            both.push_parts()
+            lease.check()
+            push_parts(copy)
 
         try:
             with every(PUSH_EVERY, parts, "parts"):
-                yield Home(str(folder), place.name, push, holder=holder)
+                yield Home(str(folder), place.name, push, lease=lease)
         except BaseException:
             _push_at_last(place, push)
             raise
@@ -277,7 +280,7 @@ def _tidy(out: Out) -> Iterator[None]:
     finally:
         # A run that is listing its source has nothing to show yet, but it holds the folder.
         with contextlib.suppress(RequestError), layout.lock(out):
-            if not sync.scan(out, work=True).keys() - {out.log.name}:
+            if not scan(out, work=True).keys() - {out.log.name}:
                 shutil.rmtree(out.root, ignore_errors=True)
 
 

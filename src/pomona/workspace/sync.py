@@ -2,397 +2,241 @@
 
 A place holds the files of OUT under their names, and ``_push.json``: which of them were put there,
 with size and sha256. What that record names and OUT no longer has is removed there; what it doesn't
-name is never touched. Files go in an order that a reader can trust: the manifest after the files
-that it speaks of, removals last. What is about to be removed is noted as ``going``, and nobody
-pulls it any more.
+name is never touched. OUT remembers in ``.places.json`` what it last had in common with each place.
 
-OUT remembers in ``.places.json`` what it last had in common with each place.
+`pomona.workspace.sync_plan` decides what is copied and removed; here it is done.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import threading
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 from pomona.core.errors import MismatchError
-from pomona.core.files import FORMAT, read_json, sha256, write_json
+from pomona.core.files import read_json
 from pomona.core.progress import OnTick, Tick, quiet
-from pomona.workspace.layout import Out
-from pomona.workspace.remote_folder import Entry, Place, drop_empty, refusing
-
-log = logging.getLogger("pomona")
-
-RECORD = "_push.json"
-LOCK = "_lock.json"
-PARTS = "_work/parts-"
-PLAN = "_work/plan.json"
-TABLE = ("features/_table.json", "features/_backbone.onnx")
-
-TABLES_OF_FILES = ("_table.json", "projection.json", "model.json")
-"""Files that name other files: they follow those."""
+from pomona.workspace.remote_folder import Entry, drop_empty, refusing
+from pomona.workspace.sync_plan import Files, Plan, offer, plan_parts, plan_pull, plan_push
+from pomona.workspace.sync_state import Copy, local_files
 
 AT_ONCE = 8
+"""Files that are copied at a time."""
+
 RECORD_EVERY = 5.0
 """Seconds between writings of the record while files go up: what a kill makes a push do again."""
 
 PARTS_SECONDS = 30.0
 """How long one sending of parts may hold up what comes after it."""
 
-# --- OUT beside a place ------------------------------------------------------------------------
+
+# --- up ----------------------------------------------------------------------------------------
 
 
-def scan(out: Out, *, work: bool) -> dict[str, os.stat_result]:
-    """Return the files of OUT by name; with ``work`` also the parts of a run that isn't finished.
+def push_files(
+    copy: Copy, *, work: bool = False, on_tick: OnTick = quiet, seconds: float | None = None
+) -> dict[str, Any]:
+    """Bring the place up to date; the caller holds OUT's lock.
 
-    Hidden names stay at home: the lock, and files that are being written.
+    Parameters
+    ----------
+    work
+        The parts of an unfinished run go, too.
+    seconds
+        No upload starts after so many. What is left is then left out, and with it everything that
+        names it.
+
+    Returns
+    -------
+    dict
+        ``place``, ``files``, ``uploaded``, ``bytes``, ``deleted``, ``whole``.
     """
-    found: dict[str, os.stat_result] = {}
-    for folder, folders, names in os.walk(out.root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in names:
-            path = Path(folder, file)
-            name = path.relative_to(out.root).as_posix()
-            if file.startswith(".") or name in (RECORD, LOCK):
+    with copy.busy, refusing(copy.place, "written"):
+        local = local_files(copy, work=work)
+        plan = plan_push(local, copy.record.files, copy.sizes)
+        whole = _apply_push(copy, plan, local, on_tick, seconds)
+        if not copy.is_known:  # taken over as it was
+            copy.note()
+    sent = [copy.record.files[name] for name in plan.names if name in copy.record.files]
+    sent = [entry for entry in sent if "sha256" in entry]
+    return {
+        "place": copy.place.name,
+        "files": len(local),
+        "uploaded": len(sent),
+        "bytes": sum(entry["size"] for entry in sent),
+        "deleted": len(plan.remove) if whole else 0,
+        "whole": whole,
+    }
+
+
+def push_parts(copy: Copy) -> int:
+    """Send the parts that a run has added, and return how many files went.
+
+    May run in a thread beside the stage.
+    """
+    with copy.busy:
+        local = local_files(copy, work=True)
+        empty = not read_json(copy.out.table_file).get("files", True)
+        plan = plan_parts(local, copy.record.files, copy.sizes, table_empty=empty)
+        _apply_push(copy, plan, local, quiet, PARTS_SECONDS)
+        return len(plan.names)
+
+
+def _apply_push(
+    copy: Copy, plan: Plan, local: Files, on_tick: OnTick, seconds: float | None
+) -> bool:
+    """Upload, then remove. Returns whether everything is done."""
+    copy.record.going -= {*plan.names, *plan.same}  # they came back
+    for name in plan.same:
+        entry = copy.record.files[name]
+        copy.common.files[name] = {**entry, "modified": local[name]["modified"]}
+    whole = _upload(copy, plan, local, on_tick, seconds)
+    if whole and plan.remove:
+        _remove(copy, plan.remove)
+    return whole
+
+
+def _upload(copy: Copy, plan: Plan, local: Files, on_tick: OnTick, seconds: float | None) -> bool:
+    """Upload the plan's files. When all are there, and not earlier, the rest is noted as going."""
+    record, names = copy.record, plan.names
+    if not names and record.going.issuperset(plan.remove):
+        return True
+    for name in names:  # first, so that whatever a killed push leaves there is in the record
+        record.files[name] = {"size": local[name]["size"]}
+    if names:
+        copy.note()
+        on_tick(Tick("push", 0, total := sum(local[name]["size"] for name in names)))
+    done, noted = 0, time.monotonic()
+    end = noted + seconds if seconds is not None else None
+    try:
+        for name, entry in copied(
+            plan, lambda name: copy.place.upload(copy.out.root / name, name), end
+        ):
+            if entry is None:  # it went while it was on the list, as parts do
+                del record.files[name]
                 continue
-            if not name.startswith("_work/") or (work and _goes_on(name)):
-                with contextlib.suppress(FileNotFoundError):
-                    found[name] = path.stat()
-    return found
+            record.files[name] = entry
+            copy.sizes[name] = entry["size"]
+            copy.common.files[name] = {**entry, "modified": local[name]["modified"]}
+            done += local[name]["size"]
+            on_tick(Tick("push", done, total))
+            if time.monotonic() - noted > RECORD_EVERY:
+                copy.note()
+                noted = time.monotonic()
+    finally:
+        whole = all("sha256" in record.files.get(name, {"sha256": ""}) for name in names)
+        if whole:
+            record.going.update(plan.remove)
+        copy.note()
+    return whole
 
 
-def _goes_on(name: str) -> bool:
-    """Whether a run that goes on elsewhere needs it: the rest of _work is made again."""
-    return name == PLAN or (name.startswith(PARTS) and name.endswith(".parquet"))
+def _remove(copy: Copy, names: list[str]) -> None:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for name, _ in zip(names, pool.map(copy.place.delete, names), strict=True):
+            for files in (copy.record.files, copy.sizes, copy.common.files):
+                files.pop(name, None)
+            copy.record.going.discard(name)
+    copy.note()
 
 
-def rank(name: str) -> int:
-    """Return when a file may go: 0 first, then those that name others, then the manifest."""
-    if name == "manifest.json":
-        return 2
-    return 1 if name.rsplit("/", 1)[-1] in TABLES_OF_FILES else 0
+# --- down --------------------------------------------------------------------------------------
 
 
-class Mirror:
-    """OUT, and what a place holds of it. One at a time writes; see `pomona.workspace.remote`.
+def pull_files(copy: Copy, *, everything: bool, on_tick: OnTick = quiet) -> dict[str, Any]:
+    """Bring OUT up to date with the place; the caller holds OUT's lock.
+
+    Parameters
+    ----------
+    everything
+        What the place doesn't have is removed from OUT; otherwise only what came from there.
+
+    Returns
+    -------
+    dict
+        ``place``, ``files``, ``downloaded``, ``bytes``, ``deleted``.
 
     Raises
     ------
+    MismatchError
+        If the place doesn't hold what was pushed.
     RequestError
-        If the place can't be listed.
+        If it can't be read.
     """
-
-    def __init__(self, out: Out, place: Place) -> None:
-        self.out, self.place = out, place
-        with refusing(place, "read"):
-            record = place.read_json(RECORD)
-            self.sizes = place.sizes()
-        if record.get("format", FORMAT) > FORMAT:
-            raise MismatchError(f"{place} was pushed by a newer Pomona: update")
-        files = record.get("files", {}).items()
-        self.record: dict[str, Entry] = {name: e for name, e in files if _is_plain(name)}
-        self.going: set[str] = self.record.keys() & set(record.get("going", []))
-        self.revision: str | None = record.get("revision")
-        known = read_json(out.places).get("places", {}).get(place.name, {})
-        self.revisions: list[str] = known.get("revisions", [])
-        self.common: dict[str, Entry] = known.get("files", {})
-        self.pulling: bool = known.get("pulling", False)
-        self._busy = threading.Lock()
-        self._new = uuid.uuid4().hex
-
-    @property
-    def is_known(self) -> bool:
-        """Whether nobody else has written there since OUT was last pushed or pulled."""
-        return self.revision is None or (self.revision in self.revisions and not self.pulling)
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether OUT, which is but a copy of what the place holds, must be pulled first."""
-        if self.revision is not None:
-            return not self.is_known
-        # No record. What was pushed and is gone was removed there, by somebody who starts anew;
-        # files without a record were copied there.
-        files = self.sizes.keys() - {RECORD, LOCK}
-        return not self.revisions if files else bool(self.revisions)
-
-    # up
-
-    def push(
-        self, *, work: bool = False, on_tick: OnTick = quiet, seconds: float | None = None
-    ) -> dict[str, Any]:
-        """Bring the place up to date; the caller holds OUT's lock.
-
-        Parameters
-        ----------
-        work
-            The parts of a run that isn't finished go too.
-        seconds
-            No upload starts after so many. What is left is then left out, and with it everything
-            that speaks of it.
-
-        Returns
-        -------
-        dict
-            ``place``, ``files``, ``uploaded``, ``bytes``, ``deleted``, ``whole``.
-        """
-        with self._busy, refusing(self.place, "written"):
-            here = scan(self.out, work=work)
-            todo = {name: stat for name, stat in here.items() if not self._is_there(name, stat)}
-            gone = sorted(self.record.keys() - here.keys())
-            self.going -= here.keys()
-            whole = self._upload(todo, on_tick, seconds, gone)
-            if whole and gone:
-                self._delete(gone)
-            if not self.is_known:  # taken over as it was
-                self._note()
-        went = [name for name in todo if "sha256" in self.record.get(name, {})]
-        return {
-            "place": self.place.name,
-            "files": len(here),
-            "uploaded": len(went),
-            "bytes": sum(self.record[name]["size"] for name in went),
-            "deleted": len(gone) if whole else 0,
-            "whole": whole,
-        }
-
-    def push_parts(self) -> int:
-        """Send what a run has added since; nothing is removed. May run beside the stage.
-
-        Returns
-        -------
-        int
-            How many files went.
-        """
-        with self._busy:
-            here = scan(self.out, work=True)
-            # Without what made the table, parts are nobody's: it goes first. One that names files
-            # is another matter: those must be there before it, and `push` sees to that.
-            empty = not read_json(self.out.table_file).get("files", True)
-            first = {n: s for n, s in here.items() if empty and n in TABLE}
-            parts = {n: s for n, s in here.items() if n.startswith("_work/")}
-            count = 0
-            for files in (first, parts):
-                todo = {n: stat for n, stat in files.items() if not self._is_there(n, stat)}
-                if any(name != PLAN for name in todo):
-                    self._upload(todo, quiet, PARTS_SECONDS)
-                    count += len(todo)
-            return count
-
-    def _is_there(self, name: str, stat: os.stat_result) -> bool:
-        """Whether the place holds this very file, by the record, and by its size there."""
-        there = self.record.get(name, {})
-        if "sha256" not in there or not there["size"] == self.sizes.get(name) == stat.st_size:
-            return False
-        if there["sha256"] != self._sha256(name, stat):
-            return False
-        self.common[name] = {**there, "modified": stat.st_mtime_ns}
-        return True
-
-    def _sha256(self, name: str, stat: os.stat_result) -> str | None:
-        """Return a local file's digest, the one that is known if size and time are as they were."""
-        known = self.common.get(name, {})
-        if (known.get("size"), known.get("modified")) == (stat.st_size, stat.st_mtime_ns):
-            return str(known["sha256"])
-        with contextlib.suppress(FileNotFoundError):
-            return sha256(self.out.root / name)
-        return None
-
-    def _upload(
-        self,
-        todo: dict[str, os.stat_result],
-        on_tick: OnTick,
-        seconds: float | None,
-        gone: Iterable[str] = (),
-    ) -> bool:
-        """Send files. When all are there, and not earlier, ``gone`` is noted as going.
-
-        Returns whether all are.
-        """
-        if not todo:
-            if not self.going.issuperset(gone):
-                self.going.update(gone)
-                self._note()
-            return True
-        for name, stat in todo.items():  # first: what is there by our doing is in the record
-            self.record[name] = {"size": stat.st_size}
-        self._note()
-        total, done = sum(stat.st_size for stat in todo.values()), 0
-        end = time.monotonic() + seconds if seconds is not None else None
-        noted = time.monotonic()
-
-        def send(name: str) -> Entry:
-            return self.place.upload(self.out.root / name, name)
-
-        on_tick(Tick("push", 0, total))
-        try:
-            for name, entry in in_order(list(todo), send, end):
-                if entry is None:  # it went while it was on the list, as parts do
-                    del self.record[name]
-                    continue
-                self.record[name] = entry
-                self.sizes[name] = entry["size"]
-                self.common[name] = {**entry, "modified": todo[name].st_mtime_ns}
-                done += todo[name].st_size
-                on_tick(Tick("push", done, total))
-                if time.monotonic() - noted > RECORD_EVERY:
-                    self._note()
-                    noted = time.monotonic()
-        finally:
-            whole = all("sha256" in self.record[name] for name in todo if name in self.record)
-            if whole:
-                self.going.update(gone)
-            self._note()
-        return whole
-
-    def _delete(self, names: list[str]) -> None:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            for name, _ in zip(names, pool.map(self.place.delete, names), strict=True):
-                for known in (self.record, self.sizes, self.common):
-                    known.pop(name, None)
-                self.going.discard(name)
-        self._note()
-
-    def _note(self) -> None:
-        """Write the record. OUT knows the new revision first, so that a kill between is no harm."""
-        self.pulling = False
-        if self.revision != self._new:
-            self.revisions = [*([self.revision] if self.revision else []), self._new]
-        self._remember()
-        record = {"format": FORMAT, "revision": self._new, "files": self.record}
-        record |= {"going": sorted(self.going)} if self.going else {}
-        self.place.write_json(RECORD, record)
-        self.revision = self._new
-
-    def _remember(self) -> None:
-        file = self.out.places
-        known = read_json(file)
-        known["format"] = FORMAT
-        about = {"revisions": self.revisions, "files": self.common, "pulling": self.pulling}
-        known.setdefault("places", {})[self.place.name] = about
-        write_json(file, known)
-
-    # down
-
-    def pull(self, *, everything: bool, on_tick: OnTick = quiet) -> dict[str, Any]:
-        """Bring OUT up to date with the place; the caller holds OUT's lock.
-
-        Parameters
-        ----------
-        everything
-            What the place doesn't have is removed from OUT; otherwise only what came from there.
-
-        Returns
-        -------
-        dict
-            ``place``, ``files``, ``downloaded``, ``bytes``, ``deleted``.
-        """
-        there = self._offered()
-        with refusing(self.place, "read"):
-            here = scan(self.out, work=True)
-            todo = {n: e for n, e in there.items() if n not in here or not self._same(n, here[n])}
-            candidates = set(here) if everything else set(self.common) & set(here)
-            gone = sorted(candidates - there.keys())
-            self.pulling = True
-            self._remember()
-            self._download(todo, on_tick)
-            for name in gone:
-                (self.out.root / name).unlink(missing_ok=True)
-                drop_empty(self.out.root, name)
-                self.common.pop(name, None)
-            self.pulling = False
-            self.revisions = [self.revision] if self.revision else []
-            self._remember()
-        return {
-            "place": self.place.name,
-            "files": len(there),
-            "downloaded": len(todo),
-            "bytes": sum(entry["size"] for entry in todo.values()),
-            "deleted": len(gone),
-        }
-
-    def _offered(self) -> dict[str, Entry]:
-        """Return what there is to pull: by the record, or, without one, by the listing."""
-        if self.revision is None:
-            names = [n for n in self.sizes if n not in (RECORD, LOCK) and _is_plain(n)]
-            return {name: {"size": self.sizes[name]} for name in names}
-        there = {}
-        for name, entry in self.record.items():
-            if name in self.going:
-                continue
-            if name in self.sizes:
-                there[name] = {**entry, "size": self.sizes[name]}
-            elif "sha256" in entry:
-                raise MismatchError(
-                    f"{name} is missing at {self.place}: if no run is at work there, push again "
-                    "from the OUT that it came from"
-                )
-        return there
-
-    def _same(self, name: str, stat: os.stat_result) -> bool:
-        sha = self.record.get(name, {}).get("sha256")
-        return sha is not None and sha == self._sha256(name, stat)
-
-    def changed_here(self) -> list[str]:
-        """Return the files of OUT that are neither as the place has them nor as it had them."""
-        changed = []
-        for name, stat in sorted(scan(self.out, work=False).items()):
-            known = [files.get(name, {}).get("sha256") for files in (self.common, self.record)]
-            if name != self.out.log.name and self._sha256(name, stat) not in known:
-                changed.append(name)
-        return changed
-
-    def _download(self, todo: dict[str, Entry], on_tick: OnTick) -> None:
-        total, done = sum(entry["size"] for entry in todo.values()), 0
-
-        def fetch(name: str) -> Entry:
-            path = self.out.root / name
-            entry = self.place.download(name, path)
-            if todo[name].get("sha256", entry["sha256"]) != entry["sha256"]:
-                path.unlink()
-                raise MismatchError(
-                    f"{name} at {self.place} isn't what was pushed: push it again from its OUT"
-                )
-            return {**entry, "modified": path.stat().st_mtime_ns}
-
-        if todo:
-            on_tick(Tick("pull", 0, total))
-        for name, entry in in_order(list(todo), fetch, None):
-            if entry is None:
-                raise MismatchError(f"{name} went from {self.place} while it was pulled: try again")
-            self.common[name] = entry
-            done += entry["size"]
-            on_tick(Tick("pull", done, total))
+    record, common = copy.record, copy.common
+    offered = offer(record.files if record.revision else None, record.going, copy.sizes, copy.place)
+    with refusing(copy.place, "read"):
+        local = local_files(copy, work=True)
+        plan = plan_pull(local, offered, common.files, everything=everything)
+        for name in plan.same:
+            common.files[name] = {**offered[name], "modified": local[name]["modified"]}
+        common.pulling = True
+        common.write(copy.out, copy.place)
+        _download(copy, plan, offered, on_tick)
+        for name in plan.remove:
+            (copy.out.root / name).unlink(missing_ok=True)
+            drop_empty(copy.out.root, name)
+            common.files.pop(name, None)
+        common.pulling = False
+        common.revisions = [record.revision] if record.revision else []
+        common.write(copy.out, copy.place)
+    return {
+        "place": copy.place.name,
+        "files": len(offered),
+        "downloaded": len(plan.names),
+        "bytes": sum(offered[name]["size"] for name in plan.names),
+        "deleted": len(plan.remove),
+    }
 
 
-def _is_plain(name: str) -> bool:
-    """Whether a name leads into OUT and nowhere else: a record is a file that others can write."""
-    return not any(part.startswith(".") or not part for part in name.split("/"))
+def _download(copy: Copy, plan: Plan, offered: Files, on_tick: OnTick) -> None:
+    def fetch(name: str) -> Entry:
+        path = copy.out.root / name
+        entry = copy.place.download(name, path)
+        if offered[name].get("sha256", entry["sha256"]) != entry["sha256"]:
+            path.unlink()
+            raise MismatchError(
+                f"{name} at {copy.place} isn't what was pushed: push it again from its OUT"
+            )
+        return {**entry, "modified": path.stat().st_mtime_ns}
+
+    total, done = sum(offered[name]["size"] for name in plan.names), 0
+    if plan.waves:
+        on_tick(Tick("pull", 0, total))
+    for name, entry in copied(plan, fetch):
+        if entry is None:
+            raise MismatchError(f"{name} went from {copy.place} while it was pulled: try again")
+        copy.common.files[name] = entry
+        done += entry["size"]
+        on_tick(Tick("pull", done, total))
 
 
-def in_order(
-    names: list[str], move: Callable[[str], Entry], end: float | None
+# --- both ways ---------------------------------------------------------------------------------
+
+
+def copied(
+    plan: Plan, copy_one: Callable[[str], Entry], end: float | None = None
 ) -> Iterator[tuple[str, Entry | None]]:
-    """Move files, some at once, by `rank`. Yields each with what came, or None if it isn't there.
+    """Copy the plan's files, `AT_ONCE` at a time, wave by wave.
 
-    After ``end`` (of the monotonic clock) no move starts, and no later rank is begun.
+    After ``end`` (of the monotonic clock) no copy starts, and no later wave begins.
+
+    Yields
+    ------
+    (str, Entry or None)
+        Each name and what was copied, or None if the file isn't there any more.
     """
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for number in range(3):
-            waiting = deque(name for name in sorted(names) if rank(name) == number)
+        for wave in plan.waves:
+            waiting = deque(wave)
             under_way: dict[Future[Entry], str] = {}
             while waiting or under_way:
                 late = end is not None and time.monotonic() > end
                 while waiting and not late and len(under_way) < AT_ONCE:
                     name = waiting.popleft()
-                    under_way[pool.submit(move, name)] = name
+                    under_way[pool.submit(copy_one, name)] = name
                 if not under_way:
                     return
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done:

@@ -1,0 +1,203 @@
+"""What is known of OUT and its copy: the files of both, and the records that say what was pushed.
+
+``_push.json`` lies at the place, ``.places.json`` in OUT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pomona.core.errors import MismatchError
+from pomona.core.files import FORMAT, read_json, sha256, write_json
+from pomona.workspace.layout import Out
+from pomona.workspace.lease import LOCK
+from pomona.workspace.remote_folder import Entry, Place, refusing
+from pomona.workspace.sync_plan import EXTRACT_PLAN, PARTS, Files, changed_since, is_plain
+
+RECORD = "_push.json"
+
+
+@dataclass
+class Record:
+    """What was pushed to a place, as ``_push.json`` there says.
+
+    Attributes
+    ----------
+    revision
+        Changes with each writing; None where there is no record.
+    files
+        Size and sha256 of each file that was put there; without sha256 while it is on its way.
+    going
+        Names of files that are about to be removed: nobody pulls them any more.
+    """
+
+    revision: str | None = None
+    files: Files = field(default_factory=dict)
+    going: set[str] = field(default_factory=set)
+
+    @classmethod
+    def read(cls, place: Place) -> Record:
+        """Read it.
+
+        Raises
+        ------
+        MismatchError
+            If a newer Pomona wrote it.
+        OSError
+            If the place doesn't answer.
+        """
+        record = place.read_json(RECORD)
+        if record.get("format", FORMAT) > FORMAT:
+            raise MismatchError(f"{place} was pushed by a newer Pomona: update")
+        files = {name: e for name, e in record.get("files", {}).items() if is_plain(name)}
+        return cls(record.get("revision"), files, files.keys() & set(record.get("going", [])))
+
+    def write(self, place: Place) -> None:
+        """Write it whole."""
+        record = {"format": FORMAT, "revision": self.revision, "files": self.files}
+        place.write_json(RECORD, record | ({"going": sorted(self.going)} if self.going else {}))
+
+
+@dataclass
+class Common:
+    """What OUT and a place last had in common, as OUT's ``.places.json`` says.
+
+    Attributes
+    ----------
+    revisions
+        Of the record: one of them is there if nobody else has written since.
+    files
+        Size, sha256 and ``modified`` (ns) of each file that both had.
+    pulling
+        Whether a pull had begun and not ended.
+    """
+
+    revisions: list[str] = field(default_factory=list)
+    files: Files = field(default_factory=dict)
+    pulling: bool = False
+
+    @classmethod
+    def read(cls, out: Out, place: Place) -> Common:
+        """Read what OUT knows of a place."""
+        return cls(**read_json(out.places).get("places", {}).get(place.name, {}))
+
+    def write(self, out: Out, place: Place) -> None:
+        """Write it beside what OUT knows of other places."""
+        places = read_json(out.places).get("places", {})
+        write_json(out.places, {"format": FORMAT, "places": {**places, place.name: vars(self)}})
+
+
+@dataclass
+class Copy:
+    """OUT, its copy at a place, and what is known of both. One process at a time writes.
+
+    Attributes
+    ----------
+    sizes
+        The size in bytes of each file at the place.
+    """
+
+    out: Out
+    place: Place
+    record: Record
+    common: Common
+    sizes: dict[str, int]
+    busy: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether nobody else has written there since OUT was last pushed or pulled."""
+        revision, common = self.record.revision, self.common
+        return revision is None or (revision in common.revisions and not common.pulling)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether OUT, which is but a copy of what the place holds, must be pulled first."""
+        if self.record.revision is not None:
+            return not self.is_known
+        # No record. What was pushed and is gone was removed there, by somebody who starts anew;
+        # files without a record were copied there.
+        return not self.common.revisions if self.sizes else bool(self.common.revisions)
+
+    def note(self) -> None:
+        """Write the record, under a new revision.
+
+        OUT knows that revision first, so that a kill between the two writings does no harm.
+        """
+        before, self.common.pulling = self.record.revision, False
+        self.record.revision = uuid.uuid4().hex
+        self.common.revisions = [r for r in (before, self.record.revision) if r]
+        self.common.write(self.out, self.place)
+        self.record.write(self.place)
+
+
+def open_copy(out: Out, place: Place) -> Copy:
+    """Look at OUT's copy.
+
+    Raises
+    ------
+    RequestError
+        If the place can't be listed, or (MismatchError) a newer Pomona wrote there.
+    """
+    with refusing(place, "read"):
+        record, sizes = Record.read(place), place.sizes()
+    sizes = {name: size for name, size in sizes.items() if name not in (RECORD, LOCK)}
+    return Copy(out, place, record, Common.read(out, place), sizes)
+
+
+# --- OUT ---------------------------------------------------------------------------------------
+
+
+def scan(out: Out, *, work: bool) -> dict[str, os.stat_result]:
+    """Return the files of OUT by name; with ``work`` also the parts of an unfinished run.
+
+    Hidden files stay at home: the lock, and files that are being written.
+    """
+    stats: dict[str, os.stat_result] = {}
+    for folder, folders, names in os.walk(out.root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in names:
+            path = Path(folder, file)
+            name = path.relative_to(out.root).as_posix()
+            if file.startswith(".") or name in (RECORD, LOCK):
+                continue
+            if not name.startswith("_work/") or (work and _resumes(name)):
+                with contextlib.suppress(FileNotFoundError):
+                    stats[name] = path.stat()
+    return stats
+
+
+def _resumes(name: str) -> bool:
+    """Whether a run that goes on elsewhere needs it: the rest of _work is made again."""
+    return name == EXTRACT_PLAN or (name.startswith(PARTS) and name.endswith(".parquet"))
+
+
+def local_files(copy: Copy, *, work: bool) -> Files:
+    """Describe the files of OUT.
+
+    ``sha256`` is the known one if size and time are as they were. It is computed only where another
+    side has a file of that size; elsewhere the size alone tells that the files differ.
+    """
+    files: Files = {}
+    for name, stat in scan(copy.out, work=work).items():
+        entry: Entry = {"size": stat.st_size, "modified": stat.st_mtime_ns}
+        last, there = copy.common.files.get(name, {}), copy.record.files.get(name, {})
+        if (last.get("size"), last.get("modified")) == (stat.st_size, stat.st_mtime_ns):
+            entry["sha256"] = last["sha256"]
+        elif stat.st_size in (last.get("size"), there.get("size")):
+            with contextlib.suppress(FileNotFoundError):
+                entry["sha256"] = sha256(copy.out.root / name)
+        files[name] = entry
+    return files
+
+
+def changed_here(copy: Copy) -> list[str]:
+    """Return the results in OUT that the place doesn't know, and didn't."""
+    local = local_files(copy, work=False)
+    local.pop(copy.out.log.name, None)
+    return changed_since(local, copy.record.files, copy.common.files)
