@@ -10,7 +10,7 @@ from pomona.core.errors import RequestError, SourceError
 from pomona.core.schema import FILES, PHOTOS
 from pomona.photos.listing import list_files
 from pomona.photos.reading import read, reader
-from pomona.photos.source import arrange, layout_hint, open_source
+from pomona.photos.source import arrange, layout_hint, open_readable, open_source
 from tests.conftest import photo
 from tests.object_stores import paths, table, upload
 
@@ -232,3 +232,12 @@ def test_a_folder_that_vanishes(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "s")
     with pytest.raises(SourceError, match="can't be listed"):
         list_files(source)
+
+
+def test_photos_that_this_process_cannot_read(tmp_path: Path) -> None:
+    assert open_readable(tmp_path) == open_source(tmp_path)
+    assert open_readable("s3://bucket/photos").kind == "object"
+    with pytest.raises(SourceError, match="does not exist"):
+        open_readable(tmp_path / "gone")
+    with pytest.raises(SourceError, match="hdfs://nn/p can be read by Spark alone"):
+        open_readable("hdfs://nn/p")

@@ -14,7 +14,7 @@ from PIL import Image
 from pomona.core.errors import RequestError
 from pomona.photos import synthetic
 from pomona.photos.decoding import decode
-from pomona.photos.synthetic_shapes import LABELS
+from pomona.photos.synthetic_catalogue import LABELS
 
 
 def pixels(label: str, frame: int, axis: str = "", size: int = 100) -> npt.NDArray[np.int16]:

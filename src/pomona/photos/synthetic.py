@@ -25,7 +25,8 @@ from PIL import Image
 
 from pomona.core.cpus import available_cpus
 from pomona.core.errors import RequestError
-from pomona.photos.synthetic_shapes import BY_LABEL, LABELS, Array, build, spin
+from pomona.photos.synthetic_catalogue import BY_LABEL, LABELS, Array
+from pomona.photos.synthetic_shapes import build, spin
 
 __all__ = ["LABELS", "Photo", "breakage", "plan", "render", "synthesize"]
 

@@ -28,7 +28,7 @@ from pomona.model.recogniser import Recogniser, answers, make_recogniser
 from pomona.photos import synthetic
 from pomona.photos.decoding import MAX_DECODED
 from pomona.photos.isolation import Guard
-from pomona.photos.synthetic_shapes import LABELS
+from pomona.photos.synthetic_catalogue import LABELS
 
 Kind = Literal["predict", "features"]
 Row = dict[str, Any]
