@@ -1,4 +1,4 @@
-"""What all rooms use: errors, tables' columns, files, URIs, object stores.
+"""What every package uses: errors, the columns of tables, files, URIs, object stores.
 
-Nothing of photos, models or OUT; imports no other room.
+Nothing about photos, models or OUT; it imports no other package.
 """

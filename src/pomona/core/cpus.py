@@ -1,4 +1,4 @@
-"""How many CPUs this process may use."""
+"""The number of CPUs that this process may use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
 
 
 def available_cpus() -> int:
-    """Return how many CPUs this process may use: affinity and a container's limit count."""
+    """Return how many CPUs this process may use, by its affinity and the container's limit."""
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, math.ceil(min(cpus, _quota())))

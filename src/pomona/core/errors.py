@@ -3,13 +3,13 @@
 ::
 
     PomonaError                 one line for the user; the command ends with its `exit_code`
-    ├── RequestError            the request is wrong: the line gives the rule and the remedy   (2)
+    ├── RequestError            the request is wrong: the message says what to do instead      (2)
     │   ├── SourceError         the source is missing, empty, or can't be listed               (2)
     │   ├── WeightsError        the weights are missing, damaged, or not MobileNetV2's         (2)
     │   ├── MismatchError       OUT was made with other settings than the ones asked for       (2)
     │   ├── BusyError           another run is at work on the same OUT                         (2)
     │   └── MissingError        something that must be installed isn't (Java, torch, …)        (2)
-    └── JobError                Spark gave up; the log file holds the whole story              (1)
+    └── JobError                Spark gave up; the log file has the details                    (1)
         └── CrashError          … because its Python workers died                              (1)
 
 A photo that can't be used is not an exception: it is a row with a code from `pomona.core.schema`.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 
 class PomonaError(Exception):
-    """Base of the tree. ``str(error)`` is one line that a user can act on."""
+    """Base of all errors that are raised on purpose. ``str(error)`` is one line for the user."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, JSON, digests, the cache folder."""
+"""Atomic files and folders, JSON, digests, the cache folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pomona.core.errors import MismatchError, RequestError
 
 
 def cache_folder() -> Path:
-    """Return where downloaded weights are kept: ``POMONA_CACHE``, or the user's cache folder."""
+    """Return the cache folder: ``POMONA_CACHE``, or ``pomona`` in the user's cache folder."""
     if folder := os.environ.get("POMONA_CACHE"):
         return Path(folder)
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"
@@ -24,29 +24,37 @@ def cache_folder() -> Path:
 
 
 FORMAT = 1
-"""Of OUT. Raise it when a reader of the old one would be wrong, and keep reading the old ones."""
+"""Version of OUT's files: raise it if an older Pomona would misread them; keep reading old ones."""
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Give a finished file its final name. Runs on workers.
+
+    This is the one place where a file becomes whole; it replaces a file of that name.
+    """
+    part.replace(path)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a file to write; it becomes ``path`` when it is whole. Runs on workers."""
+    """Yield a temporary file; it becomes ``path`` if the block ends well. Runs on workers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         yield part
-        part.replace(path)
+        put_in_place(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(dest: Path, option: str) -> Iterator[Path]:
-    """Give a folder to make and fill; it takes the place of ``dest`` when it is whole.
+    """Yield a name for a folder to make and fill; it replaces ``dest`` if the block ends well.
 
     Raises
     ------
     RequestError
-        If it can't be written; names the command's ``option``.
+        If it can't be written; the message names the command's ``option``.
     """
     staged = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.part")
     try:
@@ -61,12 +69,12 @@ def atomic_folder(dest: Path, option: str) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write sorted JSON; a reader sees the old file or the new one, never a part."""
+    """Write JSON with sorted keys; a reader sees the old file or the new one, never a part."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole."""
+    """Write a text file as UTF-8, atomically."""
     with atomic_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
@@ -77,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises
     ------
     MismatchError
-        If it isn't JSON, or of a newer format.
+        If it isn't JSON, or its format is newer than `FORMAT`.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -91,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Return a file's sha256."""
+    """Return a file's sha256, hexadecimal."""
     with path.open("rb") as file:
         sha = hashlib.sha256()
         while chunk := file.read(1 << 20):
@@ -100,6 +108,6 @@ def sha256(path: Path) -> str:
 
 
 def tree_digest(files: dict[str, str]) -> str:
-    """Return one digest for many files, given each one's by name."""
+    """Return one sha256 for many files, from the digest of each by its name."""
     lines = "".join(f"{name}\0{files[name]}\n" for name in sorted(files))
     return hashlib.sha256(lines.encode()).hexdigest()

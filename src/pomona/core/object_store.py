@@ -1,4 +1,4 @@
-"""Object stores that Arrow speaks (``s3://``, ``gs://``): connect, and try again what may pass."""
+"""Object stores that Arrow reads (``s3://``, ``gs://``): connections, retries, timeouts."""
 
 from __future__ import annotations
 
@@ -21,43 +21,40 @@ log = logging.getLogger("pomona")
 
 
 READ_AHEAD = 16
-"""Reads in flight in a worker on an object store: latency is what costs (benchmarks/reading.py)."""
+"""Concurrent reads of one worker: on object stores latency dominates (benchmarks/reading.py)."""
 
 TRIES = 4
-"""How often a call to an object store is made, each with `S3_ATTEMPTS` requests beneath it."""
+"""Attempts of `retrying`; the S3 client makes up to `S3_ATTEMPTS` requests in each."""
 
 PATIENCE = 45.0
-"""Seconds after which a call that failed isn't made again."""
+"""Seconds after which a failed call isn't repeated."""
 
 S3_ATTEMPTS = 3
-"""Requests that the S3 client makes by itself, with pauses that grow: a page of a long listing that
-fails must not start the listing again."""
+"""Requests that the S3 client makes by itself, with growing pauses: when one page of a long listing
+fails, the listing must not start again."""
 
 REQUEST_TIMEOUT, CONNECT_TIMEOUT = 5.0, 3.0
-"""Seconds without a byte, and without a connection, after which a request is given up."""
+"""Seconds without data, and without a connection, after which a request is given up."""
 
 GS_SECONDS = 10
-"""How long the client of Google's store tries by itself; its own default is 15 minutes."""
+"""Seconds that Google's client retries by itself; its own default is 15 minutes."""
 
 
 T = TypeVar("T")
-
-
-# --- reading -----------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=8)
 def connect(store: str, *, writes: bool = False) -> Any:
     """Return the Arrow file system of an object store's URI. Runs on workers, too.
 
-    With ``writes`` a small file is one request, and a missing bucket shows when it is written.
+    With ``writes`` a small file takes one request; a missing bucket is then noticed on writing.
 
     Raises
     ------
     SourceError
         If the URI has an option that Arrow doesn't know.
     OSError
-        If the bucket's region is asked for, and no answer comes.
+        If the bucket's region must be looked up, and the store doesn't answer.
     """
     try:
         return _connect_s3(store, writes) if store.startswith("s3") else _connect_gs(store)
@@ -77,14 +74,15 @@ def _connect_gs(store: str) -> Any:
 def _connect_s3(store: str, writes: bool) -> Any:
     from pyarrow.fs import AwsStandardS3RetryStrategy, FileSystem, S3FileSystem
 
-    # What Arrow makes of a URI tries 31 times, every 0.2 s, whatever is the matter, and no option
-    # changes that: a throttled store is held down, and a request that hangs takes 99 s.
-    found = FileSystem.from_uri(store)[0]  # it checks the options, and finds the bucket's region
+    # The file system that Arrow makes from a URI tries 31 times, every 0.2 s, whatever the error,
+    # and no option changes that: it keeps a throttled store throttled, and a request that hangs
+    # takes 99 s. Here it only checks the options and finds the bucket's region.
+    from_uri = FileSystem.from_uri(store)[0]
     user, _, secret = urlsplit(store).netloc.rpartition("@")[0].partition(":")
     defaults = {
         "access_key": user or None,
         "secret_key": secret or None,
-        "region": found.region,
+        "region": from_uri.region,
         "endpoint_override": next(
             (os.environ[n] for n in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if n in os.environ),
             None,
@@ -93,43 +91,43 @@ def _connect_s3(store: str, writes: bool) -> Any:
         "connect_timeout": CONNECT_TIMEOUT,
         "allow_delayed_open": writes,
     }
-    words = {"true": True, "false": False}
-    asked = {k: words.get(v, v) for k, v in parse_qsl(store.partition("?")[2])}
+    booleans = {"true": True, "false": False}
+    options = {k: booleans.get(v, v) for k, v in parse_qsl(store.partition("?")[2])}
     strategy = AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)
-    return S3FileSystem(**{**defaults, **asked}, retry_strategy=strategy)
+    return S3FileSystem(**{**defaults, **options}, retry_strategy=strategy)
 
 
-_LASTING = re.compile(
-    # What S3's answers are called, and the numbers of those that have no name: a HEAD has no body.
+_PERMANENT = re.compile(
+    # The names of S3's errors, and the status of those without a name: a HEAD's answer has no body.
     r"AWS Error (?:\w*ACCESS_DENIED|\w*NO_SUCH_|\w*NOT_FOUND|INVALID_|MISSING_|MALFORMED_|"
     r"SIGNATURE_|INCOMPLETE_|UNRECOGNIZED_|OPT_IN_|OBJECT_NOT_IN|REQUEST_EXPIRED|VALIDATION)|"
     r"HTTP status (?:3\d\d|4(?!08|29)\d\d)|"
     r"PERMISSION_DENIED|UNAUTHENTICATED|FAILED_PRECONDITION|INVALID_ARGUMENT"  # Google's
 )
-_LASTING_TYPES = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+_PERMANENT_TYPES = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
 def is_transient(error: OSError) -> bool:
-    """Tell whether an object store may answer better later: throttled, broken, too slow.
+    """Tell whether a later attempt may succeed: the store was throttled, broken or too slow.
 
     >>> is_transient(OSError("AWS Error SLOW_DOWN during GetObject operation"))
     True
     >>> is_transient(OSError("AWS Error ACCESS_DENIED during GetObject operation"))
     False
     """
-    return not isinstance(error, _LASTING_TYPES) and not _LASTING.search(str(error))
+    return not isinstance(error, _PERMANENT_TYPES) and not _PERMANENT.search(str(error))
 
 
 def retrying(call: Callable[[], T]) -> T:
-    """Call, and call again if what failed may pass. Runs on workers, too.
+    """Return what ``call`` returns; repeat it after a transient error. Runs on workers, too.
 
-    The pauses are drawn between 0 and 1, 2 and 4 seconds, so that workers that failed together
-    don't come back together.
+    The pauses are random, up to 1, 2 and 4 seconds, so that workers that failed together don't
+    retry together.
 
     Raises
     ------
     OSError
-        What the last call raised: at once if it can't pass, else after `TRIES` or `PATIENCE`.
+        From the last attempt: at once if it is permanent, else after `TRIES` or `PATIENCE`.
     """
     end = time.monotonic() + PATIENCE
     for number in range(TRIES):

@@ -1,4 +1,4 @@
-"""Rows between files: written in small groups, cut into chunks for tasks, gathered by place."""
+"""Tables as files: Parquet in small row groups, chunks for tasks, rows read by their position."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROWS_PER_GROUP = 1024
-"""5 MB of features: what a worker holds at a time."""
+"""5 MB of features: a worker holds one row group at a time."""
 
 
 class open_parquet:  # noqa: N801 - used as a function
-    """Write Parquet in row groups of `ROWS_PER_GROUP`, whatever the sizes of the batches."""
+    """A Parquet writer with row groups of `ROWS_PER_GROUP`, whatever the sizes of the batches."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
-        words = [f.name for f in schema if f.type == pa.string() and f.name not in ("path",)]
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=words)
+        repeated = [f.name for f in schema if f.type == pa.string() and f.name != "path"]
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=repeated)
         self._waiting: list[pa.RecordBatch] = []
         self._rows = 0
 
@@ -67,7 +67,7 @@ def read_chunk(path: str, number: int) -> pa.RecordBatch:
 
 
 def even_bounds(rows: int, most: int) -> list[int]:
-    """Cut rows into the fewest pieces of at most ``most``, as even as can be.
+    """Return the bounds of the fewest, most even pieces of at most ``most`` rows.
 
     >>> even_bounds(10, 4)
     [0, 3, 6, 10]
@@ -92,19 +92,24 @@ def sliced(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBa
 def gather(
     plan: pa.RecordBatch, root: str, files: Sequence[str], columns: list[str]
 ) -> Iterator[tuple[pa.RecordBatch, pa.Table]]:
-    """Read rows by place, in the plan's order, a row group's worth at a time. Runs on workers.
+    """Read rows by file and position, in the plan's order. Runs on workers.
 
     Parameters
     ----------
     plan
-        With the columns ``file`` and ``row``.
+        With the columns ``file`` (index into ``files``) and ``row`` (position in that file).
+    root, files
+        The folder, and paths of Parquet files relative to it.
+    columns
+        To read.
 
     Yields
     ------
     (pa.RecordBatch, pa.Table)
-        A slice of the plan, and its rows.
+        A slice of the plan, at most `ROWS_PER_GROUP` rows, and its rows.
     """
-    # Plans mostly run along the files: two groups bridge a slice's end, more only cost memory.
+    # Plans mostly follow the files' order: two cached groups cover the seam between two slices,
+    # and more would only cost memory.
     read_group = functools.lru_cache(maxsize=2)(
         lambda file, group: _open(root, files[file]).read_row_group(
             group, columns, use_threads=False

@@ -1,4 +1,4 @@
-"""What a stage tells while it works."""
+"""Progress reports of a stage at work."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 
 class Tick(NamedTuple):
-    """How far a stage is."""
+    """How far a stage has come."""
 
     stage: str  # list, weights, spark, extract, table, reduce, train, report, …
     done: int = 0
-    total: int = 0  # 0: not known
+    total: int = 0  # 0: unknown
     rejected: int = 0
 
 
@@ -19,4 +19,4 @@ OnTick = Callable[[Tick], None]
 
 
 def quiet(_: Tick) -> None:
-    """Take no notice."""
+    """Ignore a tick."""

@@ -1,4 +1,4 @@
-"""What a record says of its making: the time, and the versions at work."""
+"""The time and the versions of packages, for records of how a result was made."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from importlib import metadata
 
 
 def utc_now() -> str:
-    """Return the time, in UTC, as records hold it."""
+    """Return the time in UTC as ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that may change a result."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the installed packages that may change a result."""
+    installed = {"python": platform.python_version()}
     for name in (
         "pomona",
         "pyspark",
@@ -27,5 +27,5 @@ def versions() -> dict[str, str]:
         "torch",
     ):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            installed[name] = metadata.version(name)
+    return installed

@@ -1,4 +1,4 @@
-"""Every table and column, declared once. Spark's DDL is derived from it."""
+"""The columns of every table, declared once; Spark's DDL is derived from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRUNCATED = "truncated"
 TOO_LARGE = "too_large"
 CRASHED = "crashed"
 ERRORS = (UNREADABLE, EMPTY, NOT_AN_IMAGE, TRUNCATED, TOO_LARGE, CRASHED)
-"""The codes of a photo that has no features. A code, never an exception's text."""
+"""Why a photo has no features: a code, never an exception's text (Pillow's holds addresses)."""
 
 FILES = pa.schema(
     [
@@ -25,7 +25,7 @@ FILES = pa.schema(
         ("modified", pa.timestamp("us", tz="UTC")),  # whole milliseconds: all that Hadoop keeps
     ]
 )
-"""What a listing gives."""
+"""A listing of a source."""
 
 PHOTOS = pa.schema(
     [
@@ -37,7 +37,7 @@ PHOTOS = pa.schema(
         FILES.field("modified"),
     ]
 )
-"""A listing with its meaning."""
+"""A listing with each photo's split and label."""
 
 FEATURES_TABLE = pa.schema(
     [
@@ -71,7 +71,7 @@ IMAGES = pa.schema(
         ("filename", pa.string()),
     ]
 )
-"""What `pomona.load_images` gives."""
+"""The columns of `pomona.load_images`."""
 
 _DDL = {
     pa.string(): "string",
@@ -87,7 +87,7 @@ _DDL = {
 
 
 def ddl(schema: pa.Schema) -> str:
-    """Spark's words for an Arrow schema.
+    """Return an Arrow schema as Spark's DDL.
 
     >>> ddl(PCA_TABLE)
     '`path` string, `label` string, `filename` string, `pca_features` array<float>'
@@ -96,7 +96,7 @@ def ddl(schema: pa.Schema) -> str:
 
 
 def nulls(schema: pa.Schema) -> list[str]:
-    """Spark's expressions for columns of nulls: they add an Arrow schema's columns to a frame.
+    """Return Spark SQL expressions that add a schema's columns, all null, to a DataFrame.
 
     >>> nulls(pa.schema([("error", pa.string())]))
     ['CAST(NULL AS string) AS `error`']
@@ -105,7 +105,7 @@ def nulls(schema: pa.Schema) -> list[str]:
 
 
 def quoted(name: str) -> str:
-    """Return a column's name as Spark's SQL takes it, whatever it holds.
+    """Return a column's name quoted for Spark SQL, whatever characters it holds.
 
     >>> quoted("a.b")
     '`a.b`'
@@ -114,5 +114,5 @@ def quoted(name: str) -> str:
 
 
 def without(schema: pa.Schema, *names: str) -> pa.Schema:
-    """Return the schema less the named columns (a partition column lives in the folder's name)."""
+    """Return the schema less the named columns (a partition's value is in the folder's name)."""
     return pa.schema([field for field in schema if field.name not in names])

@@ -1,4 +1,4 @@
-"""Paths and URIs as the user writes them: what they are, and how they may be printed."""
+"""Paths and URIs as users write them: which kind they are, and how to print them safely."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ _URI = re.compile(
 
 
 def redacted(text: str) -> str:
-    """Return a URI as it may be printed: without user, password and options; a path as it is.
+    """Return a URI without user, password and options, to be printed; a path as it is.
 
-    A secret may hold slashes that nobody escaped: what follows a colon that is no port's goes up to
-    the last ``@``.
+    A secret may hold unescaped slashes: after a colon that doesn't start a port, everything up to
+    the last ``@`` counts as the secret.
 
-    >>> shown("s3a://KEY:SEC/RET@bucket/out?region=x"), shown("hdfs://host:8020/a@b"), shown("a@b?")
-    ('s3a://bucket/out', 'hdfs://host:8020/a@b', 'a@b?')
+    >>> redacted("s3a://KEY:SEC/RET@bucket/out?region=x"), redacted("hdfs://host:8020/a@b")
+    ('s3a://bucket/out', 'hdfs://host:8020/a@b')
+    >>> redacted("a@b?")
+    'a@b?'
     """
     if not _URI.match(text):
         return text
@@ -29,7 +31,7 @@ def redacted(text: str) -> str:
 
 
 def is_store(text: str) -> bool:
-    """Whether a name is an object store's URI."""
+    """Whether a text is the URI of an object store that Arrow reads."""
     return re.match("(s3|gs|gcs)://", text, re.I) is not None
 
 
@@ -39,7 +41,7 @@ def refuse_uri(text: str, what: str) -> None:
     Raises
     ------
     RequestError
-        With what to do instead.
+        If it is one; the message says what to do instead.
     """
     if not _URI.match(text):
         return

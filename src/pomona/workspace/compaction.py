@@ -1,4 +1,4 @@
-"""From the parts of a run to the files of the table of features."""
+"""Compaction: the parts of a run and the old table of features become the new table."""
 
 from __future__ import annotations
 
@@ -20,25 +20,22 @@ from pomona.workspace.feature_table import Index
 from pomona.workspace.layout import Move, Out
 
 ROWS_PER_FILE = 25_000
-"""128 MB: a row is 1280 float32 and about 100 bytes."""
-
-
-# --- from parts to the table -------------------------------------------------------------------
+"""Gives files of 128 MB: a row is 1280 float32 and about 100 bytes."""
 
 
 class Compaction(NamedTuple):
-    """What must happen for parts and table to become the new table.
+    """A plan of the files to write and to remove.
 
     Attributes
     ----------
     plan
-        Rows to write: ``PHOTOS``, ``file``, ``row``, in order.
+        Rows to write, in order: ``PHOTOS``, ``file``, ``row``.
     bounds
-        The plan's rows, file by file.
+        Where each new file's rows start in the plan, and where the last one's end.
     names
         The new files, relative to ``OUT/features``.
     obsolete
-        Table files that go, relative to ``OUT/features``.
+        Table files to remove, relative to ``OUT/features``.
     """
 
     plan: pa.Table
@@ -47,10 +44,11 @@ class Compaction(NamedTuple):
     obsolete: list[str]
 
 
-def plan_compaction(rows: pa.Table, found: Index) -> Compaction:
+def plan_compaction(rows: pa.Table, index: Index) -> Compaction:
     """Decide which files stay and what the new ones hold.
 
-    A table file stays when all its rows do and it is full, or its split has nothing new.
+    A table file stays if all its rows stay and it is at least half full, or if its split has no new
+    rows.
 
     Parameters
     ----------
@@ -60,39 +58,40 @@ def plan_compaction(rows: pa.Table, found: Index) -> Compaction:
     Raises
     ------
     JobError
-        If a photo has no row: no task may lose one.
+        If a photo has no row: tasks must not lose any.
     """
     if rows["file"].null_count:
         raise JobError(f"{rows['file'].null_count} photos got no row: run the same command again")
-    old = _table_sizes(found)
-    stays = np.zeros(len(found.files), np.int64)
-    numbers, moved = rows["file"].to_numpy(), rows["moved"].to_numpy()
-    np.add.at(stays, numbers[~moved], 1)
-    whole = {n for n in range(found.table_files) if stays[n] == old[n]}
-    split_of = {n: Path(found.files[n]).parent.name for n in range(found.table_files)}
-    kept: set[int] = set()
-    for split in SPLITS:
-        mine = {n for n in whole if split_of[n] == f"split={split}"}
-        in_split = pc.equal(rows["split"], split).to_numpy()
-        new = bool((in_split & ~np.isin(numbers, list(mine))).any())
-        kept |= {n for n in mine if old[n] >= ROWS_PER_FILE // 2} if new else mine
+    kept = _files_that_stay(rows, index)
+    numbers = rows["file"].to_numpy()
     plan = rows.filter(pa.array(~np.isin(numbers, list(kept)))).select(
         [*PHOTOS.names, "file", "row"]
     )
-    bounds, names = _new_files(plan, next_generation(found))
-    gone = set(range(found.table_files)) - kept
-    obsolete = [found.files[n].removeprefix("features/") for n in sorted(gone)]
+    bounds, names = _new_files(plan, next_generation(index))
+    gone = set(range(index.table_files)) - kept
+    obsolete = [index.files[n].removeprefix("features/") for n in sorted(gone)]
     return Compaction(plan, bounds, names, obsolete)
 
 
-def _table_sizes(found: Index) -> Any:
-    return np.bincount(found.rows["file"].to_numpy(), minlength=len(found.files))
+def _files_that_stay(rows: pa.Table, index: Index) -> set[int]:
+    """Return the numbers of the table files that are neither rewritten nor removed."""
+    numbers, moved = rows["file"].to_numpy(), rows["moved"].to_numpy()
+    before = np.bincount(index.rows["file"].to_numpy(), minlength=len(index.files))
+    staying = np.bincount(numbers[~moved], minlength=len(index.files))
+    whole = {n for n in range(index.table_files) if staying[n] == before[n]}
+    kept: set[int] = set()
+    for split in SPLITS:
+        of_split = {n for n in whole if Path(index.files[n]).parent.name == f"split={split}"}
+        in_split = pc.equal(rows["split"], split).to_numpy()
+        has_new = bool((in_split & ~np.isin(numbers, list(of_split))).any())
+        kept |= {n for n in of_split if not has_new or before[n] >= ROWS_PER_FILE // 2}
+    return kept
 
 
-def next_generation(found: Index) -> int:
-    """Return the number that new files of the table carry in their names."""
-    old = [int(Path(name).stem.split("-")[1]) for name in found.files[: found.table_files]]
-    return max(old, default=-1) + 1
+def next_generation(index: Index) -> int:
+    """Return the generation that new table files carry in their names: one above the highest."""
+    generations = [int(Path(name).stem.split("-")[1]) for name in index.files[: index.table_files]]
+    return max(generations, default=-1) + 1
 
 
 def _new_files(plan: pa.Table, generation: int) -> tuple[list[int], list[str]]:
@@ -107,31 +106,31 @@ def _new_files(plan: pa.Table, generation: int) -> tuple[list[int], list[str]]:
 
 
 def cut_by_split(rows: pa.Table, most: int) -> list[tuple[str, list[int]]]:
-    """Cut rows that are sorted by split into pieces of at most ``most`` of one split.
+    """Cut rows, sorted by split, into pieces of at most ``most`` rows of one split.
 
     Returns
     -------
     list
         For each split in the rows' order (Test, Training) the ends of its pieces.
     """
-    found, first = [], 0
+    pieces, first = [], 0
     for split in SPLITS[::-1]:
         count = pc.sum(pc.equal(rows["split"], split)).as_py() or 0
-        found.append((split, [first + cut for cut in even_bounds(count, most)[1:]]))
+        pieces.append((split, [first + cut for cut in even_bounds(count, most)[1:]]))
         first += count
-    return found
+    return pieces
 
 
 @dataclass(frozen=True)
 class WriteFile:
-    """Write one file of the new table. Picklable; called on workers.
+    """Write one file of the new table. Picklable; runs on workers.
 
     Attributes
     ----------
     chunks
-        The plan, a chunk for each file.
+        The file with the plan, one chunk for each new file.
     root, files
-        OUT, and the files that the plan's ``file`` counts.
+        OUT, and the files that the plan's column ``file`` counts.
     names, staged
         The new files, and the folder that they are relative to.
     """
@@ -155,26 +154,33 @@ class WriteFile:
                 rejected += rows.num_rows - rows["error"].null_count
                 for batch in relabelled.to_batches():
                     writer.write_batch(batch)
-        digest = sha256(path)
-        name = self.names[number]
+        name, digest = self.names[number], sha256(path)
         return {"name": name, "rows": plan.num_rows, "rejected": rejected, "sha256": digest}
 
 
 def commit_compaction(
-    out: Out, done: Compaction, results: list[dict[str, Any]], staged: Path, table: dict[str, Any]
+    out: Out, plan: Compaction, results: list[dict[str, Any]], staged: Path, table: dict[str, Any]
 ) -> None:
-    """Put the new files in place, remove the old ones and the parts, and note both."""
-    files = dict(table.get("files", {}))
-    for name in done.obsolete:
-        files.pop(name, None)
+    """Make the new files the table, and remove obsolete files and parts: all or nothing.
+
+    Parameters
+    ----------
+    results
+        What `WriteFile` returned for each new file.
+    staged
+        The folder in OUT that holds the new files.
+    table
+        The content of ``_table.json``; its ``files`` are brought up to date.
+    """
+    files = {n: about for n, about in table.get("files", {}).items() if n not in plan.obsolete}
     for result in results:
         files[result["name"]] = {k: result[k] for k in ("rows", "rejected", "sha256")}
     write_json(staged / "_table.json", {**table, "files": files})
-    here = staged.relative_to(out.root).as_posix()
-    moves: list[Move] = [(None, f"features/{name}") for name in done.obsolete]
-    moves += [(f"{here}/{r['name']}", f"features/{r['name']}") for r in results]
-    moves.append((f"{here}/_table.json", "features/_table.json"))
-    # The parts go with the change: left behind by a kill, they would be taken for newer rows.
+    folder = staged.relative_to(out.root).as_posix()
+    moves: list[Move] = [(None, f"features/{name}") for name in plan.obsolete]
+    moves += [(f"{folder}/{r['name']}", f"features/{r['name']}") for r in results]
+    moves.append((f"{folder}/_table.json", "features/_table.json"))
+    # The parts go in the same commit: if a kill left them behind, they would count as newer rows.
     moves += [(None, path.relative_to(out.root).as_posix()) for path in out.work.glob("parts-*")]
     moves.append((None, "_work/plan.json"))
     layout.commit(out, moves)

@@ -1,13 +1,13 @@
-"""The table of features on disk: what is done, what is to do, and how parts become the table.
+"""The table of features on disk: which photos are done, which are to do, and the parts of a run.
 
-While ``extract`` runs, each task leaves one *part* in ``OUT/_work/parts-…``, written aside and
-renamed when it is whole, so that a part that is there is complete. At the end parts and table
-become the new table: files of about 128 MB, rows by path, one folder for each split. A full file
-whose rows all stay is left alone. `manifest.commit` makes the change whole.
+While ``extract`` runs, each task writes one *part* to ``OUT/_work/parts-…`` under a temporary name
+and renames it at the end, so that a part with its final name is complete. At the end
+(`pomona.workspace.compaction`) parts and table become the new table: files of about 128 MB, rows
+sorted by path, one folder for each split.
 
-Functions marked so run on workers, if those see the driver's OUT. Where they don't, a part is
-written to a folder of the worker's own and comes back through Spark, and the table is written on
-the driver (`engine.run_chunks`, `pomona.spark.executors`).
+Workers that see the driver's OUT write there. Others write their part to a folder of their own, it
+comes back through Spark, and the driver writes the table (`pomona.spark.tasks`,
+`pomona.spark.executors`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from pomona.core.errors import MismatchError
-from pomona.core.files import atomic_file, read_json, tree_digest
+from pomona.core.files import atomic_file, put_in_place, read_json, tree_digest
 from pomona.core.parquet import open_parquet
 from pomona.core.schema import FEATURES_TABLE, PHOTOS, REJECTED, UNREADABLE
 from pomona.workspace.layout import Out
@@ -38,11 +38,11 @@ log = logging.getLogger("pomona")
 
 
 PART_FORMAT = "{run}-{task:06d}-{rows}-{rejected}.parquet"
-"""A part's name tells its counts, so that progress is one look at a folder."""
+"""A part's name holds its counts, so that listing the folder is enough to show progress."""
 
 
 def task_of(name: str) -> int:
-    """Return the number of the task that a part's name tells."""
+    """Return the number of the task that wrote a part, from the part's name."""
     return int(name.split("-")[1])
 
 
@@ -50,7 +50,10 @@ def task_of(name: str) -> int:
 
 
 def parts_folder(out: Out, fingerprint: dict[str, object]) -> Path:
-    """Return the folder of parts of one spec: an orphan of a killed run can't reach another's."""
+    """Return the folder for the parts of one spec.
+
+    A process that outlives its killed run can't write into the parts of a run with another spec.
+    """
     name = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
     return out.work / f"parts-{name}"
 
@@ -63,7 +66,7 @@ class Counts(NamedTuple):
 
 
 def count_parts(folder: Path, run: str = "") -> Counts:
-    """Count the rows in parts (of one run) by their names."""
+    """Count the rows in a folder's parts (with ``run``: of that run), by the parts' names."""
     done = rejected = 0
     try:
         names = [entry.name for entry in os.scandir(folder)]
@@ -78,16 +81,16 @@ def count_parts(folder: Path, run: str = "") -> Counts:
 
 @dataclass(frozen=True)
 class Index:
-    """Where each row lies.
+    """Where the row of each photo lies.
 
     Attributes
     ----------
     rows
         ``PHOTOS`` and ``error``, ``file`` (index into ``files``, int32), ``row`` (int64).
     files
-        Paths relative to OUT; table files first, then parts.
+        Paths relative to OUT: table files first, then parts.
     table_files
-        How many of them are table files.
+        The number of table files among them.
     """
 
     rows: pa.Table
@@ -99,12 +102,17 @@ _INDEX_FIELDS = [*PHOTOS, FEATURES_TABLE.field("error")]
 
 
 def index(out: Out, parts: Path, *, look_only: bool = False) -> Index:
-    """Read the key columns of the table and of the parts. A part that is damaged is dropped.
+    """Read the key columns of the table and of the parts. A damaged part is removed.
 
-    With ``look_only`` nothing is touched, and files that a run is changing now are passed over.
+    With ``look_only`` nothing is removed, and files that can't be read are skipped: a run may be
+    changing them.
+
+    Raises
+    ------
+    MismatchError
+        If a table file is missing or damaged.
     """
-    known = read_json(out.table_file).get("files", {})
-    names = [f"features/{name}" for name in sorted(known)]
+    names = [f"features/{name}" for name in sorted(read_json(out.table_file).get("files", {}))]
     table_files = len(names)
     names += sorted(path.relative_to(out.root).as_posix() for path in parts.glob("*.parquet"))
     kept: list[str] = []
@@ -134,7 +142,7 @@ def _read_keys(out: Out, name: str, *, is_part: bool, drop: bool) -> pa.Table | 
         columns.remove("split")
         rows = pq.ParquetFile(out.root / name).read(columns)
     except (pa.ArrowInvalid, OSError) as error:
-        if is_part:  # the machine went down while it was written; its photos are done again
+        if is_part:  # the machine went down while it was written: its photos are extracted again
             if drop:
                 log.warning("dropped the damaged part %s: %s", name, error)
                 (out.root / name).unlink(missing_ok=True)
@@ -147,21 +155,22 @@ def _read_keys(out: Out, name: str, *, is_part: bool, drop: bool) -> pa.Table | 
     return rows.add_column(1, "split", split_column).select(wanted.names)
 
 
-def match(photos: pa.Table, found: Index) -> pa.Table:
-    """Join a listing with the rows that there are.
+def match(photos: pa.Table, existing: Index) -> pa.Table:
+    """Join a listing with the rows that exist.
 
     Returns
     -------
     pa.Table
-        One row for each photo, in the listing's order: ``PHOTOS``, ``file`` and ``row`` (null: to
-        do), ``error``, and ``moved`` (the row's split or label is another one now).
+        One row for each photo, in the listing's order: ``PHOTOS``, ``file`` and ``row`` (null: not
+        extracted yet), ``error``, and ``moved`` (whether its split or label has changed).
     """
     keys = ["path", "size", "modified"]
-    rows = found.rows
-    # Of several rows for one photo the last counts, but a photo that stays unreadable stays put.
+    rows = existing.rows
+    # Of several rows for one photo the last counts. But a photo that is still unreadable keeps its
+    # row in the table, which then needn't be rewritten.
     again = pc.and_(
         pc.equal(pc.fill_null(rows["error"], ""), UNREADABLE),
-        pc.greater_equal(rows["file"], found.table_files),
+        pc.greater_equal(rows["file"], existing.table_files),
     )
     order = pc.if_else(again, -1, rows["file"])
     rows = rows.append_column("order", order)
@@ -189,9 +198,9 @@ def match(photos: pa.Table, found: Index) -> pa.Table:
     )
 
 
-def deleted(photos: pa.Table, found: Index) -> pa.Table:
-    """Return the table's rows whose path is not in the listing, as ``PHOTOS``."""
-    in_table = found.rows.filter(pc.less(found.rows["file"], found.table_files))
+def deleted(photos: pa.Table, existing: Index) -> pa.Table:
+    """Return the photos of the table whose path is not in the listing, as ``PHOTOS``."""
+    in_table = existing.rows.filter(pc.less(existing.rows["file"], existing.table_files))
     gone = pc.invert(pc.is_in(in_table["path"], photos["path"].combine_chunks()))
     return in_table.filter(gone).select(PHOTOS.names)
 
@@ -200,46 +209,47 @@ def deleted(photos: pa.Table, found: Index) -> pa.Table:
 
 
 class PartFile(NamedTuple):
-    """Where a task writes, and what it is called."""
+    """The folder that a task writes its part to, and the name of the run."""
 
     folder: str
     run: str
 
 
 def new_run() -> str:
-    """Return a name for one run of ``extract``."""
+    """Return a new name for a run of ``extract``."""
     return uuid.uuid4().hex[:8]
 
 
 def write_part(where: PartFile, task: int, batches: Iterator[pa.RecordBatch]) -> Counts:
     """Write one task's rows as one part. Runs on workers.
 
-    The same task done twice (a retry, speculation) replaces its own part, or, if a photo has
-    changed in between, leaves a second one, of which one row counts.
+    A task that runs twice (a retry, speculative execution) replaces its own part. If a photo has
+    changed meanwhile, it may leave a second part; of two rows for one photo the later one counts.
     """
-    aside = Path(where.folder, f".{where.run}-{task:06d}-{uuid.uuid4().hex[:8]}")
+    # The name holds the counts, so that it is known at the end only.
+    unfinished = Path(where.folder, f".{where.run}-{task:06d}-{uuid.uuid4().hex[:8]}")
     rows = rejected = 0
     try:
-        with open_parquet(aside, FEATURES_TABLE) as writer:
+        with open_parquet(unfinished, FEATURES_TABLE) as writer:
             for batch in batches:
                 writer.write_batch(batch.select(FEATURES_TABLE.names).cast(FEATURES_TABLE))
                 rows += batch.num_rows
                 rejected += batch.num_rows - batch["error"].null_count
         name = PART_FORMAT.format(run=where.run, task=task, rows=rows, rejected=rejected)
         if rows:
-            aside.replace(Path(where.folder, name))
+            put_in_place(unfinished, Path(where.folder, name))
     finally:
-        aside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return Counts(rows, rejected)
 
 
 def write_rejected(out: Out) -> dict[str, int]:
-    """Write ``OUT/rejected.csv`` and return how many there are of each code."""
+    """Write ``OUT/rejected.csv`` and return the number of photos for each error code."""
     return list_rejected(index(out, out.work / "none").rows, out.rejected)
 
 
 def list_rejected(rows: pa.Table, path: Path) -> dict[str, int]:
-    """Write the rows that have an error as CSV, and return how many there are of each code."""
+    """Write the rows with an error as CSV, and return the number of rows for each error code."""
     bad = rows.filter(pc.is_valid(rows["error"])).select(REJECTED.names)
     bad = bad.sort_by([("split", "ascending"), ("path", "ascending")])
     with atomic_file(path) as part:
@@ -258,6 +268,6 @@ def read_rejected(path: Path) -> pa.Table:
 
 
 def digest(out: Out) -> str:
-    """Return one digest of the table's files, as they were when they were written."""
+    """Return one digest of the table's files, from the digests noted when they were written."""
     files = read_json(out.table_file).get("files", {})
     return tree_digest({name: about["sha256"] for name, about in files.items()})
