@@ -167,5 +167,5 @@ def test_credentials_come_from_the_standard_chain(
         ({**profile, **keys}, "ENV"),
     ):
         through.reset()
-        subprocess.run([sys.executable, "-c", code], env={**bare, **given}, check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", code], env={**bare, **given}, check=True, timeout=300)
         assert through.users == {user}

@@ -96,7 +96,7 @@ def pomona(*words: str, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_until(true: Callable[[], Any], seconds: float = 90, what: Any = None) -> None:
+def wait_until(true: Callable[[], Any], seconds: float = 600, what: Any = None) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, what

@@ -40,7 +40,7 @@ def test_a_living_writer_is_left_alone(folder: Place, monkeypatch: pytest.Monkey
 )
 def test_a_dead_writer_is_succeeded(folder: Place, about: dict[str, Any], waits: bool) -> None:
     if about.pop("here", False):
-        about |= lease._whereabouts()
+        about |= lease._machine()
     lock_of(folder, **about)
     started = time.monotonic()
     ticks: list[Tick] = []
@@ -51,7 +51,7 @@ def test_a_dead_writer_is_succeeded(folder: Place, about: dict[str, Any], waits:
 
 
 def test_a_machine_of_the_same_name_is_another(folder: Place) -> None:
-    here = {**lease._whereabouts(), "pid": 2**22 + 1, "refreshed": time.time()}
+    here = {**lease._machine(), "pid": 2**22 + 1, "refreshed": time.time()}
     holder = Lease(folder)
     assert holder._is_dead(here)
     one = "boot" if "boot" in here else "card"

@@ -53,6 +53,7 @@ def upload_folder(store: str, bucket: str, folder: Path) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 def test_a_store_under_faults_gives_the_undisturbed_table(
     store: str, through: Proxy, tmp_path: Path, photos: Path, undisturbed: dict[str, Any]
 ) -> None:
@@ -210,6 +211,7 @@ def parts_at(place: str) -> set[str]:
     return {name for name in open_place(place).sizes() if "/parts-" in name}
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_driver(
     store: str,
     bucket: str,
@@ -234,7 +236,7 @@ def test_a_run_that_lost_its_driver(
     assert told["photos"] == len(names)
     assert 0 < told["done"] < len(names)
     through.reset()
-    output, errors = (process := pomona(*words)).communicate(timeout=300)
+    output, errors = (process := pomona(*words)).communicate(timeout=600)
     assert process.returncode == 0, errors
     computed = json.loads(output)["extract"]["times"]["computed"]
     assert computed == len(names) - told["done"]
@@ -243,7 +245,7 @@ def test_a_run_that_lost_its_driver(
     assert not parts_at(bucket)
     model = bucket.replace("/out?", "/out/model?")
     process = pomona("predict", str(photos / "Test" / "Fruit 0"), "--model", model, "--json")
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     assert (process.returncode, len(output.splitlines())) == (0, 30), errors
 
 

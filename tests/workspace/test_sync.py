@@ -233,7 +233,7 @@ def test_the_commands(bucket: str, tmp_path: Path) -> None:
         (("pull", bucket.replace("/out?", "/no?"), str(tmp_path / "no")), 2, "nothing of Pomona's"),
     ):
         process = pomona(*words)
-        told, errors = process.communicate(timeout=60)
+        told, errors = process.communicate(timeout=300)
         assert process.returncode == code, errors
         assert said in (errors if code else told)
         assert "Traceback" not in errors

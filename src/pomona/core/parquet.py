@@ -135,10 +135,10 @@ def _take(
     numbers, places = wanted["file"].to_numpy(), wanted["row"].to_numpy()
     tables, order = [], []
     for file in np.unique(numbers):
-        here = np.flatnonzero(numbers == file)
-        groups = np.searchsorted(starts(int(file)), places[here], side="right") - 1
+        of_file = np.flatnonzero(numbers == file)
+        groups = np.searchsorted(starts(int(file)), places[of_file], side="right") - 1
         for group in np.unique(groups):
-            rows = here[groups == group]
+            rows = of_file[groups == group]
             inside = places[rows] - starts(int(file))[group]
             tables.append(read_group(int(file), int(group)).take(pa.array(inside)))
             order.append(rows)

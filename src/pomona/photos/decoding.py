@@ -1,4 +1,4 @@
-"""From a file's bytes to upright RGB pixels of one size, or to an error code. Runs on workers."""
+"""Decoding: from a file's bytes to upright RGB pixels of one size, or an error code. On workers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pomona.core.schema import EMPTY, NOT_AN_IMAGE, TOO_LARGE, TRUNCATED, UNREAD
 from pomona.photos.source import MAX_BYTES
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
-"""The decoders that Pillow may use. JPEG's also opens MPO, which some phones write."""
+"""The decoders that Pillow may use. The one for JPEG also opens MPO, which some phones write."""
 
 MAX_DECODED = 64_000_000
-"""Pixels that may be decoded: 256 MB of RGB as Pillow holds it, so that a worker stays small."""
+"""Largest number of pixels to decode: 256 MB as Pillow holds RGB, to bound a worker's memory."""
 
 STRIP = 1 << 20
-"""Pixels that are converted at a time, where a conversion takes more memory than its result."""
+"""Pixels to convert at a time, where a conversion takes more memory than its result."""
 
 MAX_JPEG = 256_000_000
-"""Pixels that a JPEG's header may claim: draft mode decodes 200 MP of a phone at 1/8."""
+"""Largest number of pixels in a JPEG's header: draft mode decodes a phone's 200 MP at 1/8."""
 
 SIGNATURES = (
     b"\xff\xd8",
@@ -35,7 +35,7 @@ SIGNATURES = (
     b"MM\x00+",
 )
 
-# Pillow's own limit is a warning below twice its value; ours is checked before pixels are decoded.
+# Pillow only warns up to twice its limit. Ours is checked before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
 Pixels = npt.NDArray[np.uint8]
@@ -53,24 +53,24 @@ class Photo(NamedTuple):
 def decode(content: bytes | None, size: int, most: int = MAX_DECODED) -> Photo:
     """Decode a photo and stretch it to a square, with Pillow's bilinear filter.
 
-    Grey, palette, 16-bit, CMYK and transparent photos (onto white) become RGB; EXIF rotation is
-    applied; of an animation the first frame counts. A JPEG more than twice as large as needed is
-    decoded at a half, a quarter or an eighth (libjpeg's scaled inverse DCT).
+    Grey, palette, 16-bit, CMYK and transparent (onto white) photos become RGB; EXIF rotation is
+    applied; an animation counts as its first frame. A JPEG more than twice as large as needed is
+    decoded at a half, a quarter or an eighth of its size (libjpeg's scaled inverse DCT).
 
     Parameters
     ----------
     content
-        The file's bytes; None means that they could not be read.
+        The file's bytes; None if they could not be read.
     size
         Side of the square, in pixels.
     most
-        Pixels that may be decoded; beyond, the photo is ``too_large``. A JPEG may have up to
-        `MAX_JPEG` in its file.
+        Largest number of pixels to decode; a photo with more is ``too_large``. A JPEG's file may
+        have up to `MAX_JPEG`.
 
     Returns
     -------
     Photo
-        With an error code where the bytes are no photo that can be used; never an exception.
+        With an error code if the bytes are no usable photo; no exception is raised.
     """
     if content is None:
         return Photo(None, None, None, UNREADABLE)
@@ -88,13 +88,14 @@ def decode(content: bytes | None, size: int, most: int = MAX_DECODED) -> Photo:
         if width * height > (MAX_JPEG if is_jpeg else most):
             return Photo(None, width, height, TOO_LARGE)
         if is_jpeg and min(width, height) > 2 * size:
-            # Twice the size needed: the bilinear filter still averages, and results stay close.
+            # Twice the size needed leaves work to the bilinear filter: results stay close to those
+            # of decoding at full size.
             image.draft(None, (2 * size, 2 * size))
         if image.size[0] * image.size[1] > most:
             return Photo(None, width, height, TOO_LARGE)
         image.load()
         square = upright_rgb(image).resize((size, size), Image.Resampling.BILINEAR)
-    except Exception:  # noqa: BLE001 - as above, for damaged pixel data
+    except Exception:  # noqa: BLE001 - nearly any type, for damaged pixel data
         return Photo(None, width, height, TRUNCATED)
     finally:
         image.close()
@@ -130,7 +131,7 @@ def _onto_white(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Pixels:
-    """Bring 16-bit, 32-bit and float grey to 8 bits; Pillow's own conversion clips at 255."""
+    """Scale 16-bit, 32-bit and float grey to 8 bits; Pillow's own conversion clips at 255."""
     grey = np.asarray(image)
     top = float(grey.max(initial=0.0))
     full = (
@@ -138,9 +139,9 @@ def _eight_bits(image: Image.Image) -> Pixels:
         if image.mode == "F"
         else (65535.0 if top <= 65535 else float(2**31 - 1))
     )
-    found = np.empty(grey.shape, np.uint8)
+    eight_bits = np.empty(grey.shape, np.uint8)
     rows = max(1, STRIP // grey.shape[1])
     for start in range(0, len(grey), rows):
         strip = grey[start : start + rows].astype(np.float64)
-        found[start : start + rows] = np.clip(np.round(strip * (255.0 / full)), 0, 255)
-    return found
+        eight_bits[start : start + rows] = np.clip(np.round(strip * (255.0 / full)), 0, 255)
+    return eight_bits

@@ -1,4 +1,4 @@
-"""What is in a source."""
+"""Statistics of a source: counts, pixel sizes, duplicates."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ OnDone = Callable[[int, int], None]
 def inspect(
     source: Source, listing: Listing, label: str = "parent", on_done: OnDone | None = None
 ) -> dict[str, Any]:
-    """Describe a source. Reads every photo once.
+    """Describe a source. Reads each photo once.
 
     Returns
     -------
     dict
-        ``photos``, ``bytes``, ``splits``, ``labels`` (count), ``largest`` and ``smallest`` (up to
-        twenty [label, photos]), ``only_in`` (labels of one split), ``pixel_sizes`` (the ten most
-        frequent), ``unrecognised`` (photos whose header can't be read), ``duplicates`` (``within``
-        and ``between`` splits: photos that are a copy of another), ``not_photos`` (by suffix),
-        ``outside_splits``.
+        ``source`` (its name), ``photos`` (count), ``bytes``, ``splits`` (photos of each),
+        ``labels`` (count), ``largest`` and ``smallest`` (up to twenty [label, photos]),
+        ``only_in`` (labels of one split alone), ``pixel_sizes`` (the ten most frequent),
+        ``unrecognised`` (photos whose header can't be read), ``duplicates`` (photos that are a
+        copy of another, ``within`` and ``between`` splits), ``not_photos`` (files by suffix),
+        ``outside_splits`` (photos), ``hint`` (of `layout_hint`).
     """
     photos = arrange(listing.files, label, root=source.folder)
     splits = {s: photos.filter(pc.equal(photos["split"], s)) for s in SPLITS}
@@ -71,13 +72,16 @@ def _most(sizes: Counter[Any]) -> list[tuple[tuple[int, int], int]]:
 
 
 def _look(source: Source, photos: pa.Table, on_done: OnDone) -> tuple[Counter[Any], dict[str, Any]]:
-    """Read photos with a few threads: pixel sizes, and digests of those that share their size."""
+    """Read photos with a few threads: count pixel sizes, and find copies.
+
+    Only photos that share their number of bytes with another are hashed.
+    """
     read = reader(source)
     paths, splits = photos["path"].to_pylist(), photos["split"].to_pylist()
     bytes_ = photos["size"].to_pylist()
     shared = {size for size, n in Counter(bytes_).items() if n > 1 and size}
 
-    def one(number: int) -> tuple[tuple[int, int] | None, str | None]:
+    def size_and_digest(number: int) -> tuple[tuple[int, int] | None, str | None]:
         try:
             content = read(paths[number])
         except OSError:
@@ -88,7 +92,7 @@ def _look(source: Source, photos: pa.Table, on_done: OnDone) -> tuple[Counter[An
     sizes: Counter[Any] = Counter()
     copies: dict[str, list[int]] = defaultdict(list)
     with ThreadPoolExecutor(2 if source.kind == "local" else READ_AHEAD) as pool:
-        for number, (size, digest) in enumerate(pool.map(one, range(len(paths)))):
+        for number, (size, digest) in enumerate(pool.map(size_and_digest, range(len(paths)))):
             sizes[size] += 1
             if digest:
                 copies[digest].append(number)
@@ -106,7 +110,13 @@ def _pixels(content: bytes) -> tuple[int, int] | None:
 
 
 def _duplicates(groups: list[list[tuple[str, str]]]) -> dict[str, Any]:
-    """Count copies: a photo beside its first of the same bytes in a split, or across splits."""
+    """Count the copies of another photo in a split, and the Test photos with a copy in Training.
+
+    Parameters
+    ----------
+    groups
+        (split, path) of the photos that share their bytes.
+    """
     groups = [group for group in groups if len(group) > 1]
     within = sum(n - 1 for group in groups for n in Counter(split for split, _ in group).values())
     across = [group for group in groups if len({split for split, _ in group}) > 1]

@@ -1,9 +1,9 @@
-"""Decode photos that may end or stall the process: in a child that can be spared. Runs on workers.
+"""Isolation: decode photos that may crash or stall the process in a child process. On workers.
 
-Damaged bytes that a decoder notices are an error code (`pomona.photos.decoding`). Here are the ones
-that it doesn't: a crash in native code, memory without end, a loop. On Spark a task is watched the
-first time, and a stalled worker ends itself; when the task comes again, each photo is decoded in a
-child process, and the photo that ends or stalls the child is known by that.
+Damage that a decoder notices becomes an error code (`pomona.photos.decoding`). This module is for
+what it doesn't notice: a crash in native code, unbounded memory, an endless loop. On Spark a task's
+first attempt is watched, and a stalled worker ends itself; in the second attempt each photo is
+decoded in a child process, so that the photo that crashes or stalls it is known.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from pomona.photos.decoding import MAX_DECODED, Photo, decode
 Guard = Literal["", "watch", "child"]
 
 PATIENCE = 60.0
-"""Seconds that decoding may take: a few photos of the largest size that is taken need five."""
-
+"""Seconds that decoding may take: a few photos of the largest accepted size need five."""
 
 START = 120.0
-"""Seconds that the child may take to start, on a machine under load."""
+"""Seconds that the child process may take to start, on a loaded machine."""
 
 READY = "ready"
 
 
 def patience() -> float:
-    """Return how long decoding may take, in seconds (``POMONA_DECODE_SECONDS``)."""
+    """Return the seconds that decoding may take (``POMONA_DECODE_SECONDS``)."""
     return float(os.environ.get("POMONA_DECODE_SECONDS", PATIENCE))
 
 
@@ -43,7 +42,7 @@ def patience() -> float:
 def watched(seconds: float | None = None) -> Iterator[None]:
     """End the process, with a traceback on stderr, if the block takes longer than `patience`.
 
-    The watch is a thread of its own in C: it works while native code holds the interpreter's lock.
+    faulthandler's timer is a thread in C: it also works while native code holds Python's GIL.
     """
     stderr = sys.__stderr__
     if stderr is None:
@@ -62,8 +61,8 @@ def decode_apart(content: bytes | None, size: int, most: int = MAX_DECODED) -> P
     Returns
     -------
     Photo
-        With the error ``crashed`` if two children in turn died of it, or took longer than
-        `patience`: one may die of something else, such as want of memory.
+        With the error ``crashed`` if two children in turn died or took longer than `patience`. One
+        alone may have died of something else, such as a lack of memory.
     """
     if not content:
         return decode(content, size, most)
@@ -81,7 +80,7 @@ def decode_apart(content: bytes | None, size: int, most: int = MAX_DECODED) -> P
 
 
 class _Child:
-    """A process that decodes, started anew for this interpreter: nothing is inherited by fork."""
+    """A process that decodes. It is spawned, so that it inherits no locks or threads by fork."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -90,7 +89,7 @@ class _Child:
         self.process.start()
         theirs.close()
         atexit.register(self.end)
-        # Without this, a child that can't start would make every photo `crashed`.
+        # Without this check, every photo would be `crashed` if children can't start.
         try:
             ready = self.pipe.poll(START) and self.pipe.recv() == READY
         except (EOFError, OSError):
@@ -110,11 +109,11 @@ _own = threading.local()
 
 
 def _child() -> _Child:
-    """Return this thread's child: several threads of the service decode at a time."""
+    """Return this thread's child, as several threads of the service decode at a time."""
     if not hasattr(_own, "child"):
         _own.child = _Child()
-    found: _Child = _own.child
-    return found
+    child: _Child = _own.child
+    return child
 
 
 def _serve(pipe: Connection) -> None:
@@ -122,7 +121,7 @@ def _serve(pipe: Connection) -> None:
         pipe.send(READY)
         while True:
             content, size, most = pipe.recv()
-            # The parent ends a child that stalls, unless it was killed meanwhile.
+            # The parent ends a stalled child, unless the parent itself was killed meanwhile.
             with watched(2 * patience()):
                 photo = decode(content, size, most)
             pipe.send(tuple(photo))

@@ -23,29 +23,26 @@ OnCount = Callable[[int], None]
 
 @dataclass
 class Listing:
-    """What a source holds.
+    """The files of a source.
 
     Attributes
     ----------
     files
-        The photos, as `pomona.core.schema.FILES`, in no order; among them what can't be read, such
-        as a dangling link, or a folder that is named like a photo and holds none.
+        The photos, as `pomona.core.schema.FILES`, in no order. They include what can't be read,
+        such as a dangling link, or a folder that is named like a photo and holds none.
     others
-        How many files are not photos, by suffix.
+        The number of files that are not photos, by suffix.
     """
 
     files: pa.Table
     others: Counter[str] = field(default_factory=Counter)
 
 
-# --- listing -----------------------------------------------------------------------------------
-
-
 def list_files(source: Source, on_count: OnCount | None = None) -> Listing:
     """List the photos of a local source or an object store. Runs on the driver.
 
-    Folders are listed by a few threads at once, and each goes to Arrow columns as it comes, so that
-    the cost per photo is its path and 16 bytes. Hidden names (``.x``) are passed over.
+    A few threads list folders, and each folder's photos become Arrow columns at once, so that a
+    photo costs its path and 16 bytes of memory. Hidden names (``.x``) are skipped.
 
     Raises
     ------
@@ -79,7 +76,7 @@ Scan = tuple[list[str], pa.Table, "Counter[str]"]
 
 
 def _scan_local(folder: str) -> Scan:
-    """One folder: the folders in it, its photos, and a count of the rest."""
+    """Return the folders in a folder, its photos, and the number of other files by suffix."""
     folders: list[str] = []
     rows: list[tuple[str, int, int]] = []
     others: Counter[str] = Counter()
@@ -102,7 +99,7 @@ def _scan_local(folder: str) -> Scan:
 def _stat(entry: os.DirEntry[str]) -> tuple[int, int]:
     try:
         stat = entry.stat()
-    except OSError:  # a dangling link, or gone since: it is listed, and will be unreadable
+    except OSError:  # a dangling link, or removed meanwhile: it is listed as an unreadable photo
         return 0, 0
     return stat.st_size, stat.st_mtime_ns
 
@@ -110,17 +107,17 @@ def _stat(entry: os.DirEntry[str]) -> tuple[int, int]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or into a folder without permission: an unreadable photo
+    except OSError:  # a link to itself or into a forbidden folder: listed as an unreadable photo
         return False
 
 
 def _loops(entry: os.DirEntry[str]) -> bool:
-    """Whether a link leads to a folder that was gone through on the way to it."""
+    """Whether an entry is a link to a folder that contains it, so that a walk wouldn't end."""
     if not entry.is_symlink():
         return False
     target = Path(os.path.realpath(entry.path))
-    on_the_way = (Path(os.path.realpath(parent)) for parent in Path(entry.path).parents)
-    return any(folder.is_relative_to(target) for folder in on_the_way)
+    parents = (Path(os.path.realpath(parent)) for parent in Path(entry.path).parents)
+    return any(parent.is_relative_to(target) for parent in parents)
 
 
 def _holds_photos(folder: str) -> bool:
@@ -147,7 +144,7 @@ def _scan_store(source: Source, folder: str) -> Scan:
 
 
 def _file_table(rows: list[tuple[str, int, int]]) -> pa.Table:
-    # A name that isn't UTF-8 can't stand in a table: it is shown escaped, and can't be read.
+    # A name that isn't UTF-8 is escaped, as Arrow's strings are UTF-8; so it can't be read.
     paths = [os.fsencode(path).decode("utf-8", "backslashreplace") for path, _, _ in rows]
     sizes, times = [row[1] for row in rows], [row[2] for row in rows]
     modified = pa.array([ns // 1_000_000 * 1000 for ns in times], pa.int64())
@@ -156,7 +153,7 @@ def _file_table(rows: list[tuple[str, int, int]]) -> pa.Table:
 
 
 def _relative(files: pa.Table, root: str) -> pa.Table:
-    start = len(root.rstrip("/")) + 1  # code points: utf8_slice counts those too
+    start = len(root.rstrip("/")) + 1  # in code points, as utf8_slice_codeunits counts
     paths = pc.utf8_slice_codeunits(files["path"], start)
     if os.sep != "/":
         paths = pc.replace_substring(paths, os.sep, "/")

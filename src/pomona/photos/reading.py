@@ -1,4 +1,4 @@
-"""Read photos: bytes by path or URI, one by one or for batches of a listing."""
+"""Reading the bytes of photos by path or URI, one at a time or for record batches."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ Reader = Callable[[str], bytes]
 
 
 def reader(source: Source) -> Reader:
-    """Return a function from relative path to bytes; it raises OSError. Runs on workers.
+    """Return a function from a photo's relative path to its bytes. Runs on workers.
 
-    Of a file above `MAX_BYTES` only so much and one byte more is read, which tells that it is one.
+    The function raises OSError. It reads at most `MAX_BYTES` + 1 bytes, which is enough to see that
+    a file is too large.
     """
 
     def read_local(path: str) -> bytes:
@@ -52,7 +53,7 @@ def read_uri(text: str) -> bytes:
     Raises
     ------
     OSError
-        If it can't be read, or only Hadoop knows such URIs.
+        If it can't be read, or only Hadoop can read such URIs.
     """
     try:
         scheme = re.match(SCHEME, text)
@@ -71,13 +72,19 @@ def read_uri(text: str) -> bytes:
 def read(photos: Iterator[pa.RecordBatch], source: Source) -> Iterator[pa.RecordBatch]:
     """Add the column ``content``: the file's bytes, or null if they can't be read. Runs on workers.
 
-    On an object store the next `READ_AHEAD` files are on their way while these are in use.
+    Parameters
+    ----------
+    photos
+        Batches with the column ``path``. One batch's bytes are in memory at a time, and on an
+        object store those of the next `READ_AHEAD` files, which are read ahead.
+    source
+        Where the paths are relative to.
     """
     return _read(photos, reader(source), ahead=source.kind != "local")
 
 
 def read_uris(photos: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Do as `read` where each ``path`` is a whole path or URI, or null. Runs on workers."""
+    """Like `read`, for batches whose ``path`` is a full path or URI, or null. Runs on workers."""
     return _read(photos, read_uri, ahead=True)
 
 
@@ -87,7 +94,7 @@ def _read(
     def content(path: str | None) -> bytes | None:
         try:
             return None if path is None else read_one(path)
-        except OSError as error:  # the table has the code, the log the reason
+        except OSError as error:  # the table gets an error code, the log the reason
             log.warning("unreadable: %s: %s", path, first_line(error))
             return None
 

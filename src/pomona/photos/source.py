@@ -1,7 +1,7 @@
-"""Where photos lie: list them, give them their meaning, read their bytes.
+"""Sources of photos: what kind a path or URI is, and the split and label of each photo in it.
 
-A source is a local folder, ``file://``, an object store that Arrow speaks (``s3://``, ``gs://``),
-or a URI that only Hadoop knows (``hdfs://``, ``dbfs:``, ``abfss://``); `pomona.spark.binary_files`
+A source is a local folder, ``file://``, an object store that Arrow reads (``s3://``, ``gs://``), or
+a URI that only Hadoop reads (``hdfs://``, ``dbfs:``, ``abfss://``); `pomona.spark.binary_files`
 lists and reads the last kind.
 """
 
@@ -24,30 +24,32 @@ from pomona.core.uris import local_path, redacted
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_BYTES = 128 << 20
-"""A photo's file: eight of these still fit into one Arrow batch."""
+"""Largest size of a photo's file: eight of these still fit into one Arrow batch."""
 
 
 def folder_of(path: str) -> str:
-    """Return the folder that holds a photo, which is its group; itself where it is in none."""
+    """Return the folder that holds a photo, which is its group; without one, the path itself."""
     return path.rpartition("/")[0] or path
 
 
 SCHEME = r"([a-zA-Z][a-zA-Z0-9+.-]+):"
-"""Of a URI; a single letter is a drive."""
+"""The scheme of a URI; a single letter is a drive of Windows."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A place that holds photos. Picklable: it crosses to the workers.
+    """A place that holds photos. Picklable, for workers.
 
     Attributes
     ----------
     uri
         As the user gave it.
     kind
-        ``local`` is read with file calls, ``object`` with ``pyarrow.fs``, ``hadoop`` by Spark.
+        ``local`` is read as files, ``object`` with ``pyarrow.fs``, ``hadoop`` by Spark.
     root
         The folder: an absolute local path, ``bucket/prefix``, or the URI itself.
+    store
+        The URI of an object store's bucket, with options and credentials.
     """
 
     uri: str
@@ -57,37 +59,37 @@ class Source:
 
     @property
     def folder(self) -> str:
-        """The last part of its name."""
+        """The name of the folder itself."""
         return re.split(r"[/\\:]", self.root.rstrip("/\\"))[-1] or "photos"
 
     @property
     def name(self) -> str:
-        """What identifies the source: its URI without options (they may hold credentials)."""
+        """The source's identity: its URI without options, which may hold credentials."""
         scheme = urlsplit(self.uri).scheme
         if self.kind == "object":
             return f"{scheme}://{self.root}"
-        password = r"^([^:/]+://)[^/@]*:[^/@]*@"  # a name before @ alone may be a container's
+        password = r"^([^:/]+://)[^/@]*:[^/@]*@"  # without ":", it may be a container of Azure's
         return re.sub(password, r"\1", self.root) if self.kind == "hadoop" else self.root
 
 
 def open_source(uri: str | Path) -> Source:
-    """Tell what kind of source a path or URI is. Doesn't touch the network.
+    """Return the source of a path or URI. Doesn't touch the network.
 
     Raises
     ------
     SourceError
-        If it is a local path that doesn't exist or isn't a folder.
+        If it is a local path that doesn't exist or isn't a folder, or a URI without a bucket.
     """
     text = str(uri)
     scheme = re.match(SCHEME, text)
     if scheme is None or scheme[1].lower() == "file" or Path(text).is_dir():
         return _open_local(text)
     if scheme[1].lower() in ("s3", "gs", "gcs"):
-        # Keys may hold any character, so only a trailing ?option=value&… is taken as options.
+        # An object's key may hold any character: only a trailing ?option=value&… counts as options.
         options = re.search(r"\?((?:[a-z_]+=[^&?/]*(?:/[^&?]*)?&?)+)$", text)
         location = text[: options.start()] if options else text
         rest = location.split("://", 1)[-1].strip("/")
-        rest = re.sub(r"^[^/@]*@", "", rest)  # Arrow takes them from there; no table may hold them
+        rest = re.sub(r"^[^/@]*@", "", rest)  # credentials, which Arrow takes from `store`
         if not rest:
             raise SourceError(
                 f"{redacted(text)} names no bucket: write {scheme[1]}://BUCKET/FOLDER"
@@ -133,9 +135,6 @@ def is_photo(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-# --- meaning -----------------------------------------------------------------------------------
-
-
 def arrange(
     files: pa.Table,
     label: str = "parent",
@@ -143,19 +142,19 @@ def arrange(
     *,
     root: str = "photos",
 ) -> pa.Table:
-    """Give each photo its split, label and filename, and an order.
+    """Give each photo its split, label and filename, and sort them.
 
     Parameters
     ----------
     files
         As `pomona.core.schema.FILES`.
     label
-        ``parent``: the folder that holds the photo. ``top``: the first folder under the split; for
-        a photo that lies in none, the folder that holds it.
+        ``parent``: the folder that holds the photo. ``top``: the first folder under the split;
+        for a photo in none, the folder that holds it.
     test_fraction
-        Share of the photos (with ``top``: of the folders that hold them, since neighbouring photos
-        of one folder are near-copies) that goes to ``Test``, by a hash of the path, so that a
-        photo stays in its split when others come.
+        Share of the photos that goes to ``Test`` (with ``top``: of the folders that hold them,
+        since photos of one folder are near-copies). A hash of the path decides, so that a photo
+        keeps its split when others are added.
     root
         The source's own name: the label of photos that lie in no folder below it.
 
@@ -168,8 +167,8 @@ def arrange(
     Raises
     ------
     RequestError
-        If ``label`` is another word; if ``test_fraction`` is given for a source that is split
-        already, or isn't between 0 and 1.
+        If ``label`` is another word; if ``test_fraction`` isn't between 0 and 1, or the source has
+        splits already.
     """
     if label not in ("parent", "top"):
         raise RequestError(f"--label is parent or top, not {label}")
@@ -213,7 +212,7 @@ def _draw(keys: pa.ChunkedArray, fraction: float, has_splits: bool) -> pa.Chunke
 
 
 def layout_hint(files: pa.Table) -> str:
-    """Return a sentence when Training and Test lie one folder deeper, else nothing."""
+    """Return a sentence if Training and Test lie one folder deeper, else an empty string."""
     heads = {
         "/".join(path.split("/")[:2])
         for path in files["path"].slice(0, 100_000).to_pylist()

@@ -19,13 +19,10 @@ from pomona.photos.source import Source, arrange
 log = logging.getLogger("pomona")
 
 
-# --- subset ------------------------------------------------------------------------------------
-
-
 def choose(photos: pa.Table, percentage: float) -> list[str]:
-    """Choose photos, stratified by split and label: of each at least one.
+    """Choose photos, stratified by split and label, at least one of each.
 
-    The choice depends on the paths alone, and a smaller percentage's is part of a larger one's.
+    The choice depends on the paths alone; that of a smaller percentage is part of a larger one's.
 
     Parameters
     ----------
@@ -49,7 +46,9 @@ def choose(photos: pa.Table, percentage: float) -> list[str]:
 def subset(
     source: Source, listing: Listing, dest: Path, percentage: float, *, copy: bool = False
 ) -> int:
-    """Make a smaller source: links to the photos (copies from an object store). Returns the count.
+    """Make a smaller source of links to the photos, or of copies. Returns the number of photos.
+
+    Photos of an object store are always copied.
 
     Raises
     ------
@@ -68,7 +67,7 @@ def subset(
 
 
 def _place(source: Source, path: str, to: Path, *, copy: bool) -> bool:
-    """Put one photo into a subset; False if it can't be read."""
+    """Put one photo into a subset. Returns whether it could be read."""
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
         if source.kind != "local":
@@ -84,7 +83,7 @@ def _place(source: Source, path: str, to: Path, *, copy: bool) -> bool:
 
 
 def _link(photo: Path, to: Path) -> None:
-    """Make a hard link where the disk allows it (it outlives the source), else a symbolic one."""
+    """Make a hard link if the disk allows it (it outlives the source), else a symbolic link."""
     try:
         os.link(photo, to)
     except OSError:

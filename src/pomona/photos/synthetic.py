@@ -1,8 +1,8 @@
 """Rendered fruit: photos on white, with the folder and file names of Fruits-360.
 
-For demos, tests and speed tests without a network. A label's surface is a cloud of points
-(`pomona.photos.synthetic_shapes`), built once; a photo turns the cloud, keeps the point nearest to
-the camera in each pixel, and lights it. That takes about a millisecond.
+For demos, tests and benchmarks without a network. A label's surface is a cloud of points
+(`pomona.photos.synthetic_shapes`), built once; rendering turns the cloud, keeps the point nearest
+to the camera in each pixel, and lights it. That takes about a millisecond a photo.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from pomona.photos.synthetic_shapes import build, spin
 
 __all__ = ["LABELS", "Photo", "breakage", "plan", "render", "synthesize"]
 
-_RASTER = 200  # pixels a side before the reduction to 100, which makes the edges soft
-_INDEX_BITS = 18  # a cell of the raster holds depth above and a point's number below: max() hides
-_CHUNK = 240  # photos that a worker renders before it reports: a third of a second
+_RASTER = 200  # pixels a side, before the reduction to 100 makes the edges soft
+_INDEX_BITS = (
+    18  # a cell holds depth in its high bits, a point's number in these: max() is the z-test
+)
+_CHUNK = 240  # photos that a worker renders between two reports: a third of a second
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,13 @@ def _pose(axis: str, frame: int) -> Array:
 
 
 def _dot(row: Array, field: Array) -> Array:
-    # Not BLAS, as in _place; its threads would also fight the other workers.
+    # Not BLAS, as in `synthetic_shapes`; its threads would also compete with other workers.
     a, b, c = row.astype(np.float32)
     return np.asarray(field[0] * a + field[1] * b + field[2] * c)
 
 
 def _raster(cell: Array, depth: Array) -> Array:
-    """Numbers, from 1, of the points nearest to the camera, (200, 200); 0 where there are none."""
+    """Return the numbers, from 1, of the points nearest to the camera, (200, 200); 0 for none."""
     key = (depth << _INDEX_BITS) | np.arange(1, len(depth) + 1, dtype=np.int32)
     grid = np.zeros((_RASTER, _RASTER), np.int32)
     np.maximum.at(grid.reshape(-1), cell, key)
@@ -102,19 +104,19 @@ def _shade(
     """Light each point (Blinn 1977) and add a little noise: (n, 4) uint8."""
     lamp = np.array([-0.45, 0.65, 0.62]) + rng.uniform(-0.08, 0.08, 3)
     lamp /= np.linalg.norm(lamp)
-    between = lamp + np.array([0, 0, 1])
-    between /= np.linalg.norm(between)
+    halfway = lamp + np.array([0, 0, 1])
+    halfway /= np.linalg.norm(halfway)
     light = 0.44 + 0.66 * np.maximum(_dot(pose.T @ lamp, normal), 0) + 0.08 * _dot(pose[2], normal)
     light *= 255 * np.float32(rng.uniform(0.96, 1.03))
     light *= 0.97 + 0.06 * rng.random(len(gloss), np.float32)
-    spot = np.maximum(_dot(pose.T @ between, normal), 0)
+    spot = np.maximum(_dot(pose.T @ halfway, normal), 0)
     for _ in range(5):
         spot *= spot
     spot *= gloss * 255
-    seen = np.empty((len(gloss), 4), np.uint8)
+    shaded = np.empty((len(gloss), 4), np.uint8)
     for k in range(3):
-        seen[:, k] = np.minimum(colour[k] * light + spot, 254)
-    return seen
+        shaded[:, k] = np.minimum(colour[k] * light + spot, 254)
+    return shaded
 
 
 def render(
@@ -131,7 +133,7 @@ def render(
     axis
         How the fruit sits on the turntable: "", "r", "r2", "r3", ….
     size
-        Pixels a side. Above 200 there is no more detail.
+        Pixels a side. Above 200 no detail is added.
     seed
         Changes light, distance and noise a little; so do label, frame and axis.
 
@@ -154,8 +156,8 @@ def render(
     column, row = ((p + (_RASTER - p.max() - p.min()) / 2).astype(np.int32) for p in (x, y))
     depth = (_dot(pose[2] * 4000, xyz) + 4096).astype(np.int32)
     white = np.full((1, 4), 255, np.uint8)
-    seen = np.vstack([white, _shade(normal, colour, gloss, pose, rng)]).view(np.uint32)[:, 0]
-    pixels = seen[_raster(row * _RASTER + column, depth)].tobytes()
+    shaded = np.vstack([white, _shade(normal, colour, gloss, pose, rng)]).view(np.uint32)[:, 0]
+    pixels = shaded[_raster(row * _RASTER + column, depth)].tobytes()
     image = Image.frombuffer("RGBX", (_RASTER, _RASTER), pixels, "raw", "RGBX", 0, 1)
     if size == _RASTER // 2:
         return image.reduce(2).convert("RGB")
@@ -163,7 +165,7 @@ def render(
 
 
 def plan(classes: int, images: int) -> list[Photo]:
-    """Spread photos over labels, turns of the table, and three to one over Training and Test.
+    """Spread photos evenly over labels and turntable positions, three to one over the splits.
 
     Parameters
     ----------
@@ -265,12 +267,12 @@ def synthesize(
 
 
 def breakage(dest: Path) -> dict[str, str]:
-    """Add one photo of each kind that can't be used to a synthesized folder.
+    """Add one unusable photo of each kind to a synthesized folder.
 
     Returns
     -------
     dict
-        The error code that each is expected to get, by its path below ``dest``.
+        The expected error code of each, by its path below ``dest``.
 
     Raises
     ------

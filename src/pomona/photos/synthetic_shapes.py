@@ -1,4 +1,4 @@
-"""The geometry of rendered fruit: the steps of a recipe as clouds of points on a surface."""
+"""The geometry of rendered fruit: each step of a recipe adds or changes points of a surface."""
 
 from __future__ import annotations
 
@@ -72,7 +72,13 @@ def _place(part: Part, turn: Array, at: tuple[float, ...] = (0, 0, 0)) -> Part:
 
 
 def _spline(outline: Array) -> tuple[Array, Array, Array]:
-    """Draw Catmull-Rom through (radius, height): shares of the length, radii, heights."""
+    """Draw a Catmull-Rom spline through points (radius, height).
+
+    Returns
+    -------
+    tuple
+        Along the curve: the share of its length, 0 to 1; the radius; the height; each (n,).
+    """
     p = np.vstack([outline[1] * (-1, 1), outline, outline[-2] * (-1, 1)])
     a, b, c, d = p[:-3], p[1:-2], p[2:-1], p[3:]
     t = np.linspace(0, 1, 24, endpoint=False)[:, None, None]
@@ -83,20 +89,20 @@ def _spline(outline: Array) -> tuple[Array, Array, Array]:
 
 
 def _cells(s: Array, phi: Array, rows: float, columns: float, stagger: float) -> list[Array]:
-    """Tell where each point lies in its cell of a grid around the body: across, down, -1 to 1."""
+    """Return each point's position in its cell of a grid around the body: across, down, -1 to 1."""
     across = phi / (2 * math.pi) * columns + stagger * np.floor(s * rows)
     return [2 * (across % 1) - 1, 2 * (s * rows % 1) - 1]
 
 
 def _bump(s: Array, phi: Array, rib: list[float], knob: list[float]) -> Array:
-    """Return a factor on the radius. rib: count, depth, sharpness; knob: rows, columns, height."""
+    """Return a factor for the radius. rib: count, depth, sharpness; knob: rows, columns, height."""
     factor = 1 - rib[1] / 100 * (1 - abs(np.sin(rib[0] * phi / 2))) ** (rib[2] / 10)
     u, v = _cells(s, phi, knob[0], knob[1], [*knob, 0.5][3])
     return np.asarray(factor + knob[2] / 100 * np.sqrt(np.clip(1 - 0.55 * (u * u + v * v), 0, 1)))
 
 
 def _lathe(outline: Array, bend: float, flat: float, rib: list[float], knob: list[float]) -> Part:
-    """Turn a body and spread points evenly over it; ``bend`` curls it towards +x."""
+    """Rotate an outline to a body and spread points evenly on it; ``bend`` curls it towards +x."""
     length, radii, heights = _spline(outline)
 
     def at(s: Array, phi: Array) -> Array:
@@ -109,7 +115,7 @@ def _lathe(outline: Array, bend: float, flat: float, rib: list[float], knob: lis
         return np.stack([x, y, z])
 
     def across(s: Array, phi: Array, e: float = 2e-3) -> Array:
-        """Return the outward normal, as long as the area that a unit of s and phi covers."""
+        """Return the outward normal; its length is the area that a unit of s and phi covers."""
         down, around = at(s + e, phi) - at(s - e, phi), at(s, phi + e) - at(s, phi - e)
         return np.cross(around, down, axis=0) / (4 * e * e)
 
@@ -162,7 +168,7 @@ def _ring(_: Variety, parts: list[Part], count: float, lean: float, y: float, le
 
 
 def _copies(_: Variety, parts: list[Part], *spots: str) -> list[Part]:
-    """Put the parts so far at each "x,y,z[,lean[,pitch]]", darker where they face the middle."""
+    """Copy all parts to each "x,y,z[,lean[,pitch]]", darker where they face the middle."""
     copies = []
     for spot in spots:
         x, y, z, lean, pitch = [*map(float, spot.split(",")), 0, 0][:5]
@@ -208,14 +214,14 @@ def _tiles(v: Variety, part: Part, rows: float, columns: float, dot: float, edge
 
 
 def _stripe(v: Variety, part: Part, count: float, wave: float, tint: Array | None = None) -> Part:
-    """Paint stripes, of the second colour unless told, along the furrows of "rib", or wavy."""
+    """Paint stripes, by default of the second colour, along the furrows of "rib", or wavy."""
     shift = 2 * _noise(part.xyz, 5, 3) + 1.2 * _noise(part.xyz, 12, 4) - 1.6
     stripe = _smooth(-0.1, 0.4, np.cos(count * part.phi + 1.6 * wave / 100 * shift))
     return replace(part, colour=_mix(part.colour, v.second if tint is None else tint, stripe))
 
 
 def _rough(_: Variety, part: Part, size: float, depth: float) -> Part:
-    """Shake the normals, for pores, fuzz or wrinkles; the shape stays."""
+    """Disturb the normals, for pores, fuzz or wrinkles; the shape stays."""
     shake = np.stack([_noise(part.xyz, size, k) - 0.5 for k in range(3)])
     shaken = part.normal + depth / 100 * shake
     return replace(part, normal=shaken / np.linalg.norm(shaken, axis=0))
@@ -223,7 +229,7 @@ def _rough(_: Variety, part: Part, size: float, depth: float) -> Part:
 
 def _half(v: Variety, part: Part, skin: float, rim: float, heart: float, seeds: float,
           count: float, pale: Array) -> Part:  # fmt: skip
-    """Cut the part at z = 0: what lies before the cut is pressed onto it and painted."""
+    """Cut the part at z = 0: points in front of the cut are moved onto it and painted."""
     cut = part.xyz[2] > 0
     radius, angle = np.hypot(*part.xyz[:2]), np.arctan2(*part.xyz[:2]) / (2 * math.pi) + 0.5
     edge = np.zeros(129)  # how far the cut reaches in each direction

@@ -46,7 +46,7 @@ def task_of(name: str) -> int:
     return int(name.split("-")[1])
 
 
-# --- what there is -----------------------------------------------------------------------------
+# --- existing rows -----------------------------------------------------------------------------
 
 
 def parts_folder(out: Out, fingerprint: dict[str, object]) -> Path:
@@ -220,14 +220,14 @@ def new_run() -> str:
     return uuid.uuid4().hex[:8]
 
 
-def write_part(where: PartFile, task: int, batches: Iterator[pa.RecordBatch]) -> Counts:
+def write_part(part: PartFile, task: int, batches: Iterator[pa.RecordBatch]) -> Counts:
     """Write one task's rows as one part. Runs on workers.
 
     A task that runs twice (a retry, speculative execution) replaces its own part. If a photo has
     changed meanwhile, it may leave a second part; of two rows for one photo the later one counts.
     """
     # The name holds the counts, so that it is known at the end only.
-    unfinished = Path(where.folder, f".{where.run}-{task:06d}-{uuid.uuid4().hex[:8]}")
+    unfinished = Path(part.folder, f".{part.run}-{task:06d}-{uuid.uuid4().hex[:8]}")
     rows = rejected = 0
     try:
         with open_parquet(unfinished, FEATURES_TABLE) as writer:
@@ -235,9 +235,9 @@ def write_part(where: PartFile, task: int, batches: Iterator[pa.RecordBatch]) ->
                 writer.write_batch(batch.select(FEATURES_TABLE.names).cast(FEATURES_TABLE))
                 rows += batch.num_rows
                 rejected += batch.num_rows - batch["error"].null_count
-        name = PART_FORMAT.format(run=where.run, task=task, rows=rows, rejected=rejected)
+        name = PART_FORMAT.format(run=part.run, task=task, rows=rows, rejected=rejected)
         if rows:
-            put_in_place(unfinished, Path(where.folder, name))
+            put_in_place(unfinished, Path(part.folder, name))
     finally:
         unfinished.unlink(missing_ok=True)
     return Counts(rows, rejected)

@@ -1,4 +1,4 @@
-"""The folder OUT: its names, its lock, changes that happen whole or not at all, its manifest."""
+"""The folder OUT: its names, its lock, its atomic changes, its manifest."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pomona.core.provenance import versions
 from pomona.core.uris import local_path, refuse_uri
 
 OWN_FOLDERS = ("features", "training_pca", "test_pca", "projection", "model", "_work")
-"""What a run replaces or removes in OUT: it must not be somebody else's."""
+"""Folders that a run replaces or removes in OUT: they must not be somebody else's."""
 
 
 @dataclass(frozen=True)
 class Out:
-    """The places in OUT."""
+    """The paths in OUT."""
 
     root: Path
 
@@ -32,12 +32,12 @@ class Out:
 
     @property
     def table_file(self) -> Path:
-        """What made the table of features, and its files."""
+        """The settings that made the table of features, and the list of its files."""
         return self.features / "_table.json"
 
     @property
     def backbone(self) -> Path:
-        """The network that made the features, as ONNX: training needs no weights of its own."""
+        """The network that made the features, as ONNX, so that training needs no weights."""
         return self.features / "_backbone.onnx"
 
     @property
@@ -57,22 +57,22 @@ class Out:
 
     @property
     def tuned_about(self) -> Path:
-        """What made them, and how good they are."""
+        """The settings that made those weights, and their accuracy."""
         return self.root / "weights.json"
 
     @property
     def tuning(self) -> Path:
-        """A finetune that isn't finished: hidden, so that it is neither pushed nor a result."""
+        """An unfinished finetune; the hidden name keeps it from being pushed as a result."""
         return self.root / ".finetune"
 
     @property
     def report(self) -> Path:
-        """Metrics, pictures and the page that shows them."""
+        """Metrics, plots and the page that shows them."""
         return self.root / "report"
 
     @property
     def metrics(self) -> Path:
-        """All figures of the model."""
+        """All metrics of the model."""
         return self.report / "metrics.json"
 
     @property
@@ -82,12 +82,12 @@ class Out:
 
     @property
     def manifest(self) -> Path:
-        """What ran."""
+        """The record of each stage that ran."""
         return self.root / "manifest.json"
 
     @property
     def log(self) -> Path:
-        """Spark's words and tracebacks."""
+        """Spark's output and tracebacks."""
         return self.root / "pomona.log"
 
     @property
@@ -97,17 +97,17 @@ class Out:
 
     @property
     def work(self) -> Path:
-        """What isn't finished: gone when nothing is under way."""
+        """Intermediate files; there is no such folder when no run is unfinished."""
         return self.root / "_work"
 
     @property
     def places(self) -> Path:
-        """Where OUT was pushed to or pulled from (`pomona.workspace.sync`)."""
+        """What OUT last had in common with each of its copies (`pomona.workspace.sync_state`)."""
         return self.root / ".places.json"
 
     @property
     def journal(self) -> Path:
-        """A change that has been decided and may be half done."""
+        """The moves of a commit that has begun and may not have ended."""
         return self.work / "journal.json"
 
 
@@ -141,20 +141,22 @@ def open_out(path: str | Path, *, must_exist: bool = False) -> Out:
 
 @contextlib.contextmanager
 def lock(out: Out) -> Iterator[None]:
-    """Hold OUT for one run. The operating system lets go of it when the process dies.
+    """Lock OUT for one run. The operating system releases the lock when the process dies.
 
-    A change that a dead run had decided is brought to its end first.
+    A commit that a killed run had begun is finished first.
 
     Raises
     ------
     BusyError
-        If another run holds it.
+        If another run holds the lock.
+    RequestError
+        If OUT can't be written.
     """
     from filelock import FileLock, Timeout
 
     try:
-        held = FileLock(out.root / ".lock", timeout=1)  # `is_locked` holds it for a moment
-        held.acquire()
+        file_lock = FileLock(out.root / ".lock", timeout=1)  # `is_locked` may hold it for a moment
+        file_lock.acquire()
     except Timeout:
         raise BusyError(
             f"another pomona run is at work on {out.root}: wait for it, or choose another --out"
@@ -165,7 +167,7 @@ def lock(out: Out) -> Iterator[None]:
         finish_commit(out)
         yield
     finally:
-        held.release()
+        file_lock.release()
 
 
 def is_locked(out: Out) -> bool:
@@ -179,7 +181,7 @@ def is_locked(out: Out) -> bool:
             return False
     except Timeout:
         return True
-    except OSError:  # somebody else's OUT: no run of ours
+    except OSError:  # an OUT that we may not write: no run of ours is at work there
         return False
 
 
@@ -188,13 +190,13 @@ Move = tuple[str | None, str]
 
 
 def commit(out: Out, moves: Sequence[Move]) -> None:
-    """Apply all moves, or, if killed, let the next run's `lock` apply the rest."""
+    """Apply all moves. If the process is killed meanwhile, the next `lock` applies the rest."""
     write_json(out.journal, [list(move) for move in moves])
     finish_commit(out)
 
 
 def finish_commit(out: Out) -> None:
-    """Apply what the journal holds. Doing a part of it twice does no harm."""
+    """Apply the moves of the journal, if there is one. Each may be applied twice without harm."""
     if not out.journal.exists():
         return
     for source, target in json.loads(out.journal.read_text()):
@@ -212,7 +214,7 @@ def finish_commit(out: Out) -> None:
 
 
 def update(out: Out, stage: str, record: dict[str, Any]) -> None:
-    """Set one stage's record in ``OUT/manifest.json``; the others stay."""
+    """Set one stage's record in ``OUT/manifest.json``; other stages keep theirs."""
     manifest = read_json(out.manifest)
     manifest.update(format=FORMAT, versions=versions())
     manifest.setdefault("stages", {})[stage] = record

@@ -1,4 +1,4 @@
-"""One writer at a time on an object store: a lock with signs of life."""
+"""One writer at a time at a place: a lock file that its holder refreshes."""
 
 from __future__ import annotations
 
@@ -24,73 +24,77 @@ log = logging.getLogger("pomona")
 LOCK = "_lock.json"
 
 REFRESH = 10.0
-"""Seconds between a writer's signs of life."""
+"""Seconds between refreshes of the lock file."""
 
 SILENT = 60.0
-"""A lock that doesn't change for so many seconds, by the watcher's clock, is a dead writer's."""
+"""Seconds without a refresh, by the watcher's clock, after which the holder counts as dead."""
 
 ANCIENT = 600.0
-"""A lock this old is taken over without watching: clocks don't differ by ten minutes."""
+"""Seconds after which a lock is taken over without watching: clocks don't differ by that much."""
 
 SETTLE = 1.0
+"""Seconds between writing the lock and reading it again: two may have written at the same time."""
 
 LAST_SECONDS = 20.0
-"""After a failure or an interrupt no upload starts later than this: containers are given 30 s."""
-
-
-# --- one writer --------------------------------------------------------------------------------
+"""Seconds for uploads after a failure or an interrupt: a stopped container has 30 s to end."""
 
 
 class Lease:
-    """A lock at a place. Given up by `release`, or lost to another after a long silence."""
+    """A lock at a place; another process may take it over after `SILENT` seconds without refresh.
+
+    Attributes
+    ----------
+    lost
+        The error to raise once another process has taken it over.
+    """
 
     def __init__(self, place: Place, on_tick: OnTick = quiet) -> None:
         self.place, self.on_tick = place, on_tick
-        self.me = {"id": uuid.uuid4().hex, "pid": os.getpid(), **_whereabouts()}
+        self.me = {"id": uuid.uuid4().hex, "pid": os.getpid(), **_machine()}
         self.since = utc_now()
         self.lost: BusyError | None = None
 
     def acquire(self) -> None:
-        """Take the lock, from a dead writer if need be.
+        """Take the lock, from a dead holder if need be.
 
         Raises
         ------
         BusyError
-            If another is at work there.
+            If another process is at work there.
         """
-        there = self.place.read_json(LOCK)
-        if there and not self._is_dead(there):
+        holder = self.place.read_json(LOCK)
+        if holder and not self._is_dead(holder):
             started = time.monotonic()
-            log.info("%s is locked by %s: watching whether it lives", self.place, there.get("host"))
+            log.info("%s is locked by %s: watching for refreshes", self.place, holder.get("host"))
             while (waited := time.monotonic() - started) < SILENT:
                 self.on_tick(Tick("lock", int(waited), int(SILENT)))
                 time.sleep(min(2.0, SILENT / 10))
                 now = self.place.read_json(LOCK)
                 if not now:
                     break
-                if now != there:
+                if now != holder:
                     raise _busy(self.place, now)
         self._write()
         time.sleep(SETTLE)
         self.check()
 
-    def _is_dead(self, there: dict[str, Any]) -> bool:
-        if time.time() - float(there.get("refreshed", 0)) > ANCIENT:
+    def _is_dead(self, holder: dict[str, Any]) -> bool:
+        if time.time() - float(holder.get("refreshed", 0)) > ANCIENT:
             return True
-        here = _whereabouts()
-        same = all(there.get(name) == value for name, value in here.items())
-        return same and not _is_alive(int(there.get("pid", 0)))
+        machine = _machine()
+        same = all(holder.get(name) == value for name, value in machine.items())
+        return same and not _is_alive(int(holder.get("pid", 0)))
 
     def refresh(self) -> None:
-        """Give a sign of life, unless another has taken over."""
+        """Show that this process is alive. Raises BusyError if another has taken over."""
         self.check()
         self._write()
 
     def check(self) -> None:
-        """Raise BusyError if the lock is another's."""
-        there = self.place.read_json(LOCK)
-        if there and there.get("id") != self.me["id"]:
-            self.lost = _busy(self.place, there)
+        """Raise BusyError if another process holds the lock."""
+        holder = self.place.read_json(LOCK)
+        if holder and holder.get("id") != self.me["id"]:
+            self.lost = _busy(self.place, holder)
             raise self.lost
 
     def _write(self) -> None:
@@ -98,40 +102,40 @@ class Lease:
         self.place.write_json(LOCK, about)
 
     def release(self) -> None:
-        """Let go."""
+        """Remove the lock file, unless another process has taken over."""
         with contextlib.suppress(BusyError):
             self.check()
             self.place.delete(LOCK)
 
 
 def is_leased(place: Place) -> bool:
-    """Tell whether somebody seems to be at work there: one look, by the clock."""
-    there = place.read_json(LOCK)
-    return bool(there) and time.time() - float(there.get("refreshed", 0)) < SILENT
+    """Tell whether somebody seems to be at work there, by the time of the last refresh."""
+    holder = place.read_json(LOCK)
+    return bool(holder) and time.time() - float(holder.get("refreshed", 0)) < SILENT
 
 
-def _busy(place: Place, there: dict[str, Any]) -> BusyError:
+def _busy(place: Place, holder: dict[str, Any]) -> BusyError:
     return BusyError(
-        f"another pomona run is at work on {place} ({there.get('host')}, process "
-        f"{there.get('pid')}, since {there.get('since')}): wait for it, or choose another place"
+        f"another pomona run is at work on {place} ({holder.get('host')}, process "
+        f"{holder.get('pid')}, since {holder.get('since')}): wait for it, or choose another place"
     )
 
 
-def _whereabouts() -> dict[str, str]:
-    """Return what must be the same for a process number to mean the same process.
+def _machine() -> dict[str, str]:
+    """Return what identifies this machine and PID namespace, so that a PID can be compared.
 
-    Hosts may share a name, and outside containers the number of their process space, too.
+    Hosts may share a name, and outside containers also the number of their PID namespace.
     """
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        space = str(Path("/proc/self/ns/pid").readlink())
-        return {"host": platform.node(), "boot": boot, "space": space}
+        pid_namespace = str(Path("/proc/self/ns/pid").readlink())
+        return {"host": platform.node(), "boot": boot, "space": pid_namespace}
     return {"host": platform.node(), "card": f"{uuid.getnode():x}"}
 
 
 def _is_alive(pid: int) -> bool:
     if os.name != "posix":
-        return True  # a signal there would end it
+        return True  # there, os.kill would end the process
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -143,12 +147,20 @@ def _is_alive(pid: int) -> bool:
 
 @contextlib.contextmanager
 def leased(place: Place, on_tick: OnTick = quiet) -> Iterator[Lease]:
-    """Hold a place, with signs of life from a thread."""
+    """Hold the lock of a place, refreshed by a thread.
+
+    Raises
+    ------
+    BusyError
+        If another process is at work there.
+    RequestError
+        If the place can't be written.
+    """
     lease = Lease(place, on_tick)
     with refusing(place, "locked"):
         lease.acquire()
     try:
-        with every(REFRESH, lease.refresh, "sign of life"):
+        with every(REFRESH, lease.refresh, "refresh of the lock"):
             yield lease
     finally:
         with contextlib.suppress(OSError):
@@ -157,7 +169,7 @@ def leased(place: Place, on_tick: OnTick = quiet) -> Iterator[Lease]:
 
 @contextlib.contextmanager
 def every(seconds: float, call: Callable[[], object], what: str) -> Iterator[None]:
-    """Call again and again in a thread. What fails is logged, and done the next time."""
+    """Call every so many seconds in a thread. A call that fails is logged, and made again later."""
     ended = threading.Event()
 
     def loop() -> None:
@@ -168,7 +180,7 @@ def every(seconds: float, call: Callable[[], object], what: str) -> Iterator[Non
                 call()
             except (OSError, PomonaError) as error:
                 log.warning("%s: %s", what, first_line(error))
-            # What takes long is done less often.
+            # A slow call is made less often.
             pause = max(seconds, 5 * (time.monotonic() - started))
 
     thread = threading.Thread(target=loop, name=what, daemon=True)

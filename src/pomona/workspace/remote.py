@@ -1,12 +1,12 @@
-"""OUT on an object store: worked on in a folder of the driver, and kept up to date there.
+"""OUT on an object store: worked on in a folder of the driver, and kept up to date at the store.
 
-A driver may be lost with its disk. So OUT is pulled before the work, the parts of a run go up as
-they come, and everything goes up after each stage. Executors see nothing of this.
+A driver may be lost with its disk. So OUT is pulled before the work, the parts of a run are pushed
+as they come, and everything is pushed after each stage. Executors see nothing of this.
 
-One writer at a time: ``_lock.json`` says who, and is written anew every few seconds. Object stores
-that Arrow speaks to have no conditional write here, so that two who start within the same second
-are told apart by looking again (`SETTLE`), and a writer that was silent for `SILENT` seconds may
-find that another has taken over; it then stops.
+There is one writer at a time (`pomona.workspace.lease`): ``_lock.json`` says who, and is rewritten
+every few seconds. Arrow's object stores have no conditional write, so that a writer reads the lock
+again after `SETTLE` seconds, in case two start at once, and a writer that was silent for `SILENT`
+seconds may find that another has taken over; it then stops.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pomona.workspace.sync_state import Copy, changed_here, open_copy, scan
 log = logging.getLogger("pomona")
 
 PUSH_EVERY = 5.0
-"""Seconds between looks for new parts: what a lost driver loses, with the tasks under way."""
+"""Seconds between pushes of new parts: a lost driver loses that much, and the running tasks."""
 
 
 # --- push and pull -----------------------------------------------------------------------------
@@ -45,13 +45,18 @@ PUSH_EVERY = 5.0
 def push(
     out: str | Path, place: str, on_tick: OnTick = quiet, *, replace: bool = False
 ) -> dict[str, Any]:
-    """Copy a finished OUT to an object store or another folder. Killed, it goes on.
+    """Copy a finished OUT to an object store or another folder; a killed push can be repeated.
+
+    Parameters
+    ----------
+    replace
+        Overwrite what another OUT pushed there.
 
     Raises
     ------
     RequestError
-        And its kinds: OUT isn't finished, somebody is at work on either side, or the place holds
-        what another OUT pushed (``replace`` takes its place).
+        Or a subclass: OUT isn't finished, somebody is at work on either side, or the place holds
+        what another OUT pushed.
     """
     folder = layout.open_out(out, must_exist=True)
     to = open_place(place)
@@ -75,12 +80,12 @@ def push(
 
 
 def pull(place: str, out: str | Path, on_tick: OnTick = quiet) -> dict[str, Any]:
-    """Copy an OUT from where it was pushed to, and check every file. Killed, it goes on.
+    """Copy an OUT from where it was pushed, and check every file; a killed pull can be repeated.
 
     Raises
     ------
     RequestError
-        And its kinds: there is nothing, somebody is at work on either side, or OUT has results
+        Or a subclass: there is nothing, somebody is at work on either side, or OUT has results
         that the place doesn't know.
     """
     source = open_place(place)
@@ -103,7 +108,7 @@ def pull(place: str, out: str | Path, on_tick: OnTick = quiet) -> dict[str, Any]
 
 
 def is_leased_or_unreadable(place: Place) -> bool:
-    """Return `is_leased`; a store that doesn't answer is one line."""
+    """Return `is_leased`. Raises RequestError if the store doesn't answer."""
     with refusing(place, "read"):
         return is_leased(place)
 
@@ -119,8 +124,8 @@ def _refuse_nothing(copy: Copy) -> None:
 
 
 def _refuse_nesting(out: Out, place: Place) -> None:
-    there = Path(place.root)
-    if not place.store and (there.is_relative_to(out.root) or out.root.is_relative_to(there)):
+    folder = Path(place.root)
+    if not place.store and (folder.is_relative_to(out.root) or out.root.is_relative_to(folder)):
         raise RequestError(f"{place} and {out.root} lie in one another: choose another place")
 
 
@@ -129,20 +134,20 @@ def _refuse_nesting(out: Out, place: Place) -> None:
 
 @dataclass
 class Home:
-    """Where a command works.
+    """The folder that a command works in.
 
     Attributes
     ----------
     folder
         On this machine.
     name
-        What people know it by.
+        OUT as the user named it.
     after
-        To be called with a stage's name when it has ended: pushes, where OUT is elsewhere.
+        To be called with a stage's name when that has ended: it pushes, if OUT is elsewhere.
     running
-        Whether somebody else is at work on it now.
+        Whether somebody else is at work on OUT now.
     lease
-        Of the place's lock, where OUT is elsewhere.
+        The lock of the place, if OUT is elsewhere.
     """
 
     folder: str
@@ -152,7 +157,7 @@ class Home:
     lease: Lease | None = None
 
     def ticks(self, on_tick: OnTick) -> OnTick:
-        """Return ``on_tick`` for a stage; it raises BusyError once another has taken over."""
+        """Wrap a stage's ``on_tick`` so that it raises BusyError once another has taken over."""
 
         def tick(done: Tick) -> None:
             if self.lease and self.lease.lost:
@@ -162,7 +167,7 @@ class Home:
         return tick
 
     def shown(self, path: str | Path) -> str:
-        """Return a path of this machine as people know it."""
+        """Return a path of this machine as it reads below the OUT that the user named."""
         return str(path).replace(self.folder, self.name)
 
 
@@ -170,23 +175,23 @@ class Home:
 def opened(
     out: str, on_tick: OnTick = quiet, *, source: str | None = None, look_only: bool = False
 ) -> Iterator[Home]:
-    """Give a folder to work on in OUT's stead, and keep the object store up to date.
+    """Yield the folder to work in for OUT, and keep the object store up to date meanwhile.
 
     Parameters
     ----------
     out
-        A folder, which is given back as it is, or an object store's URI.
+        A folder, which is used as it is, or an object store's URI.
     source
-        Where photos are read from: OUT must not lie there. Without it there must be an OUT.
+        Where photos are read from: OUT must not lie there. Without it OUT must exist.
     look_only
-        Take no lock and push nothing.
+        Take no lock at the store and push nothing.
 
     Raises
     ------
     BusyError
-        If another is at work on it.
+        If another process is at work on OUT.
     RequestError
-        And its kinds: it can't be reached, or there is none.
+        Or another subclass: OUT can't be reached, or there is none.
     """
     if not is_store(out):
         yield Home(out, out)
@@ -202,13 +207,12 @@ def opened(
             else _writing(place, folder, on_tick, must_exist=source is None) as home
         ):
             yield home
-    except PomonaError as error:  # who named a URI doesn't know the folder
-        text = str(error).replace(str(folder), place.name)
-        raise type(error)(text) from error
+    except PomonaError as error:  # a user who named a URI doesn't know the folder
+        raise type(error)(str(error).replace(str(folder), place.name)) from error
 
 
 def copy_of(place: Place) -> Path:
-    """Return the folder of this machine where a place's OUT is worked on."""
+    """Return the folder of this machine that holds the working copy of a place's OUT."""
     digest = hashlib.sha256(place.name.encode()).hexdigest()[:16]
     return (cache_folder() / "out" / digest).resolve()
 
@@ -230,7 +234,7 @@ def _looking(place: Place, folder: Path, on_tick: OnTick) -> Iterator[Home]:
     out = layout.open_out(folder)
     with _tidy(out):
         running = is_leased_or_unreadable(place)
-        if not layout.is_locked(out):  # else it is the folder of a run on this machine
+        if not layout.is_locked(out):  # a run of this machine keeps the folder up to date itself
             with layout.lock(out):
                 copy = open_copy(out, place)
                 if copy.is_behind:
@@ -255,16 +259,16 @@ def _writing(place: Place, folder: Path, on_tick: OnTick, *, must_exist: bool) -
         def push(_: str = "", seconds: float | None = None) -> None:
             with refusing(place, "written"):
                 lease.check()
-            with layout.lock(out):  # a change that a stage had begun is finished first
+            with layout.lock(out):  # it first finishes a commit that a stage had begun
                 if out.table_file.exists():
                     push_files(copy, work=True, on_tick=on_tick, seconds=seconds)
 
-        def parts() -> None:
+        def push_new_parts() -> None:
             lease.check()
             push_parts(copy)
 
         try:
-            with every(PUSH_EVERY, parts, "parts"):
+            with every(PUSH_EVERY, push_new_parts, "parts"):
                 yield Home(str(folder), place.name, push, lease=lease)
         except BaseException:
             _push_at_last(place, push)
@@ -274,22 +278,22 @@ def _writing(place: Place, folder: Path, on_tick: OnTick, *, must_exist: bool) -
 
 @contextlib.contextmanager
 def _tidy(out: Out) -> Iterator[None]:
-    """Leave no folder where nothing came of it."""
+    """Remove the folder afterwards if it holds no results."""
     try:
         yield
     finally:
-        # A run that is listing its source has nothing to show yet, but it holds the folder.
+        # A run that is still listing its source has no results yet, but it holds the lock.
         with contextlib.suppress(RequestError), layout.lock(out):
             if not scan(out, work=True).keys() - {out.log.name}:
                 shutil.rmtree(out.root, ignore_errors=True)
 
 
 def _push_at_last(place: Place, push: Callable[..., None]) -> None:
-    """Push what a failed or interrupted run has done; the reason it ended is what counts."""
+    """Push what a failed or interrupted run has done; an error here must not hide the first one."""
     try:
         push(seconds=LAST_SECONDS)
     except PomonaError as error:
-        log.warning("not all of it is at %s: %s", place, first_line(error))
+        log.warning("not everything was pushed to %s: %s", place, first_line(error))
 
 
 # --- a model -----------------------------------------------------------------------------------
@@ -298,14 +302,14 @@ MODEL_FILES = ("model.json", "model.onnx", "classifier.safetensors")
 
 
 def fetch_model(uri: str) -> Path:
-    """Copy a model's folder from an object store into the cache, and return where it is.
+    """Copy a model's folder from an object store into the cache, and return the copy's path.
 
-    The model itself checks its files when it is loaded.
+    Loading the model checks its files' digests.
 
     Raises
     ------
     RequestError
-        If there is none.
+        If there is no model, or it can't be read.
     """
     place = open_place(uri)
     with refusing(place, "read"):

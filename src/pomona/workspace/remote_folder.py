@@ -1,4 +1,4 @@
-"""Where copies of OUT lie: folders on an object store, or plain ones. Read, write, list, remove."""
+"""Places for copies of OUT, on an object store or in a folder: list, read, write, remove files."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from pomona.photos.source import open_source
 log = logging.getLogger("pomona")
 
 SMALL = 16 << 20
-"""Bytes that are held in memory: one request writes them."""
+"""Bytes up to which a file is read into memory, and written with one request."""
 
 CHUNK = 8 << 20
+"""Bytes that are copied at a time."""
 
 Entry = dict[str, Any]
 """``size`` and ``sha256`` of a file."""
@@ -56,16 +57,16 @@ class Place:
         return self.name
 
     def sizes(self) -> dict[str, int]:
-        """Return the size of each file by its name."""
+        """Return the size in bytes of each file by its name."""
         from pyarrow.fs import FileSelector, FileType
 
         selector = FileSelector(self.root, recursive=True, allow_not_found=True)
-        found = retrying(lambda: self._files.get_file_info(selector))
+        infos = retrying(lambda: self._files.get_file_info(selector))
         start = len(self.root) + 1
-        return {info.path[start:]: info.size for info in found if info.type == FileType.File}
+        return {info.path[start:]: info.size for info in infos if info.type == FileType.File}
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Return JSON; an empty dict where there is no such file, or it is damaged."""
+        """Return a JSON object; an empty dict if there is no such file, or it is damaged."""
         try:
             return dict(json.loads(self.read_bytes(name)))
         except FileNotFoundError:
@@ -75,7 +76,7 @@ class Place:
             return {}
 
     def read_bytes(self, name: str) -> bytes:
-        """Return a file's bytes; it raises OSError."""
+        """Return a file's bytes. Raises OSError."""
 
         def read() -> bytes:
             with self._files.open_input_file(f"{self.root}/{name}") as file:
@@ -84,7 +85,7 @@ class Place:
         return retrying(read)
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a small file whole."""
+        """Write a small file, atomically."""
 
         def write() -> None:
             if not self.store:
@@ -97,11 +98,11 @@ class Place:
         retrying(write)
 
     def write_json(self, name: str, value: object) -> None:
-        """Write JSON whole."""
+        """Write JSON, atomically."""
         self.write_bytes(name, json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
 
     def upload(self, path: Path, name: str) -> Entry:
-        """Copy a file there. Returns size and sha256 of what was sent."""
+        """Copy a file to the place. Returns size and sha256 of what was sent."""
         if path.stat().st_size <= SMALL:
             content = path.read_bytes()
             self.write_bytes(name, content)
@@ -123,7 +124,7 @@ class Place:
             yield file
 
     def download(self, name: str, path: Path) -> Entry:
-        """Copy a file from there. Returns size and sha256 of what came."""
+        """Copy a file from the place. Returns size and sha256 of what came."""
 
         def fetch() -> Entry:
             with (
@@ -136,7 +137,7 @@ class Place:
         return retrying(fetch)
 
     def delete(self, name: str) -> None:
-        """Remove a file; one that is gone already is no matter."""
+        """Remove a file, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             retrying(lambda: self._files.delete_file(f"{self.root}/{name}"))
         if not self.store:
@@ -144,7 +145,7 @@ class Place:
 
 
 def drop_empty(root: Path, name: str) -> None:
-    """Remove the folders of a file that is gone: their names may be what had to go."""
+    """Remove the empty folders above a removed file: their names may be personal data, too."""
     for folder in (root / name).parents:
         if folder == root:
             return
@@ -166,24 +167,24 @@ def _copy(source: Any, target: Any) -> Entry:
 
 
 def open_place(text: str) -> Place:
-    """Return the place that a URI or a folder's name means. Doesn't touch the network.
+    """Return the place of a URI or a folder's path. Doesn't touch the network.
 
     Raises
     ------
     RequestError
-        If it is neither an object store that Arrow speaks nor a folder.
+        If it is a URI of another kind than Arrow's object stores.
     """
     if not is_store(text):
         refuse_uri(text, "a place for OUT")
         path = local_path(text)
         return Place(str(path), str(path))
-    found = open_source(text)
-    return Place(found.name, found.root, found.store)
+    source = open_source(text)  # it parses the URI
+    return Place(source.name, source.root, source.store)
 
 
 @contextlib.contextmanager
 def refusing(place: Place, what: str) -> Iterator[None]:
-    """Turn an object store's last word into one line."""
+    """Raise an OSError of the block as a RequestError: the place can't be ``what``."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Photos that are never taken in again, known by keyed digests of their paths.
+"""Tombstones: keyed digests of the paths of photos that must never be taken in again.
 
 ``OUT/forgotten/tombstones.json`` holds no path: a path may itself be personal data. The digest is
-BLAKE2b with a random key (RFC 7693), which lies beside it. Without the key the digests say nothing;
-with it, whoever guesses a path can check the guess (docs/privacy.md).
+BLAKE2b (RFC 7693) with a random key, which is stored beside it. Without the key the digests reveal
+nothing; with it, whoever guesses a path can check the guess (docs/privacy.md).
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pomona.core.files import FORMAT, read_json, write_json
 from pomona.workspace.layout import Out
 
 KEY_BYTES, ID_BYTES = 32, 16
-"""128 bits: among a billion paths a wrong match has a chance of about 1 in 10^20."""
+"""With 128 bits, one of a billion paths matches wrongly with a chance of about 1 in 10^20."""
 
 
 @dataclass(frozen=True)
 class Tombstones:
-    """The ids of forgotten photos.
+    """The forgotten photos of one OUT.
 
     Attributes
     ----------
     key
-        Of the digest; random, of this OUT.
+        The random key of the digest, this OUT's own.
     ids
-        Digests of paths.
+        The digests of the photos' paths.
     """
 
     key: bytes
@@ -45,7 +45,7 @@ class Tombstones:
         return hashlib.blake2b(path.encode(), digest_size=ID_BYTES, key=self.key).digest()
 
     def held(self, paths: pa.Array | pa.ChunkedArray) -> pa.Array:
-        """Tell for each path whether it is forgotten. About a microsecond for each."""
+        """Return a mask of the paths that are forgotten. Takes about a microsecond a path."""
         if not self.ids:
             return pa.repeat(pa.scalar(False), len(paths))
         ids, key, digest = self.ids, self.key, hashlib.blake2b
@@ -58,63 +58,63 @@ class Tombstones:
         )
 
     def having(self, paths: Iterable[str]) -> Tombstones:
-        """Return them with more."""
+        """Return a copy with more paths."""
         return replace(self, ids=self.ids | {self.id_of(path) for path in paths})
 
     def lacking(self, paths: Iterable[str]) -> Tombstones:
-        """Return them with fewer."""
+        """Return a copy with fewer paths."""
         return replace(self, ids=self.ids - {self.id_of(path) for path in paths})
 
 
 def place(out: Out) -> Path:
-    """Return the file."""
+    """Return the path of the tombstones' file."""
     return out.forgotten / "tombstones.json"
 
 
 def read(out: Out) -> Tombstones:
-    """Read the tombstones; none, under a new key, where there is no file."""
-    found = read_json(place(out))
-    if not found:
+    """Read the tombstones. Without a file there are none, and the key is a new one."""
+    about = read_json(place(out))
+    if not about:
         return Tombstones(secrets.token_bytes(KEY_BYTES))
-    ids = frozenset(bytes.fromhex(word) for word in found["ids"])
-    return Tombstones(bytes.fromhex(found["key"]), ids)
+    ids = frozenset(bytes.fromhex(text) for text in about["ids"])
+    return Tombstones(bytes.fromhex(about["key"]), ids)
 
 
-def write(path: Path, found: Tombstones) -> None:
-    """Write tombstones."""
+def write(path: Path, tombstones: Tombstones) -> None:
+    """Write tombstones to a file."""
     about = {
         "format": FORMAT,
         "method": f"blake2b-{8 * ID_BYTES}, keyed",
-        "key": found.key.hex(),
-        "ids": sorted(one.hex() for one in found.ids),
+        "key": tombstones.key.hex(),
+        "ids": sorted(digest.hex() for digest in tombstones.ids),
     }
     write_json(path, about)
 
 
 def leave_out(out: Out, photos: pa.Table) -> tuple[pa.Table, int]:
-    """Return the photos of a listing that aren't forgotten, and how many are."""
-    found = read(out)
-    if not found.ids:
+    """Return the photos of a listing that aren't forgotten, and the number that are."""
+    tombstones = read(out)
+    if not tombstones.ids:
         return photos, 0
-    kept = photos.filter(pc.invert(found.held(photos["path"])))
+    kept = photos.filter(pc.invert(tombstones.held(photos["path"])))
     return kept, photos.num_rows - kept.num_rows
 
 
-# --- a forget that isn't finished --------------------------------------------------------------
+# --- an unfinished forget ----------------------------------------------------------------------
 
 
 def pending_file(out: Out) -> Path:
-    """Return the file that is there from the first step of a forget to its last. Holds no path."""
+    """Return the path of the file that exists while a forget is unfinished. It names no photo."""
     return out.forgotten / "pending.json"
 
 
 def pending(out: Out) -> dict[str, Any]:
-    """Return ``phase`` and more of a forget that isn't finished, or {}."""
+    """Return the state of an unfinished forget (``phase`` and more), or {}."""
     return read_json(pending_file(out))
 
 
 def refuse_erasing(out: Out) -> None:
-    """Refuse to work on rows that are about to go.
+    """Refuse to work on rows that are about to be erased.
 
     Raises
     ------
@@ -128,5 +128,5 @@ def refuse_erasing(out: Out) -> None:
 
 
 def total(out: Out) -> int:
-    """Return how many there are."""
+    """Return the number of forgotten photos."""
     return len(read_json(place(out)).get("ids", []))
