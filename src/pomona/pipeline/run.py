@@ -42,7 +42,7 @@ def run(
     reduce_options: ReduceOptions | None = None,
     cluster: Cluster | None = None,
     on_tick: OnTick = quiet,
-    train_options: TrainOptions | None = None,
+    train_options: TrainOptions | None = TrainOptions(),  # noqa: B008 - frozen
     after: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Do every stage; without ``train_options`` there is no training.
