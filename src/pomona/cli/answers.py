@@ -13,6 +13,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
+from pomona.cli.render import two_columns
 from pomona.model.artifact import Model
 from pomona.model.recogniser import to_json
 
@@ -89,13 +90,15 @@ def _answer(row: Row) -> str:
 
 def summary(record: dict[str, Any]) -> Table:
     """Return what a `predict` with ``--out`` did."""
-    table = Table.grid(padding=(0, 2))
     rejected = ", ".join(f"{n:,} {code}" for code, n in record["rejected"].items())
     most = ", ".join(f"{label} {n:,}" for label, n in list(record["labels"].items())[:5])
     speed = record["photos"] / max(record["seconds"], 1e-9)
-    table.add_row("photos", f"{record['photos']:,} in {record['seconds']:.1f} s, {speed:.0f}/s")
-    table.add_row("labels", most or "none")
-    table.add_row("unknown", f"{record['unknown']:,}")
-    table.add_row("can't be used", rejected or "0")
-    table.add_row("answers", f"{record['out']} (Parquet)")
-    return table
+    return two_columns(
+        [
+            ("photos", f"{record['photos']:,} in {record['seconds']:.1f} s, {speed:.0f}/s"),
+            ("labels", most or "none"),
+            ("unknown", f"{record['unknown']:,}"),
+            ("can't be used", rejected or "0"),
+            ("answers", f"{record['out']} (Parquet)"),
+        ]
+    )

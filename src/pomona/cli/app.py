@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from inspect import Parameter
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -67,35 +67,46 @@ def command(group: str) -> Callable[[Body], Body]:
 
 
 def with_options(body: Callable[..., None]) -> Callable[..., None]:
-    """Return ``body`` as Typer takes it: each parameter that is a dataclass becomes its fields.
+    """Return ``body`` as Typer takes it, with an option for each field of its dataclasses.
 
-    The fields carry ``Annotated`` help text; ``body`` gets the objects.
+    A parameter or field ``name: Annotated[type, "help"]`` becomes ``--name``; what isn't named so
+    carries ``typer.Option`` or ``typer.Argument`` instead. ``body`` gets the dataclasses' objects.
     """
-    parameters = _resolved(body)
-    groups: dict[str, Any] = {
-        p.name: p.annotation for p in parameters if is_dataclass(p.annotation)
+    parameters = _parameters(body)
+    objects: dict[str, Any] = {
+        name: one.annotation for name, one in parameters.items() if is_dataclass(one.annotation)
     }
+    fields = {name: _parameters(kind) for name, kind in objects.items()}
 
     @functools.wraps(body)
     def call(**values: Any) -> None:
-        for name, kind in groups.items():
-            values[name] = kind(**{field.name: values.pop(field.name) for field in _resolved(kind)})
+        for name, kind in objects.items():
+            values[name] = kind(**{field: values.pop(field) for field in fields[name]})
         body(**values)
 
-    flat = [
-        parameter.replace(kind=Parameter.KEYWORD_ONLY)  # an option with a default may come first
-        for outer in parameters
-        for parameter in (_resolved(groups[outer.name]) if outer.name in groups else [outer])
-    ]
+    flat = [p for name, one in parameters.items() for p in fields.get(name, {name: one}).values()]
     call.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
     return call
 
 
-def _resolved(function: Callable[..., Any]) -> list[Parameter]:
-    """Return the parameters with their annotations as objects rather than strings."""
+def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
+    """Return the parameters of a function or dataclass, annotated as Typer takes them.
+
+    All are by keyword, since an option with a default may stand before one without.
+    """
     hints = get_type_hints(function, include_extras=True)
-    parameters = inspect.signature(function).parameters.values()
-    return [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+    return {
+        name: one.replace(annotation=_option(name, hints[name]), kind=Parameter.KEYWORD_ONLY)
+        for name, one in inspect.signature(function).parameters.items()
+    }
+
+
+def _option(name: str, annotation: Any) -> Any:
+    kind, *extras = get_args(annotation) or (annotation,)
+    if get_origin(annotation) is not Annotated or not isinstance(extras[0], str):
+        return annotation
+    names = [f"--{name.replace('_', '-')}"] if kind is bool else []  # without a --no- of its own
+    return Annotated[kind, typer.Option(*names, help=extras[0])]
 
 
 @app.callback()

@@ -1,4 +1,4 @@
-"""Options that several commands share, as dataclasses (see `pomona.cli.app.with_options`)."""
+"""Options that several commands share (see `pomona.cli.app.with_options`)."""
 
 from __future__ import annotations
 
@@ -6,41 +6,31 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
 from pomona.core.errors import RequestError
 
 if TYPE_CHECKING:
     from pomona.pipeline.extract import ExtractOptions
     from pomona.pipeline.reduce import ReduceOptions
-    from pomona.pipeline.train import TrainOptions
     from pomona.spark.session import Cluster
 
 TOO_MANY_REJECTED = 3
 """The exit code above ``--max-error-rate``."""
 
-SourceName = Annotated[
-    str, typer.Argument(help="A folder of photos, or a URI (s3://, gs://, hdfs://).")
-]
-OutDir = Annotated[
-    str, Option("--out", help="Where the results go: a folder, or a URI (s3://, gs://).")
-]
-LocalOut = Annotated[str, Option("--out", help="The folder for the results.")]
-Device = Annotated[str, Option(help="auto, cpu or cuda.")]
-ImageSize = Annotated[int, Option(help="Side that photos are stretched to, in pixels.")]
-Label = Annotated[
-    str, Option(help="parent: the photo's folder; top: the first folder under the split.")
-]
+SourceName = Annotated[str, Argument(help="A folder of photos, or a URI (s3://, gs://, hdfs://).")]
+OutDir = Annotated[str, "Where the results go: a folder, or a URI (s3://, gs://)."]
+LocalOut = Annotated[str, "The folder for the results."]
+Device = Annotated[str, "auto, cpu or cuda."]
+ImageSize = Annotated[int, "Side that photos are stretched to, in pixels."]
+Label = Annotated[str, "parent: the photo's folder; top: the first folder under the split."]
 TestFraction = Annotated[
-    float | None,
-    Option(help="Share that goes to Test, in a source without Training and Test folders."),
+    float | None, "Share that goes to Test, in a source without Training and Test folders."
 ]
-Master = Annotated[
-    str, Option(help="Spark's master, or sc://HOST:PORT, unless a session is active.")
-]
-SparkConf = Annotated[list[str] | None, Option(help="A setting of Spark, KEY=VALUE; repeatable.")]
-NoPlots = Annotated[bool, Option("--no-plots", help="Draw nothing, and write no report.")]
-NoMlflow = Annotated[bool, Option("--no-mlflow", help="Record nothing in MLflow.")]
+Master = Annotated[str, "Spark's master, or sc://HOST:PORT, unless a session is active."]
+SparkConf = Annotated[list[str] | None, "A setting of Spark, KEY=VALUE; repeatable."]
+NoPlots = Annotated[bool, "Draw nothing, and write no report."]
+NoMlflow = Annotated[bool, "Record nothing in MLflow."]
 AsJson = Annotated[bool, Option("--json", help="Print JSON for machines.")]
 
 
@@ -50,29 +40,20 @@ class ExtractArguments:
 
     weights: Annotated[
         str | None,
-        Option(
-            help="imagenet, fruits (in the package), random:SEED (untrained), or a .safetensors, "
-            ".pth or .onnx file. [default: POMONA_WEIGHTS, or imagenet]",
-            show_default=False,
-        ),
+        "imagenet, fruits (in the package), random:SEED (untrained), or a .safetensors, .pth or "
+        ".onnx file. [default: POMONA_WEIGHTS, or imagenet]",
     ] = None
-    backend: Annotated[str, Option(help="onnx or torch.")] = "onnx"
+    backend: Annotated[str, "onnx or torch."] = "onnx"
     device: Device = "auto"
     image_size: ImageSize = 224
-    batch_size: Annotated[
-        int | None, Option(help="Photos per call of the network. [default: 8, on a GPU 128]")
-    ] = None
+    batch_size: Annotated[int | None, "Photos per network call. [default: 8, on a GPU 128]"] = None
     label: Label = "parent"
     test_fraction: TestFraction = None
-    keep_deleted: Annotated[
-        bool, Option("--keep-deleted", help="Keep the rows of photos that left the source.")
-    ] = False
-    source_moved: Annotated[
-        bool, Option("--source-moved", help="The source of OUT's photos has a new address.")
-    ] = False
-    reader: Annotated[
-        str, Option(help="auto, or spark: read through Spark's binaryFile, whatever the source.")
-    ] = "auto"
+    keep_deleted: Annotated[bool, "Keep the rows of photos that left the source."] = False
+    source_moved: Annotated[bool, "The source of OUT's photos has a new address."] = False
+    reader: Annotated[str, "auto, or spark: through Spark's binaryFile, whatever the source."] = (
+        "auto"
+    )
 
     def options(self) -> ExtractOptions:
         """Return the stage's options."""
@@ -87,18 +68,10 @@ class ExtractArguments:
 class ReduceArguments:
     """How features become PCA features."""
 
-    components: Annotated[
-        str, Option(help="How many (50), or the share of the variance to keep (0.95).")
-    ] = "50"
-    power: Annotated[
-        float, Option(help="Raise features to this power first: 0.5, or 1 to leave them.")
-    ] = 0.5
-    no_scale: Annotated[
-        bool, Option("--no-scale", help="Don't bring features to standard deviation 1 first.")
-    ] = False
-    whiten: Annotated[
-        bool, Option("--whiten", help="Bring pca_features to standard deviation 1.")
-    ] = False
+    components: Annotated[str, "How many (50), or the share of the variance to keep (0.95)."] = "50"
+    power: Annotated[float, "Raise features to this power first: 0.5, or 1 to leave them."] = 0.5
+    no_scale: Annotated[bool, "Don't bring features to standard deviation 1 first."] = False
+    whiten: Annotated[bool, "Bring pca_features to standard deviation 1."] = False
 
     def options(self, *, plots: bool) -> ReduceOptions:
         """Return the stage's options."""
@@ -111,30 +84,18 @@ class ReduceArguments:
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """How PCA features become a model."""
+    """How PCA features become a model; the fields of `pomona.pipeline.train.TrainOptions`."""
 
-    class_weight: Annotated[
-        str, Option(help="none, or balanced: each label counts the same in training.")
-    ] = "none"
-    max_rows: Annotated[
-        int, Option(help="Photos to train on at most: above, a sample stratified by label.")
-    ] = 1_000_000
+    class_weight: Annotated[str, "none, or balanced: labels count the same in training."] = "none"
+    max_rows: Annotated[int, "Most photos to train on: above, a sample stratified by label."] = (
+        1_000_000
+    )
     unknown: Annotated[
         str,
-        Option(
-            help="How photos of none of the labels are recognised: auto (the best on labels left "
-            "out), max_probability, energy, distance or neighbours."
-        ),
+        "How photos of none of the labels are recognised: auto (the best on labels left out), "
+        "max_probability, energy, distance or neighbours.",
     ] = "auto"
-    keep: Annotated[
-        float, Option(help="Share of photos of known labels that must not be called unknown.")
-    ] = 0.95
-
-    def options(self) -> TrainOptions:
-        """Return the stage's options."""
-        from pomona.pipeline.train import TrainOptions
-
-        return TrainOptions(**vars(self))
+    keep: Annotated[float, "Share of known labels' photos that must not be called unknown."] = 0.95
 
 
 @dataclass(frozen=True)
@@ -155,9 +116,9 @@ class SparkArguments:
 class ErrorRate:
     """How many rejected photos are too many."""
 
-    max_error_rate: Annotated[
-        float, Option(help="Share of rejected photos above which the exit code is 3.")
-    ] = 0.05
+    max_error_rate: Annotated[float, "Rejected photos' share above which the exit code is 3."] = (
+        0.05
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_error_rate <= 1:
@@ -179,8 +140,10 @@ class ErrorRate:
 
 def spark_pairs(settings: list[str] | None) -> tuple[tuple[str, str], ...]:
     """Return the keys and values of ``--spark-conf``."""
+    pairs = []
     for setting in settings or ():
-        if "=" not in setting:
+        key, equals, value = setting.partition("=")
+        if not equals:
             raise RequestError(f"--spark-conf is KEY=VALUE, not {setting}")
-    pairs = [setting.split("=", 1) for setting in settings or ()]
-    return tuple((key, value) for key, value in pairs)
+        pairs.append((key, value))
+    return tuple(pairs)

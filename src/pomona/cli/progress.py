@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pomona.core.progress import OnTick, Tick
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress, Task
+    from rich.progress import Progress
 
 WORDS = {
     "list": "listing photos",
@@ -56,46 +55,30 @@ def progress() -> Iterator[OnTick]:
     if not sys.stderr.isatty():
         # In a notebook, rich would show each line as HTML; plain text was asked for.
         console = Console(file=sys.stderr, force_jupyter=False)
-        yield _lines(console, _tracker(Progress(console=console, speed_estimate_period=60)))
+        yield _lines(Progress(console=console, speed_estimate_period=60))
         return
     # While Spark starts, the process's own stderr goes to the log: the bar needs a copy of it.
     console = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding="utf-8"))
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
+    words, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = (SpinnerColumn(), words, BarColumn(), MofNCompleteColumn(), note)
     with Progress(*columns, console=console, transient=True, speed_estimate_period=60) as bars:
-        track = _tracker(bars)
-
-        def on_tick(tick: Tick) -> None:
-            track(tick)
-
-        yield on_tick
+        yield lambda tick: _update(bars, tick)
 
 
-def _tracker(bars: Progress) -> Callable[[Tick], Task]:
-    """Return a function that keeps rich's task of a tick's stage, alone visible, up to date."""
-    tasks: dict[str, Task] = {}
-
-    def track(tick: Tick) -> Task:
-        if tick.stage not in tasks:
-            for task in bars.tasks:
-                bars.update(task.id, visible=False)
-            bars.add_task(WORDS[tick.stage], total=None, note="")
-            tasks[tick.stage] = bars.tasks[-1]
-        task = tasks[tick.stage]
-        bars.update(task.id, completed=tick.done, total=tick.total or None)
-        bars.update(task.id, note=describe(tick, task))
-        return task
-
-    return track
+def _update(bars: Progress, tick: Tick) -> None:
+    """Bring the bar of a tick's stage up to date; the others are hidden."""
+    words = WORDS[tick.stage]
+    if not bars.tasks or bars.tasks[-1].description != words:
+        for task in bars.tasks:
+            bars.update(task.id, visible=False)
+        bars.add_task(words, total=None, note="")
+    task = bars.tasks[-1]
+    bars.update(task.id, completed=tick.done, total=tick.total or None)
+    bars.update(task.id, note=describe(tick, task))
 
 
 def describe(tick: Tick, task: Any) -> str:
-    """Return the numbers of a tick as words: speed, time left, rejected.
+    """Return the numbers of a tick and rich's task as words: speed, time left, rejected.
 
     >>> from types import SimpleNamespace as Task
     >>> describe(Tick("extract", 300, 900, rejected=2), Task(speed=100.0, time_remaining=6))
@@ -112,20 +95,22 @@ def describe(tick: Tick, task: Any) -> str:
     return ", ".join(words)
 
 
-def _lines(console: Console, track: Callable[[Tick], Task]) -> OnTick:
-    """Return a function that prints a tick if its stage is new, is over, or long unheard of."""
+def _lines(bars: Progress) -> OnTick:
+    """Return a function that prints a line when a stage begins or ends, and now and then."""
     last, shown_at = Tick(""), 0.0
 
     def on_tick(tick: Tick) -> None:
         nonlocal last, shown_at
-        note = track(tick).fields["note"]
+        _update(bars, tick)
         now = time.monotonic()
         over = bool(tick.total) and tick.done == tick.total and last.done != tick.done
         if tick.stage == last.stage and now - shown_at < LINE_EVERY and not over:
             return
         last, shown_at = tick, now
-        count = f" {tick.done:,}" + (f" of {tick.total:,}" if tick.total else "")
-        line = f"{WORDS[tick.stage]}:{count if tick.done or tick.total else ''}"
-        console.print(f"{line}{', ' + note if note else ''}", markup=False, highlight=False)
+        count = f" {tick.done:,}" if tick.done or tick.total else ""
+        count += f" of {tick.total:,}" if tick.total else ""
+        line = f"{WORDS[tick.stage]}:{count}"
+        words = ", ".join(filter(None, (line, bars.tasks[-1].fields["note"])))
+        bars.console.print(words, markup=False, highlight=False)
 
     return on_tick

@@ -27,7 +27,6 @@ ModelName = Annotated[
         "--model",
         help="A model: OUT/model, its URI (s3://, gs://), or models:/NAME@champion. [default: the "
         "one in the package]",
-        show_default=False,
     ),
 ]
 
@@ -55,17 +54,12 @@ def predict(
     ],
     *,
     model_name: ModelName = None,
-    top: Annotated[int, Option(help="How many labels to give for each photo.")] = 3,
-    out: Annotated[
-        str | None, Option("--out", help="A new folder for the answers, as Parquet.")
-    ] = None,
+    top: Annotated[int, "How many labels to give for each photo."] = 3,
+    out: Annotated[str | None, "A new folder for the answers, as Parquet."] = None,
     device: Device = "auto",
     master: Annotated[
         str | None,
-        Option(
-            help="Spark's master, or sc://HOST:PORT. [default: local[*] above 2,000 photos, else "
-            "no Spark]"
-        ),
+        "Spark's master, or sc://HOST:PORT. [default: local[*] above 2,000 photos, else no Spark]",
     ] = None,
     spark_conf: SparkConf = None,
     error_rate: ErrorRate,
@@ -98,48 +92,32 @@ class ServeArguments:
     """Whom the service answers, and how much it takes."""
 
     model: ModelName = None
-    host: Annotated[str, Option(help="The address to answer at.")] = "127.0.0.1"
-    port: Annotated[int, Option(help="The port; 0: any that is free.")] = 8000
+    host: Annotated[str, "The address to answer at."] = "127.0.0.1"
+    port: Annotated[int, "The port; 0: any that is free."] = 8000
     api_key: Annotated[
         list[str] | None,
-        Option(
-            help="A key that requests must bring; repeatable. Others on this machine can see it: "
-            "POMONA_API_KEYS (with commas between) is better."
-        ),
+        "A key that requests must bring; repeatable. Others on this machine can see it: "
+        "POMONA_API_KEYS (with commas between) is better.",
     ] = None
-    public: Annotated[
-        bool, Option("--public", help="Answer everybody who reaches --host, without a key.")
-    ] = False
-    workers: Annotated[
-        int | None, Option(help="Photos processed at a time. [default: one per core]")
-    ] = None
-    queue: Annotated[
-        int | None, Option(help="Photos that may wait; beyond, 503. [default: 16 for each worker]")
-    ] = None
-    max_mb: Annotated[float, Option(help="Largest request, in MB.")] = 20
-    max_photos: Annotated[int, Option(help="Most photos in a request.")] = 16
+    public: Annotated[bool, "Answer everybody who reaches --host, without a key."] = False
+    workers: Annotated[int | None, "Photos processed at a time. [default: one per core]"] = None
+    queue: Annotated[int | None, "Photos that may wait; beyond, 503. [default: 16 a worker]"] = None
+    max_mb: Annotated[float, "Largest request, in MB."] = 20
+    max_photos: Annotated[int, "Most photos in a request."] = 16
     max_megapixels: Annotated[
         float,
-        Option(
-            help="Pixels that a photo is decoded to at most, in millions; JPEGs are decoded at a "
-            "fraction."
-        ),
+        "Pixels that a photo is decoded to at most, in millions; JPEGs are decoded at a fraction.",
     ] = 24
-    watch: Annotated[float, Option(help="Seconds between checks for another model; 0: none.")] = 0
+    watch: Annotated[float, "Seconds between checks for another model; 0: none."] = 0
     allow_origin: Annotated[
-        list[str] | None,
-        Option(help="A web site whose pages may ask (CORS), https://…; repeatable."),
+        list[str] | None, "A web site whose pages may ask (CORS), https://…; repeatable."
     ] = None
     isolate: Annotated[
         bool,
-        Option(
-            "--isolate",
-            help="Decode in child processes: a photo that crashes or stalls the decoder harms no "
-            "other.",
-        ),
+        "Decode in child processes: a photo that crashes or stalls the decoder harms no other.",
     ] = False
     device: Device = "auto"
-    quiet: Annotated[bool, Option("--quiet", help="No access log.")] = False
+    quiet: Annotated[bool, "No access log."] = False
 
     def settings(self) -> Settings:
         """Return the service's settings; keys also come from ``POMONA_API_KEYS``."""

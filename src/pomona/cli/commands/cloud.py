@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from pomona.cli.app import OPERATE, app, with_options
 from pomona.cli.options import AsJson, SparkConf, spark_pairs
@@ -25,61 +24,42 @@ emr = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pomona on A
 cloud.add_typer(emr, name="emr")
 app.add_typer(cloud, name="cloud", rich_help_panel=OPERATE)
 
-StackName = Annotated[
-    str, Option("--stack", help="The CloudFormation stack of deploy/emr/template.yaml.")
-]
-Region = Annotated[str | None, Option(help="[default: AWS's own setting, or eu-central-1]")]
-
-
-@dataclass(frozen=True)
-class StackArguments:
-    """Where jobs run."""
-
-    stack: StackName = "pomona"
-    region: Region = None
-
-    def find(self) -> Stack:
-        """Ask AWS for the stack."""
-        from pomona.cloud.emr import find
-
-        return find(self.stack, self.region)
+StackName = Annotated[str, "The CloudFormation stack of deploy/emr/template.yaml."]
+Region = Annotated[str | None, "[default: AWS's own setting, or eu-central-1]"]
 
 
 @emr.command("submit")
 @with_options
 def emr_submit(
     source: Annotated[str, Argument(help="Photos: s3://BUCKET/FOLDER.")],
-    out: Annotated[str, Option("--out", help="Results: s3://BUCKET/FOLDER.")],
-    where: StackArguments,
+    out: Annotated[str, "Results: s3://BUCKET/FOLDER."],
     options: Annotated[
         list[str] | None,
         Argument(help="After --: further options of pomona run.", metavar="RUN_OPTIONS"),
     ] = None,
+    stack: StackName = "pomona",
+    region: Region = None,
     weights: Annotated[
         str | None,
-        Option(
-            help="As for run, or s3://…; a file is uploaded. "
-            "[default: POMONA_WEIGHTS, or imagenet]",
-            show_default=False,
-        ),
+        "As for run, or s3://…; a file is uploaded. [default: POMONA_WEIGHTS, or imagenet]",
     ] = None,
-    executors: Annotated[int, Option(help="At most so many, of 4 vCPUs each.")] = 8,
+    executors: Annotated[int, "At most so many, of 4 vCPUs each."] = 8,
     spark_conf: SparkConf = None,
-    timeout_minutes: Annotated[int, Option(help="EMR Serverless ends the job after that.")] = 720,
-    wait: Annotated[bool, Option("--wait", help="Wait until the job is over.")] = False,
+    timeout_minutes: Annotated[int, "EMR Serverless ends the job after that."] = 720,
+    wait: Annotated[bool, "Wait until the job is over."] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run `pomona run` as a job on EMR Serverless or an EMR cluster."""
     from pomona.cli.render import cloud_job
-    from pomona.cloud.emr import Job, submit
+    from pomona.cloud.emr import Job, find, submit
 
     run_options, conf = tuple(options or ()), spark_pairs(spark_conf)
     job = Job(source, out, run_options, weights, executors, conf, timeout_minutes)
-    stack = where.find()
+    target = find(stack, region)
     with progress() as on_tick:
-        record = submit(stack, job, counter(on_tick, "weights"))
+        record = submit(target, job, counter(on_tick, "weights"))
     if wait:
-        record |= _wait(stack, record["job"])
+        record |= _wait(target, record["job"])
     show(record, as_json, cloud_job)
 
 
@@ -107,21 +87,22 @@ def _wait(stack: Stack, job: str) -> dict[str, Any]:
 @emr.command("status")
 @with_options
 def emr_status(
-    where: StackArguments,
     job: Annotated[
         str | None, Argument(help="The id that submit printed. [default: the last ten]")
     ] = None,
+    stack: StackName = "pomona",
+    region: Region = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how far a job is, or the last jobs."""
     from pomona.cli import render
-    from pomona.cloud.emr import recent, status
+    from pomona.cloud.emr import find, recent, status
 
-    stack = where.find()
+    target = find(stack, region)
     if job:
-        show(status(stack, job), as_json, render.cloud_job)
+        show(status(target, job), as_json, render.cloud_job)
     else:
-        jobs = {"stack": where.stack, "mode": stack.mode, "jobs": recent(stack)}
+        jobs = {"stack": stack, "mode": target.mode, "jobs": recent(target)}
         show(jobs, as_json, render.cloud_jobs)
 
 
@@ -129,14 +110,15 @@ def emr_status(
 @with_options
 def emr_logs(
     job: Annotated[str, Argument(help="The id that submit printed.")],
-    where: StackArguments,
-    lines: Annotated[int, Option(help="The last so many of each file; 0 for all.")] = 100,
+    stack: StackName = "pomona",
+    region: Region = None,
+    lines: Annotated[int, "The last so many of each file; 0 for all."] = 100,
     as_json: AsJson = False,
 ) -> None:
     """Show what a job's driver printed."""
-    from pomona.cloud.emr import logs
+    from pomona.cloud.emr import find, logs
 
-    files = logs(where.find(), job)
+    files = logs(find(stack, region), job)
     if as_json:
         typer.echo(json.dumps([{"file": name, "text": text} for name, text in files]))
         return
@@ -146,13 +128,12 @@ def emr_logs(
 
 
 @emr.command("teardown")
+@with_options
 def emr_teardown(
     stack: StackName,
     region: Region = None,
-    delete_data: Annotated[
-        bool, Option("--delete-data", help="Delete what is in the stack's buckets, for good.")
-    ] = False,
-    yes: Annotated[bool, Option("--yes", help="Don't ask.")] = False,
+    delete_data: Annotated[bool, "Delete what is in the stack's buckets, for good."] = False,
+    yes: Annotated[bool, "Don't ask."] = False,
     as_json: AsJson = False,
 ) -> None:
     """End a stack's jobs and delete all that it made, and nothing else."""

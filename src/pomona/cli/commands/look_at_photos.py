@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Option
+from typer import Argument
 
 from pomona.cli.app import PHOTOS, command
 from pomona.cli.options import AsJson, Label, LocalOut, Master, SourceName
@@ -36,8 +36,8 @@ def inspect(source: SourceName, label: Label = "parent", as_json: AsJson = False
 def subset(
     source: SourceName,
     dest: Annotated[Path, Argument(help="A new folder.")],
-    percentage: Annotated[float, Option(help="Share of the photos to take, in percent.")] = 10,
-    copy: Annotated[bool, Option("--copy", help="Copy the photos; links otherwise.")] = False,
+    percentage: Annotated[float, "Share of the photos to take, in percent."] = 10,
+    copy: Annotated[bool, "Copy the photos; links otherwise."] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a smaller source. Stratified by split and label, with at least one photo of each."""
@@ -63,10 +63,10 @@ def _list(source: str, on_tick: OnTick) -> tuple[Source, Listing]:
 @command(PHOTOS)
 def synthesize(
     dest: Annotated[Path, Argument(help="The folder for the photos.")],
-    classes: Annotated[int, Option(help="How many labels, 1 to 131.")] = 131,
-    images: Annotated[int, Option(help="How many photos.")] = 90_483,
-    seed: Annotated[int, Option(help="The same seed gives the same photos.")] = 0,
-    workers: Annotated[int | None, Option(help="Processes. [default: one per core]")] = None,
+    classes: Annotated[int, "How many labels, 1 to 131."] = 131,
+    images: Annotated[int, "How many photos."] = 90_483,
+    seed: Annotated[int, "The same seed gives the same photos."] = 0,
+    workers: Annotated[int | None, "Processes. [default: one per core]"] = None,
     as_json: AsJson = False,
 ) -> None:
     """Render photos of fruit on a turntable. Folders and names are those of Fruits-360."""
@@ -88,8 +88,8 @@ def synthesize(
 @command(PHOTOS)
 def demo(
     out: LocalOut = "demo",
-    classes: Annotated[int, Option(help="How many labels to render.")] = 12,
-    images: Annotated[int, Option(help="How many photos to render.")] = 600,
+    classes: Annotated[int, "How many labels to render."] = 12,
+    images: Annotated[int, "How many photos to render."] = 600,
     master: Master = "local[*]",
     as_json: AsJson = False,
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from typer import Option
@@ -30,9 +30,6 @@ from pomona.cli.progress import progress
 from pomona.cli.work import end_forget, log_to, show, show_run, working_in
 from pomona.core.uris import refuse_uri
 
-if TYPE_CHECKING:
-    from pomona.pipeline.finetune import FinetuneOptions
-
 
 @command(MODEL)
 def run(
@@ -41,7 +38,7 @@ def run(
     *,
     extraction: ExtractArguments,
     reduction: ReduceArguments,
-    no_train: Annotated[bool, Option("--no-train", help="Train no classifier.")] = False,
+    no_train: Annotated[bool, "Train no classifier."] = False,
     training: TrainArguments,
     spark: SparkArguments,
     error_rate: ErrorRate,
@@ -51,10 +48,11 @@ def run(
 ) -> None:
     """Run every stage: extract, reduce, train, report. What is there isn't computed again."""
     from pomona.pipeline import run
+    from pomona.pipeline.train import TrainOptions
 
     cluster = spark.cluster()
     options = extraction.options(), reduction.options(plots=not no_plots)
-    train_options = None if no_train else training.options()
+    train_options = None if no_train else TrainOptions(**vars(training))
     with working_in(out, source) as (home, on_tick):
         records = run.run(
             source, home.folder, *options, cluster, on_tick, train_options, home.after
@@ -107,10 +105,10 @@ def train(
 ) -> None:
     """Train a model on PCA features, judge it, write the report."""
     from pomona.pipeline.run import report
-    from pomona.pipeline.train import train
+    from pomona.pipeline.train import TrainOptions, train
 
     with working_in(out) as (home, on_tick):
-        record = train(home.folder, training.options(), on_tick)
+        record = train(home.folder, TrainOptions(**vars(training)), on_tick)
         if not no_plots:
             home.after("train")
             report(home.folder, on_tick)
@@ -129,7 +127,7 @@ def report(out: OutDir) -> None:
 
 @dataclass(frozen=True)
 class FinetuneArguments:
-    """How the backbone's weights are trained."""
+    """How the backbone is trained: fields of `pomona.pipeline.finetune.FinetuneOptions`."""
 
     start: Annotated[
         str | None,
@@ -137,46 +135,28 @@ class FinetuneArguments:
             "--from",
             help="Weights to start from: imagenet, fruits (in the package), random:SEED, or a "
             ".safetensors or .pth file. [default: POMONA_WEIGHTS, or imagenet]",
-            show_default=False,
         ),
     ] = None
-    epochs: Annotated[
-        float | None, Option(help="Passes over the photos. [default: 20, unless --minutes]")
-    ] = None
-    minutes: Annotated[float | None, Option(help="Time limit, decoding included.")] = None
+    epochs: Annotated[float | None, "Passes over photos. [default: 20, unless --minutes]"] = None
+    minutes: Annotated[float | None, "Time limit, decoding included."] = None
     device: Device = "auto"
     image_size: ImageSize = 224
     label: Label = "parent"
     test_fraction: TestFraction = None
-    batch_size: Annotated[int, Option(help="Photos per step, over all processes.")] = 32
-    precision: Annotated[
-        str, Option(help="float32, mixed (bfloat16), or auto: mixed on a GPU that has it.")
-    ] = "auto"
+    batch_size: Annotated[int, "Photos per step, over all processes."] = 32
+    precision: Annotated[str, "float32, mixed (bfloat16) or auto: mixed if a GPU has it."] = "auto"
     teacher: Annotated[
         str | None,
-        Option(
-            help="Weights whose features are to be matched, too: named as for --from, or none. "
-            "[default: those of --from, if they are trained]",
-            show_default=False,
-        ),
+        "Weights whose features are to be matched, too: named as for --from, or none. "
+        "[default: those of --from, if they are trained]",
     ] = None
-    seed: Annotated[int, Option(help="On one device, it decides the result.")] = 0
+    seed: Annotated[int, "On one device, it decides the result."] = 0
     hold_out: Annotated[
         float,
-        Option(
-            help="Share of each label's groups (of its photos, where it has one group) that "
-            "training doesn't see: they choose the best weights. 0: the last ones are kept."
-        ),
+        "Share of each label's groups (of its photos, where it has one group) that "
+        "training doesn't see: they choose the best weights. 0: the last ones are kept.",
     ] = 0.2
-    processes: Annotated[
-        int, Option(help="How many processes train together, by Spark's TorchDistributor.")
-    ] = 1
-
-    def options(self) -> FinetuneOptions:
-        """Return the stage's options."""
-        from pomona.pipeline.finetune import FinetuneOptions
-
-        return FinetuneOptions(**vars(self))
+    processes: Annotated[int, "How many processes train together, by Spark's TorchDistributor."] = 1
 
 
 @command(MODEL)
@@ -191,10 +171,10 @@ def finetune(
 ) -> None:
     """Train the backbone on photos. --weights OUT/weights.safetensors takes the result."""
     from pomona.cli.render import finetuned
-    from pomona.pipeline.finetune import finetune, track
+    from pomona.pipeline.finetune import FinetuneOptions, finetune, track
 
     refuse_uri(out, "--out")
-    options, cluster = tuning.options(), spark.cluster()
+    options, cluster = FinetuneOptions(**vars(tuning)), spark.cluster()
     with progress() as on_tick, log_to(out):
         record = finetune(source, out, options, cluster, on_tick)
         record["mlflow"] = "off" if no_mlflow else track(out, record)

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 def push(
     out: Annotated[str, Argument(help="The folder of a finished run.")],
     place: Annotated[str, Argument(help="Where to: a URI (s3://, gs://), or a folder.")],
-    replace: Annotated[
-        bool, Option("--replace", help="The place may hold what another OUT pushed.")
-    ] = False,
+    replace: Annotated[bool, "The place may hold what another OUT pushed."] = False,
     as_json: AsJson = False,
 ) -> None:
     """Copy OUT to an object store: only what isn't there. Killed, it goes on."""
@@ -67,27 +65,14 @@ class ForgetArguments:
         str | None,
         Option("--list", help="A file with one exact path a line; - for standard input."),
     ] = None
-    allow: Annotated[
-        bool, Option("--allow", help="The reverse: extract may take these photos again.")
-    ] = False
-    no_rebuild: Annotated[
-        bool,
-        Option("--no-rebuild", help="Remove what was made from the photos; don't make it again."),
-    ] = False
-    retire: Annotated[
-        bool,
-        Option(
-            "--retire", help="Delete the versions in OUT/mlflow.db that were trained with them."
-        ),
-    ] = False
-    missing_ok: Annotated[
-        bool,
-        Option("--missing-ok", help="Accept exact paths that are in no table and no source."),
-    ] = False
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Show what would go, and change nothing.")
-    ] = False
-    yes: Annotated[bool, Option("--yes", help="Don't ask.")] = False
+    allow: Annotated[bool, "The reverse: extract may take these photos again."] = False
+    no_rebuild: Annotated[bool, "Remove what was made from the photos, and don't remake it."] = (
+        False
+    )
+    retire: Annotated[bool, "Delete versions in OUT/mlflow.db that were trained with them."] = False
+    missing_ok: Annotated[bool, "Accept exact paths that are in no table and no source."] = False
+    dry_run: Annotated[bool, "Show what would go, and change nothing."] = False
+    yes: Annotated[bool, "Don't ask."] = False
 
     @property
     def must_ask(self) -> bool:

@@ -3,66 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
-
-from typer import Option
+from typing import Annotated
 
 from pomona.cli.app import OPERATE, command
 from pomona.cli.options import AsJson, OutDir
 from pomona.cli.progress import progress
 from pomona.cli.work import show, working_in
 
-if TYPE_CHECKING:
-    from pomona.export.export import ExportOptions
-
 
 @dataclass(frozen=True)
 class ExportArguments:
-    """What is exported, and what it is judged by."""
+    """What is exported, and what it is judged by: `pomona.export.export.ExportOptions`."""
 
-    int8: Annotated[bool, Option("--int8", help="8-bit integers too, if they pass.")] = False
-    half: Annotated[bool, Option("--half", help="Half-precision weights too, if they pass.")] = (
-        False
-    )
-    dest: Annotated[str | None, Option(help="The folder for the files. [default: OUT/export]")] = (
-        None
-    )
-    calibration: Annotated[
-        int, Option(help="Training photos that 8-bit ranges are measured on.")
-    ] = 256
-    held_out: Annotated[int, Option(help="Photos that smaller files are judged by, at most.")] = (
-        2000
-    )
+    int8: Annotated[bool, "8-bit integers too, if they pass."] = False
+    half: Annotated[bool, "Half-precision weights too, if they pass."] = False
+    dest: Annotated[str | None, "The folder for the files. [default: OUT/export]"] = None
+    calibration: Annotated[int, "Training photos that 8-bit ranges are measured on."] = 256
+    held_out: Annotated[int, "Photos that smaller files are judged by, at most."] = 2000
     web: Annotated[
-        str | None,
-        Option(help="A new folder for the page that runs the smallest file, for any host."),
+        str | None, "A new folder for the page that runs the smallest file, for any host."
     ] = None
-
-    def options(self) -> ExportOptions:
-        """Return the export's options."""
-        from pomona.export.export import ExportOptions
-
-        return ExportOptions(**vars(self))
 
 
 @command(OPERATE)
 def export(out: OutDir, arguments: ExportArguments, as_json: AsJson = False) -> None:
     """Write files for the phone. A smaller one is kept only if it answers like the model."""
     from pomona.cli.render import exported
-    from pomona.export.export import export
+    from pomona.export.export import ExportOptions, export
 
     with working_in(out) as (home, on_tick):
-        record = export(home.folder, arguments.options(), on_tick)
+        record = export(home.folder, ExportOptions(**vars(arguments)), on_tick)
     show({**record, "folder": home.shown(record["folder"])}, as_json, exported)
 
 
 @command(OPERATE)
 def publish(
     out: OutDir,
-    name: Annotated[str, Option(help="The model's name in MLflow's registry.")] = "pomona",
+    name: Annotated[str, "The model's name in MLflow's registry."] = "pomona",
     promote: Annotated[
-        str | None,
-        Option(help="Make it the champion whatever the comparison says; the reason why."),
+        str | None, "Make it the champion whatever the comparison says; the reason why."
     ] = None,
     as_json: AsJson = False,
 ) -> None:
