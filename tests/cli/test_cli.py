@@ -283,8 +283,8 @@ def test_a_terminal_shows_a_bar(source: Path, tmp_path: Path) -> None:
     """Also while Spark starts, when the process's own output goes to the log."""
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
-    words = ["extract", str(source), "--out", str(tmp_path / "out"), *RANDOM]
-    command = [sys.executable, "-m", "pomona", *words]
+    request = ["extract", str(source), "--out", str(tmp_path / "out"), *RANDOM]
+    command = [sys.executable, "-m", "pomona", *request]
     env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
     with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=env) as child:
         os.close(theirs)
