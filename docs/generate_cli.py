@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 import typer.main
 from typer.testing import CliRunner
 
+from pomona.cli.app import GroupedCommands
 from pomona.cli.main import app
 
 HEAD = """# Commands
@@ -21,28 +23,33 @@ photos were rejected; 130 interrupted.
 
 
 def text() -> str:
-    """Return the page."""
-    runner = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"})
+    """Return the page: the commands by group, with their help."""
+    root = typer.main.get_command(app)
+    assert isinstance(root, GroupedCommands)
     parts = [HEAD]
-    for words in _commands(app):
-        shown = runner.invoke(app, [*words, "--help"], prog_name="pomona").output
-        plain = re.sub(r"\x1b\[[\d;]*m", "", shown)
-        shown = "\n".join(line.rstrip() for line in plain.splitlines())
-        parts.append(f"## pomona {' '.join(words)}\n\n```text\n{shown.strip()}\n```\n")
+    for group, names in root.by_group().items():
+        parts.append(f"## {group}\n")
+        for words in (words for name in names for words in _words(name, root.commands[name])):
+            parts.append(f"### pomona {words}\n\n```text\n{_help(words)}\n```\n")
     return "\n".join(parts)
 
 
-def _commands(group: typer.Typer) -> Iterator[list[str]]:
-    """Give the words of each command, groups of commands last."""
-    for command in group.registered_commands:
-        assert command.callback is not None
-        yield [command.name or command.callback.__name__]
-    for inner in group.registered_groups:
-        assert inner.name is not None and inner.typer_instance is not None
-        for words in _commands(inner.typer_instance):
-            yield [inner.name, *words]
+def _help(words: str) -> str:
+    """Return what ``pomona WORDS --help`` prints, without colours."""
+    runner = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"})
+    output = runner.invoke(app, [*words.split(), "--help"], prog_name="pomona").output
+    plain = re.sub(r"\x1b\[[\d;]*m", "", output)
+    return "\n".join(line.rstrip() for line in plain.splitlines()).strip()
+
+
+def _words(name: str, command: Any) -> Iterator[str]:
+    """Give a command's words, or those of the commands in it."""
+    inner = getattr(command, "commands", {})
+    for inner_name, inner_command in inner.items():
+        yield from _words(f"{name} {inner_name}", inner_command)
+    if not inner:
+        yield name
 
 
 if __name__ == "__main__":
-    assert typer.main.get_command(app)
     Path(__file__).with_name("cli.md").write_text(text(), encoding="utf-8")

@@ -25,25 +25,25 @@ def pomona(spark: Any, command: Any) -> Any:
 def test_run_ends_with_a_summary(pomona: Any, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = [*RANDOM, "--components", 5, "--no-mlflow"]
-    code, told, errors = pomona("run", source, "--out", out, *options)
+    code, printed, errors = pomona("run", source, "--out", out, *options)
     assert code == 0, errors
     expected = ["48 (24 Training, 24 Test)", "random:0 (untrained)", "photos/s", "256.0 : 1"]
     expected += ["by 5 components", f"{out}/features", "component  variance  cumulative"]
     expected += ["macro F1", "Test (24 photos)", f"{out}/model", f"{out}/report/report.html"]
-    assert [words for words in expected if words not in told] == []
+    assert [words for words in expected if words not in printed] == []
     assert "extracting features: 48 of 48" in errors
-    assert "\x1b[" not in told + errors
+    assert "\x1b[" not in printed + errors
     assert pomona("status", "--out", out)[1].splitlines()[1].split() == ["photos", "48"]
 
 
 def test_json_is_for_machines(pomona: Any, source: Path, tmp_path: Path) -> None:
     options = [*RANDOM, "--components", "0.5", "--no-mlflow", "--no-plots", "--json"]
-    code, told, _ = pomona("run", source, "--out", tmp_path / "out", *options)
-    found = json.loads(told)
+    code, printed, _ = pomona("run", source, "--out", tmp_path / "out", *options)
+    records = json.loads(printed)
     assert code == 0
-    assert found["extract"]["photos"] == 48
-    assert found["reduce"]["variance_kept"] >= 0.5
-    assert found["train"]["metrics"]["test"]["photos"] == 24
+    assert records["extract"]["photos"] == 48
+    assert records["reduce"]["variance_kept"] >= 0.5
+    assert records["train"]["metrics"]["test"]["photos"] == 24
     assert [p.name for p in (tmp_path / "out" / "report").iterdir()] == ["metrics.json"]
     status = json.loads(pomona("status", "--out", tmp_path / "out", "--json")[1])
     assert (status["done"], status["todo"], status["rejected"]) == (48, 0, {})
@@ -52,10 +52,10 @@ def test_json_is_for_machines(pomona: Any, source: Path, tmp_path: Path) -> None
 def test_too_many_rejected_is_3(pomona: Any, source: Path, tmp_path: Path) -> None:
     for n in range(4):
         (source / "Training" / "Fruit 0" / f"bad{n}.jpg").write_bytes(b"")
-    code, told, errors = pomona("extract", source, "--out", tmp_path / "out", *RANDOM)
+    code, printed, errors = pomona("extract", source, "--out", tmp_path / "out", *RANDOM)
     assert code == 3
     assert "7.7% of the photos can't be used" in errors.splitlines()[-1]
-    assert "4 (4 empty)" in told
+    assert "4 (4 empty)" in printed
     options = [*RANDOM, "--max-error-rate", "0.1"]
     assert pomona("extract", source, "--out", tmp_path / "out", *options)[0] == 0
 
@@ -90,11 +90,11 @@ def test_a_wrong_request_is_one_line_and_2(
 ) -> None:
     places = {"source": source, "out": tmp_path / "out", "no": tmp_path / "nothing"}
     (source / "readme.txt").write_text("x")
-    given = [word.format(**places) for word in words]
-    extra = [] if "--weights" in given or words[0] not in ("run", "extract") else RANDOM[:2]
-    code, told, errors = pomona(*given, *extra)
+    request = [word.format(**places) for word in words]
+    extra = [] if "--weights" in request or words[0] not in ("run", "extract") else RANDOM[:2]
+    code, printed, errors = pomona(*request, *extra)
     assert code == 2, errors
-    assert told == ""
+    assert printed == ""
     assert rule in errors.splitlines()[-1]
     assert errors.splitlines()[-1].startswith("pomona: ")
     assert "Traceback" not in errors
@@ -144,21 +144,21 @@ def test_inspect(pomona: Any, source: Path) -> None:
     (source / "readme.txt").write_text("x")
     (source / "papers").mkdir()
     (source / "papers" / "figure.png").write_bytes(photo(6))
-    found = json.loads(pomona("inspect", source, "--json")[1])
-    assert found["photos"] == 48 + 4
-    assert found["splits"] == {"Training": 27, "Test": 25}
-    assert found["labels"] == 4
-    assert found["largest"][0] == ["Fruit 0", 17]
-    assert found["smallest"][0] == ["Rare", 2]
-    assert found["only_in"] == {"Training": ["Rare"], "Test": []}
-    assert found["pixel_sizes"] == [["100×100", 50], ["40×30", 1]]
-    assert found["unrecognised"] == 1
-    assert (found["duplicates"]["within"], found["duplicates"]["between"]) == (1, 1)
-    assert found["not_photos"] == {".txt": 1}
-    assert found["outside_splits"] == 1
-    code, told, _ = pomona("inspect", source)
+    record = json.loads(pomona("inspect", source, "--json")[1])
+    assert record["photos"] == 48 + 4
+    assert record["splits"] == {"Training": 27, "Test": 25}
+    assert record["labels"] == 4
+    assert record["largest"][0] == ["Fruit 0", 17]
+    assert record["smallest"][0] == ["Rare", 2]
+    assert record["only_in"] == {"Training": ["Rare"], "Test": []}
+    assert record["pixel_sizes"] == [["100×100", 50], ["40×30", 1]]
+    assert record["unrecognised"] == 1
+    assert (record["duplicates"]["within"], record["duplicates"]["between"]) == (1, 1)
+    assert record["not_photos"] == {".txt": 1}
+    assert record["outside_splits"] == 1
+    code, printed, _ = pomona("inspect", source)
     assert code == 0
-    assert "52 (27 Training, 25 Test)" in told
+    assert "52 (27 Training, 25 Test)" in printed
 
 
 def test_subset(pomona: Any, source: Path, tmp_path: Path) -> None:
@@ -184,17 +184,17 @@ def test_subset(pomona: Any, source: Path, tmp_path: Path) -> None:
 
 def test_synthesize(pomona: Any, tmp_path: Path) -> None:
     words = ["synthesize", tmp_path / "f", "--classes", 3, "--images", 30, "--workers", 1, "--json"]
-    code, told, _ = pomona(*words)
-    assert (code, json.loads(told)["photos"]) == (0, 30)
+    code, printed, _ = pomona(*words)
+    assert (code, json.loads(printed)["photos"]) == (0, 30)
     assert len(list((tmp_path / "f").glob("*/*/*.jpg"))) == 30
 
 
 def test_demo(pomona: Any, tmp_path: Path) -> None:
-    code, told, errors = pomona("demo", "--out", tmp_path / "demo", "--images", 120)
+    code, printed, errors = pomona("demo", "--out", tmp_path / "demo", "--images", 120)
     assert code == 0, errors
-    assert "124 (" in told
-    assert "4 (1 empty, 1 not_an_image, 1 too_large, 1 truncated)" in told
-    assert "fruits" in told and "untrained" not in told
+    assert "124 (" in printed
+    assert "4 (1 empty, 1 not_an_image, 1 too_large, 1 truncated)" in printed
+    assert "fruits" in printed and "untrained" not in printed
     with (tmp_path / "demo" / "out" / "rejected.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 4
 
@@ -211,11 +211,11 @@ def test_an_object_store_end_to_end(pomona: Any, tmp_path: Path, store: str) -> 
             file.write(photo(n) if n else b"")
     source = f"s3://fruit/my photos?{store}"
     options = [*RANDOM, "--components", 3, "--no-mlflow", "--json"]
-    code, told, errors = pomona("run", source, "--out", tmp_path / "out", *options)
+    code, printed, errors = pomona("run", source, "--out", tmp_path / "out", *options)
     assert code == 0, errors
-    found = json.loads(told)["extract"]
-    assert (found["photos"], found["rejected"]) == (30, {"empty": 1})
-    assert found["source"] == "s3://fruit/my photos"  # without the options
+    record = json.loads(printed)["extract"]
+    assert (record["photos"], record["rejected"]) == (30, {"empty": 1})
+    assert record["source"] == "s3://fruit/my photos"  # without the options
     assert json.loads(pomona("inspect", source, "--json")[1])["photos"] == 30
     assert pomona("run", source, "--out", tmp_path / "out", *options)[0] == 0
 
@@ -226,7 +226,7 @@ def test_an_object_store_end_to_end(pomona: Any, tmp_path: Path, store: str) -> 
 def process(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pomona", *map(str, words)]
     return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **env}, timeout=120, check=False
+        command, capture_output=True, text=True, env={**os.environ, **env}, timeout=600, check=False
     )
 
 
@@ -240,8 +240,8 @@ def test_help_is_instant() -> None:
         "heavy = {'numpy', 'pyarrow', 'pyspark', 'onnxruntime', 'torch', 'PIL', 'mlflow'}\n"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)\n"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert process("--version").stdout.startswith("pomona ")
 
 
@@ -255,58 +255,53 @@ def test_the_core_needs_no_extra(source: Path, tmp_path: Path) -> None:
         "main()\n"
     )
 
-    def told(*extra: str) -> subprocess.CompletedProcess[str]:
+    def run(*extra: str) -> subprocess.CompletedProcess[str]:
         script = code.replace("\nfrom", f"; sys.argv += {list(extra)!r}\nfrom", 1)
         command = [sys.executable, "-c", script]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
-    refused = told()
+    refused = run()
     assert refused.returncode == 2
     assert "pip install 'pomona[report]', or add --no-plots" in refused.stderr
-    refused = told("--no-plots")
+    refused = run("--no-plots")
     assert "pip install 'pomona[train]' (pomona run --no-train" in refused.stderr
-    done = told("--no-plots", "--no-train")
+    done = run("--no-plots", "--no-train")
     assert done.returncode == 0, done.stderr
     assert "pip install 'pomona[mlflow]'" in done.stdout
 
 
 def test_no_java_is_one_line(source: Path, tmp_path: Path) -> None:
-    told = process("extract", source, "--out", tmp_path / "out", *RANDOM, JAVA_HOME=str(tmp_path))
-    assert told.returncode == 2
-    assert told.stderr.splitlines()[-1].startswith("pomona: Spark needs Java 17")
-    assert "apt-get install" in told.stderr
+    refused = process(
+        "extract", source, "--out", tmp_path / "out", *RANDOM, JAVA_HOME=str(tmp_path)
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("pomona: Spark needs Java 17")
+    assert "apt-get install" in refused.stderr
 
 
 def test_a_terminal_shows_a_bar(source: Path, tmp_path: Path) -> None:
     """Also while Spark starts, when the process's own output goes to the log."""
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
-    command = [
-        sys.executable,
-        "-m",
-        "pomona",
-        "extract",
-        str(source),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    request = ["extract", str(source), "--out", str(tmp_path / "out"), *RANDOM]
+    command = [sys.executable, "-m", "pomona", *request]
     env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
-    with subprocess.Popen([*command, *RANDOM], stdout=theirs, stderr=theirs, env=env) as child:
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=env) as child:
         os.close(theirs)
-        told = b""
+        output = b""
         with contextlib.suppress(OSError):  # the other end is closed
-            while some := os.read(ours, 65536):
-                told += some
+            while chunk := os.read(ours, 65536):
+                output += chunk
     os.close(ours)
     assert child.returncode == 0
-    text = told.decode()
+    text = output.decode()
     for words in ("starting Spark", "extracting features", "48/48", "\x1b["):
         assert words in text
     assert "\x1b[" not in (tmp_path / "out" / "pomona.log").read_text()
 
 
 def test_sparks_noise_goes_to_the_log(source: Path, tmp_path: Path) -> None:
-    told = process("extract", source, "--out", tmp_path / "out", *RANDOM)
-    assert told.returncode == 0
-    assert "WARN" not in told.stderr + told.stdout
+    done = process("extract", source, "--out", tmp_path / "out", *RANDOM)
+    assert done.returncode == 0
+    assert "WARN" not in done.stderr + done.stdout
     assert "log4j" in (tmp_path / "out" / "pomona.log").read_text()

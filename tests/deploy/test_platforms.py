@@ -34,7 +34,7 @@ def read(*parts: str) -> str:
 
 def check_words(words: list[str]) -> None:
     """Each option of a command line exists."""
-    section = COMMANDS.split(f"## pomona {words[0]}\n", 1)[1].split("\n## ", 1)[0]
+    section = COMMANDS.split(f"## pomona {words[0]}\n", 1)[1].split("\n##", 1)[0]
     for word in words:
         assert not word.startswith("--") or f"{word} " in section, word
 

@@ -53,12 +53,12 @@ def test_commands_and_options_exist(page: Path) -> None:
                 continue
             names = [words[1:end] for end in (4, 2)]  # pomona cloud emr submit; pomona run
             name = next(n for n in names if f"## pomona {' '.join(n)}\n" in known)
-            section = known.split(f"## pomona {' '.join(name)}\n", 1)[1].split("\n## ", 1)[0]
+            section = known.split(f"## pomona {' '.join(name)}\n", 1)[1].split("\n##", 1)[0]
             own, _, further = " ".join(words).partition(" -- ")  # further options: pomona run's
             for option in re.findall(r"(?<= )--[\w-]+", own):
                 assert option in section, line
             for option in re.findall(r"--[\w-]+", further):
-                assert option in known.split("## pomona run\n", 1)[1].split("\n## ", 1)[0], line
+                assert option in known.split("## pomona run\n", 1)[1].split("\n##", 1)[0], line
 
 
 def test_make_targets_exist() -> None:

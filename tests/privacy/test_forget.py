@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pomona.cli import main, render
+from pomona.cli import render
 from pomona.core import parquet, schema
 from pomona.core.errors import BusyError, RequestError, SourceError
 from pomona.core.files import read_json, write_json
@@ -479,7 +479,7 @@ def interrupted(*_: object) -> None:
 
 
 def test_a_store_knows_before_anything_is_made_again(
-    out: Path, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    out: Path, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
 ) -> None:
     monkeypatch.setenv("POMONA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(lease, "SETTLE", 0.0)
@@ -505,7 +505,7 @@ def test_a_store_knows_before_anything_is_made_again(
     real_erase, real_rebuild = forget._erase, forget._rebuild
     monkeypatch.setattr(forget, "_erase", erase)
     monkeypatch.setattr(forget, "_rebuild", rebuild)
-    main.forget(uri, list(SECRET), yes=True, no_rebuild=True)
+    assert command("forget", *SECRET, "--out", uri, "--yes", "--no-rebuild")[0] == 0
     with remote.opened(uri, look_only=True) as home:
         assert hits(Path(home.folder), wanted) == {}
     assert seen == ["erase", "rebuild"]

@@ -23,7 +23,7 @@ def main() -> None:
 
     Weights may be ``s3://…`` or ``gs://…`` here: they are fetched first, since jobs often run where
     the official file can't be reached. The process ends with the command's exit code; a command
-    that is done returns, for Databricks takes any SystemExit for a failure.
+    that succeeds returns, because Databricks counts any SystemExit as a failure.
     """
     adopt()
     with contextlib.ExitStack() as stack:
@@ -41,12 +41,12 @@ def main() -> None:
 
 @contextlib.contextmanager
 def local_weights(words: list[str]) -> Iterator[list[str]]:
-    """Give the words with ``--weights URI`` replaced by a local copy, which lasts as long.
+    """Give the words with ``--weights URI`` replaced by a local copy, removed afterwards.
 
     Raises
     ------
     WeightsError
-        If it can't be read.
+        If the URI can't be read.
     """
     place = words.index("--weights") + 1 if "--weights" in words else len(words)
     if place >= len(words) or not words[place].startswith(("s3://", "gs://")):

@@ -122,6 +122,20 @@ def answer(
     }
 
 
+def to_json(row: dict[str, Any], top: int | None = None) -> dict[str, Any]:
+    """Return a row of `ANSWERS` as `pomona predict --json` and the service give it.
+
+    ``nearest`` becomes a list of at most ``top`` labels with their probabilities; numbers have six
+    decimals. Other columns of the row stay as they are.
+    """
+    pairs = zip(row["nearest"] or (), row["probabilities"] or (), strict=True)
+    nearest = [{"label": label, "probability": round(p, 6)} for label, p in pairs]
+    answer = {name: value for name, value in row.items() if name != "probabilities"}
+    for name in ("probability", "score"):
+        answer[name] = None if row[name] is None else round(row[name], 6)
+    return {**answer, "nearest": nearest[:top]}
+
+
 def why(method: str) -> str:
     """Return the reason for "unknown" that goes with a detector's method."""
     return {

@@ -1,0 +1,171 @@
+"""Answer what is on photos: here and now, or as a service."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Argument, Option
+
+from pomona.cli.app import ANSWER, command
+from pomona.cli.options import Device, ErrorRate, SparkConf, spark_pairs
+from pomona.cli.progress import progress
+from pomona.cli.work import show
+from pomona.core.errors import MissingError, RequestError
+from pomona.core.uris import is_store, refuse_uri
+
+if TYPE_CHECKING:
+    from pomona.model.artifact import Model
+    from pomona.serving.app import Settings
+
+ModelName = Annotated[
+    str | None,
+    Option(
+        "--model",
+        help="A model: OUT/model, its URI (s3://, gs://), or models:/NAME@champion. [default: the "
+        "one in the package]",
+    ),
+]
+
+
+def _open_model(name: str | None) -> Model:
+    from pomona.model.artifact import PACKAGED, load_model
+
+    if name is None:
+        return load_model(PACKAGED)
+    if is_store(name):
+        from pomona.workspace.remote import fetch_model
+
+        return load_model(fetch_model(name))
+    if name.startswith(("models:/", "runs:/")):
+        from pomona.registry.publish import fetch
+
+        return load_model(fetch(name))
+    return load_model(name)
+
+
+@command(ANSWER)
+def predict(
+    photos: Annotated[
+        list[str], Argument(help="Photos, folders, URIs (s3://, gs://), or - for standard input.")
+    ],
+    *,
+    model_name: ModelName = None,
+    top: Annotated[int, "How many labels to give for each photo."] = 3,
+    out: Annotated[str | None, "A new folder for the answers, as Parquet."] = None,
+    device: Device = "auto",
+    master: Annotated[
+        str | None,
+        "Spark's master, or sc://HOST:PORT. [default: local[*] above 2,000 photos, else no Spark]",
+    ] = None,
+    spark_conf: SparkConf = None,
+    error_rate: ErrorRate,
+    as_json: Annotated[bool, Option("--json", help="One JSON object a line.")] = False,
+    as_csv: Annotated[bool, Option("--csv", help="CSV with a header.")] = False,
+) -> None:
+    """Say what is on photos. Killed, with --out, it goes on where it stopped."""
+    from pomona.cli import answers, render
+    from pomona.pipeline.predict import SPARK_ABOVE, PredictOptions, predict
+
+    if out:
+        refuse_uri(out, "--out")
+    if as_json and as_csv:
+        raise RequestError("--json or --csv, not both")
+    most = None if as_json or as_csv else SPARK_ABOVE
+    options = PredictOptions(top, device, out, most, master, spark_pairs(spark_conf))
+    model = _open_model(model_name)
+    if model_name is None:
+        typer.echo(f"pomona: {render.which(model)}", err=True)
+    printer = answers.printer(sys.stdout, model, as_json=as_json, as_csv=as_csv)
+    with printer as on_answers, progress() as on_tick:
+        record = predict(photos, model, options, on_tick, on_answers)
+    if out:
+        show(record, as_json, answers.summary)
+    error_rate.exit_if_above(record)
+
+
+@dataclass(frozen=True)
+class ServeArguments:
+    """Whom the service answers, and how much it takes."""
+
+    model: ModelName = None
+    host: Annotated[str, "The address to answer at."] = "127.0.0.1"
+    port: Annotated[int, "The port; 0: any that is free."] = 8000
+    api_key: Annotated[
+        list[str] | None,
+        "A key that requests must bring; repeatable. Others on this machine can see it: "
+        "POMONA_API_KEYS (with commas between) is better.",
+    ] = None
+    public: Annotated[bool, "Answer everybody who reaches --host, without a key."] = False
+    workers: Annotated[int | None, "Photos processed at a time. [default: one per core]"] = None
+    queue: Annotated[int | None, "Photos that may wait; beyond, 503. [default: 16 a worker]"] = None
+    max_mb: Annotated[float, "Largest request, in MB."] = 20
+    max_photos: Annotated[int, "Most photos in a request."] = 16
+    max_megapixels: Annotated[
+        float,
+        "Pixels that a photo is decoded to at most, in millions; JPEGs are decoded at a fraction.",
+    ] = 24
+    watch: Annotated[float, "Seconds between checks for another model; 0: none."] = 0
+    allow_origin: Annotated[
+        list[str] | None, "A web site whose pages may ask (CORS), https://…; repeatable."
+    ] = None
+    isolate: Annotated[
+        bool,
+        "Decode in child processes: a photo that crashes or stalls the decoder harms no other.",
+    ] = False
+    device: Device = "auto"
+    quiet: Annotated[bool, "No access log."] = False
+
+    def settings(self) -> Settings:
+        """Return the service's settings; keys also come from ``POMONA_API_KEYS``."""
+        from pomona.serving.app import Settings
+        from pomona.serving.uploads import Limits
+
+        counts = [n for n in (self.workers, self.queue, self.max_photos) if n is not None]
+        sizes = 0 < self.max_mb <= 128 and 0 < self.max_megapixels <= 64
+        if min(counts) < 1 or not sizes or self.watch < 0:
+            raise RequestError(
+                "--workers, --queue and --max-photos are at least 1, --max-mb is above 0 and up to "
+                "128, --max-megapixels above 0 and up to 64, --watch isn't negative"
+            )
+        from_environment = os.environ.get("POMONA_API_KEYS", "").split(",")
+        keys = (*(self.api_key or ()), *(key.strip() for key in from_environment))
+        return Settings(
+            keys=tuple(filter(None, keys)),
+            limits=Limits(int(self.max_mb * 1e6), self.max_photos),
+            queue=self.queue,
+            workers=self.workers,
+            device=self.device,
+            watch=self.watch,
+            origins=tuple(self.allow_origin or ()),
+            guard="child" if self.isolate else "",
+            pixels=int(self.max_megapixels * 1e6),
+        )
+
+
+@command(ANSWER)
+def serve(arguments: ServeArguments) -> None:
+    """Answer over HTTP, with a page to try it. Ends calmly on Ctrl-C or SIGTERM."""
+    try:
+        from pomona.serving import server
+        from pomona.serving.app import create
+    except ImportError as error:
+        raise MissingError(
+            f"serve needs more packages ({error.name}): pip install 'pomona[serve]'"
+        ) from error
+    from pomona.cli.render import served
+
+    settings = arguments.settings()
+    server.check_access(arguments.host, settings.keys, public=arguments.public)
+    server.log_to_stderr(access=not arguments.quiet)
+    with server.listen(arguments.host, arguments.port) as socket:
+        app = create(lambda: _open_model(arguments.model), settings)
+
+        def on_start() -> None:
+            model = app.state.service.pool.loaded.model
+            typer.echo(served(model, server.address(socket)), err=True)
+
+        server.serve(app, socket, on_start)

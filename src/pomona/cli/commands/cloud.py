@@ -1,0 +1,160 @@
+"""The commands ``pomona cloud …``: runs on other people's machines."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument
+
+from pomona.cli.app import OPERATE, app, with_options
+from pomona.cli.options import AsJson, SparkConf, spark_pairs
+from pomona.cli.progress import counter, progress
+from pomona.cli.work import show
+from pomona.core.errors import PomonaError, RequestError
+
+if TYPE_CHECKING:
+    from pomona.cloud.emr import Stack
+
+cloud = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Run on a cluster: Amazon EMR."
+)
+emr = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pomona on Amazon EMR.")
+cloud.add_typer(emr, name="emr")
+app.add_typer(cloud, name="cloud", rich_help_panel=OPERATE)
+
+StackName = Annotated[str, "The CloudFormation stack of deploy/emr/template.yaml."]
+Region = Annotated[str | None, "[default: AWS's own setting, or eu-central-1]"]
+
+
+@emr.command("submit")
+@with_options
+def emr_submit(
+    source: Annotated[str, Argument(help="Photos: s3://BUCKET/FOLDER.")],
+    out: Annotated[str, "Results: s3://BUCKET/FOLDER."],
+    options: Annotated[
+        list[str] | None,
+        Argument(help="After --: further options of pomona run.", metavar="RUN_OPTIONS"),
+    ] = None,
+    stack: StackName = "pomona",
+    region: Region = None,
+    weights: Annotated[
+        str | None,
+        "As for run, or s3://…; a file is uploaded. [default: POMONA_WEIGHTS, or imagenet]",
+    ] = None,
+    executors: Annotated[int, "At most so many, of 4 vCPUs each."] = 8,
+    spark_conf: SparkConf = None,
+    timeout_minutes: Annotated[int, "EMR Serverless ends the job after that."] = 720,
+    wait: Annotated[bool, "Wait until the job is over."] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run `pomona run` as a job on EMR Serverless or an EMR cluster."""
+    from pomona.cli.render import cloud_job
+    from pomona.cloud.emr import Job, find, submit
+
+    run_options, conf = tuple(options or ()), spark_pairs(spark_conf)
+    job = Job(source, out, run_options, weights, executors, conf, timeout_minutes)
+    target = find(stack, region)
+    with progress() as on_tick:
+        record = submit(target, job, counter(on_tick, "weights"))
+    if wait:
+        record |= _wait(target, record["job"])
+    show(record, as_json, cloud_job)
+
+
+def _wait(stack: Stack, job: str) -> dict[str, Any]:
+    from pomona.cli.render import cloud_state
+    from pomona.cloud.emr import wait
+
+    last = ""
+
+    def on_state(record: dict[str, Any]) -> None:
+        nonlocal last
+        line = cloud_state(record)
+        if line != last:
+            last = line
+            typer.echo(line, err=True)
+
+    try:
+        return wait(stack, job, on_state)
+    except KeyboardInterrupt:
+        raise PomonaError(
+            f"the job goes on without you: pomona cloud emr status {job} --stack {stack.name}"
+        ) from None
+
+
+@emr.command("status")
+@with_options
+def emr_status(
+    job: Annotated[
+        str | None, Argument(help="The id that submit printed. [default: the last ten]")
+    ] = None,
+    stack: StackName = "pomona",
+    region: Region = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a job is, or the last jobs."""
+    from pomona.cli import render
+    from pomona.cloud.emr import find, recent, status
+
+    target = find(stack, region)
+    if job:
+        show(status(target, job), as_json, render.cloud_job)
+    else:
+        jobs = {"stack": stack, "mode": target.mode, "jobs": recent(target)}
+        show(jobs, as_json, render.cloud_jobs)
+
+
+@emr.command("logs")
+@with_options
+def emr_logs(
+    job: Annotated[str, Argument(help="The id that submit printed.")],
+    stack: StackName = "pomona",
+    region: Region = None,
+    lines: Annotated[int, "The last so many of each file; 0 for all."] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a job's driver printed."""
+    from pomona.cloud.emr import find, logs
+
+    files = logs(find(stack, region), job)
+    if as_json:
+        typer.echo(json.dumps([{"file": name, "text": text} for name, text in files]))
+        return
+    for name, text in files:
+        typer.echo(f"==> {name} <==", err=True)
+        typer.echo("\n".join(text.splitlines()[-lines if lines > 0 else 0 :]))
+
+
+@emr.command("teardown")
+@with_options
+def emr_teardown(
+    stack: StackName,
+    region: Region = None,
+    delete_data: Annotated[bool, "Delete what is in the stack's buckets, for good."] = False,
+    yes: Annotated[bool, "Don't ask."] = False,
+    as_json: AsJson = False,
+) -> None:
+    """End a stack's jobs and delete all that it made, and nothing else."""
+    from pomona.cli.render import cloud_holdings
+    from pomona.cloud.emr import check_empty, find, holdings, teardown
+
+    target = find(stack, region)
+    held = holdings(target)
+    if not delete_data:
+        check_empty(held)
+    if not yes:
+        typer.echo(cloud_holdings(held), err=True)
+        _confirm("Delete it?")
+    record = teardown(target, delete_data, lambda step: typer.echo(step, err=True))
+    show(record, as_json, lambda _: f"{record['stack']} is gone")
+
+
+def _confirm(question: str) -> None:
+    try:
+        agreed = typer.confirm(question, err=True)
+    except typer.Abort:
+        agreed = False
+    if not agreed:
+        raise RequestError("nothing was touched: answer y, or say --yes")
