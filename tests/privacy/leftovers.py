@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pomona.model import pca_table
-from pomona.privacy import path_patterns
+from pomona.privacy import names_in_text
 from pomona.workspace import layout
 
 MAGENTA = (255, 0, 255)
@@ -78,7 +78,7 @@ def needles(out: Path, photos: Collection[str]) -> dict[str, bytes]:
     """What must not be found of some photos: names, features, pca_features."""
     wanted = {}
     for path in photos:
-        for form in path_patterns.forms(path) | path_patterns.forms(path.rpartition("/")[2]):
+        for form in names_in_text.forms(path) | names_in_text.forms(path.rpartition("/")[2]):
             wanted[f"name {form}"] = form.encode()
     for row in feature_rows(out):
         if row["path"] in photos and row["features"]:

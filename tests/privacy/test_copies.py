@@ -11,7 +11,7 @@ import pytest
 from pyarrow.fs import FileSystem
 
 from pomona.cli import render
-from pomona.privacy import forget, path_patterns
+from pomona.privacy import forget, names_in_text
 from pomona.workspace import lease, remote
 from pomona.workspace.remote_folder import open_place
 from tests.privacy.conftest import QUIET, SECRET, write, write_answers
@@ -108,7 +108,7 @@ def test_a_registry_out_of_reach_is_told(out: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_names_in_text() -> None:
-    names = path_patterns.Names(["a/1.jpg", 'x "q" é.png'], ["1.jpg"])
+    names = names_in_text.Names(["a/1.jpg", 'x "q" é.png'], ["1.jpg"])
     assert names.are_in(b"see 1.jpg")
     assert not names.are_in(b"see 21.jpg")
     assert names.are_in(json.dumps('x "q" é.png').encode())
@@ -116,8 +116,8 @@ def test_names_in_text() -> None:
         {"mistakes": [{"path": "a/1.jpg"}, {"path": "a/2.jpg"}], "n": [1, "1.jpg"]}
     )
     assert pruned == {"mistakes": [{"path": "a/2.jpg"}], "n": [1]}
-    assert not path_patterns.Names([]).are_in(b"anything")
-    many = path_patterns.Names([f"{n}.jpg" for n in range(path_patterns.MANY + 1)])
+    assert not names_in_text.Names([]).are_in(b"anything")
+    many = names_in_text.Names([f"{n}.jpg" for n in range(names_in_text.MANY + 1)])
     assert many.are_in(b"other.JPG")
     assert not many.are_in(b"nothing")
-    assert many.replaced("see other.jpg") == path_patterns.GONE
+    assert many.replaced("see other.jpg") == names_in_text.GONE

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from pomona.core.errors import RequestError
 from pomona.core.files import aside, read_json, write_json
 from pomona.core.schema import REJECTED
+from pomona.privacy.names_in_text import A_PHOTO, Names
 from pomona.privacy.occurrences import DERIVED, Occurrences
-from pomona.privacy.path_patterns import A_PHOTO, Names
 from pomona.workspace.layout import Out
 
 STORE, ARTIFACTS = "mlflow.db", "mlflow-artifacts"

@@ -1,27 +1,31 @@
 """The stage ``forget``: erase photos from OUT, and never take them in again.
 
-Its phases, in order. ``OUT/forgotten/pending.json`` says which one is under way; a kill in it or
-after it leaves OUT so that the next command goes on from there:
+Its phases, in order, are the lines of the function `forget`. From ``begin`` on the file
+``OUT/forgotten/pending.json`` names the phase, and a kill is made good by the same command, by
+`forget` without photos, or by `finish`, which other commands call:
 
-===========  ================================================  ====================================
-phase        what it does                                      killed in it
-===========  ================================================  ====================================
-select       refuse what is not meant, plan (a dry run ends)   nothing has changed
-begin        tombstones and ``pending.json``, in one commit    nothing has changed, or it is decided
-``erase``    clean the copies one by one, then commit tables   erased again from its start: by the
-             and lists without the photos and what was made    same command, or by `finish`, which
-             from them                                         knows only what is in the tables
-``rebuild``  reduce, train and report again, with the          goes on with these three
-             settings in the manifest
-close        complete the receipts, remove ``pending.json``    the same: what is made stays made
-===========  ================================================  ====================================
+===========  =====================================================  ==============================
+phase        what it does                                           after a kill in it
+===========  =====================================================  ==============================
+select       tells which photos are meant, or refuses;              nothing has changed
+             a dry run returns the plan
+begin        writes tombstones and ``pending.json``, in one commit  nothing has changed, or all is
+                                                                    decided and ``erase`` follows
+``erase``    cleans copies one by one; then removes the photos      ``erase`` starts again
+             from tables and lists, and what was made from them,
+             in one commit
+``rebuild``  makes projection, model and report again with the      ``rebuild`` goes on; what is
+             settings in the manifest; completes the receipts and   made is kept
+             removes ``pending.json``
+``names``    only if names couldn't be cleaned: see below           other commands go on
+===========  =====================================================  ==============================
 
-OUT's lock is let go, and ``after`` called, when the tombstones are written and when the photos are
-erased: where OUT is on an object store, it is brought up to date there.
+Before ``erase`` and before ``rebuild`` nothing holds OUT, and ``after`` is called: where OUT is on
+an object store, it is brought up to date there.
 
-`finish` can't know the name of a photo that is in no table, so it can't clean the log and other
-copies of that name. ``pending.json`` then stays, in the phase ``names``, until the same command
-comes again with its paths; other commands go on.
+A tombstone doesn't tell a path. An ``erase`` that `finish` does finds its photos in the tables;
+of a photo that is in no table it can't clean the log and other copies. ``pending.json`` then stays,
+in the phase ``names``, until the same command comes again with its paths.
 """
 
 from __future__ import annotations
@@ -107,7 +111,7 @@ def forget(
     begun = None
     with layout.lock(folder):
         unfinished = tombstones.pending(folder)
-        if unfinished.get("phase") == ERASE and not options.dry_run:
+        if unfinished.get("phase") == ERASE and not options.dry_run:  # of a forget that was killed
             erase_photos(folder, _with_tombstone(folder, (*photos, *options.listed)), on_tick)
         tables = read_tables(folder)
         paths = _to_erase(folder, tables, photos, options, unfinished)
@@ -184,9 +188,9 @@ def finish(
         phase = tombstones.pending(folder).get("phase")
         if phase == ERASE:
             erase_photos(folder, (), on_tick)
-    return (
-        rebuild_derived(folder, cluster, on_tick) if rebuild and phase in (ERASE, REBUILD) else None
-    )
+    if not rebuild or phase not in (ERASE, REBUILD):
+        return None
+    return rebuild_derived(folder, cluster, on_tick)
 
 
 def allow(out: str | Path, photos: Sequence[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pomona.backbone.extract import features_of
 from pomona.core.files import read_json
 from pomona.core.parquet import gather
 from pomona.pipeline import reduce_tasks
-from pomona.privacy.path_patterns import Names
+from pomona.privacy.names_in_text import Names
 from pomona.registry import lineage
 from pomona.registry.lineage import Lineage
 from pomona.workspace import feature_table
