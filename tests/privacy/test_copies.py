@@ -12,6 +12,8 @@ from pyarrow.fs import FileSystem
 
 from pomona.cli import render
 from pomona.privacy import forget, names_in_text
+from pomona.privacy.erase import erase_photos
+from pomona.privacy.rebuild import rebuild_derived
 from pomona.workspace import lease, remote
 from pomona.workspace.remote_folder import open_place
 from tests.privacy.conftest import QUIET, SECRET, write, write_answers
@@ -38,15 +40,14 @@ def test_a_store_knows_before_anything_is_made_again(
     def erase(*words: Any) -> None:
         assert "forgotten/tombstones.json" in place.sizes()
         seen.append("erase")
-        real_erase(*words)
+        erase_photos(*words)
 
     def rebuild(*words: Any) -> dict[str, Any]:
         assert hits(fetched(place, tmp_path / "after"), wanted) == {}
         assert len(feature_rows(tmp_path / "after")) == 49
         seen.append("rebuild")
-        return real_rebuild(*words)
+        return rebuild_derived(*words)
 
-    real_erase, real_rebuild = forget.erase_photos, forget.rebuild_derived
     monkeypatch.setattr(forget, "erase_photos", erase)
     monkeypatch.setattr(forget, "rebuild_derived", rebuild)
     code, _, stderr = command("forget", "--out", uri, *SECRET, "--yes", "--no-rebuild")

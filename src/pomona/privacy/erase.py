@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from pomona import __version__
 from pomona.core.errors import BusyError
 from pomona.core.files import FORMAT, read_json, write_json
 from pomona.core.progress import OnTick, Tick
+from pomona.core.provenance import utc_now
 from pomona.privacy import copies, staging
 from pomona.privacy.occurrences import (
     DERIVED,
@@ -22,8 +24,7 @@ from pomona.privacy.occurrences import (
     locate,
     read_tables,
 )
-from pomona.privacy.rebuild import REBUILD
-from pomona.privacy.receipt import open_receipt
+from pomona.privacy.rebuild import REBUILD, digests
 from pomona.registry import lineage
 from pomona.workspace import feature_table, layout, tombstones
 from pomona.workspace.layout import Out
@@ -92,15 +93,15 @@ def refuse_other(out: Out, begun: dict[str, Any]) -> None:
 
 
 def erase_photos(out: Out, paths: Iterable[str], on_tick: OnTick) -> None:
-    """Erase photos, and all photos in the tables that have a tombstone.
+    """Erase the photos that have a tombstone: all in the tables, and those among ``paths``.
 
     Killed before the commit, it is done again from its start; the tombstones tell the rows, but
     names of photos that are in no table are known from ``paths`` alone.
     """
     on_tick(Tick("forget", 0, 3))
     pending, stones, tables = tombstones.pending(out), tombstones.read(out), read_tables(out)
-    in_tables = tables.paths.filter(stones.held(tables.paths)).to_pylist()
-    occurrences = locate(out, tables, frozenset(paths).union(in_tables))
+    known = pa.array({*paths, *tables.paths.to_pylist()}, pa.string())
+    occurrences = locate(out, tables, frozenset(known.filter(stones.held(known)).to_pylist()))
     trained = lineage_of(out, occurrences)
     models, out_of_reach = lineage.versions(out, trained)
     if pending["retire"]:
@@ -108,43 +109,65 @@ def erase_photos(out: Out, paths: Iterable[str], on_tick: OnTick) -> None:
     on_tick(Tick("forget", 1, 3))
     cleaned = copies.clean(out, occurrences, lambda model: trained.saw(model) is not None)
     on_tick(Tick("forget", 2, 3))
-    change = staging.Change(out, out.work / f"forget-{feature_table.new_run()}")
-    staging.stage(out, occurrences, change, drop_records=not pending["rebuild"])
-    receipt = open_receipt(out, pending, occurrences, change.counts, cleaned)
-    receipt |= {"models": models, "out_of_reach": out_of_reach}
-    write_json(change.put(f"forgotten/{pending['receipt']}"), receipt)
-    pending = _erased(out, pending, stones, occurrences)
-    write_json(change.put("forgotten/pending.json"), pending)
-    layout.commit(out, change.moves)
+    elsewhere = {"models": models, "out_of_reach": out_of_reach, "copies": asdict(cleaned)}
+    _commit(out, pending, stones, occurrences, elsewhere)
     on_tick(Tick("forget", 3, 3))
 
 
-def _erased(
-    out: Out, pending: dict[str, Any], stones: Tombstones, occurrences: Occurrences
-) -> dict[str, Any]:
-    """Return ``pending.json`` as it is once the photos are erased: what is to be made again."""
+def _commit(
+    out: Out,
+    pending: dict[str, Any],
+    stones: Tombstones,
+    occurrences: Occurrences,
+    elsewhere: dict[str, Any],
+) -> None:
+    """Put OUT without the photos in place, with the receipt and the next phase's ``pending.json``.
+
+    ``elsewhere`` is what the receipt says of published models and of copies.
+    """
+    change = staging.Change(out, out.work / f"forget-{feature_table.new_run()}")
+    staging.stage(out, occurrences, change, drop_records=not pending["rebuild"])
+    receipt = {
+        "format": FORMAT,
+        "pomona": __version__,
+        "finished": None,
+        "erased": utc_now(),
+        "photos": len(pending["ids"]),
+        "tombstones": pending["ids"],
+        "tombstones_added": pending["added"],
+        "rows": occurrences.counts,
+        "files": dict(change.counts),
+        "made_again": {},
+        "export_removed": occurrences.in_derived and (out.root / "export").exists(),
+        "digests": {"before": digests(out)},
+        **elsewhere,
+    }
+    write_json(change.put(f"forgotten/{pending['receipt']}"), receipt)
+    unnamed = {*pending["ids"], *pending.get("unnamed", [])} - _ids(stones, occurrences.paths)
+    todo = _to_make_again(out, pending, occurrences)
+    pending = {**pending, "phase": REBUILD, "todo": todo, "unnamed": sorted(unnamed)}
+    write_json(change.put("forgotten/pending.json"), pending)
+    layout.commit(out, change.moves)
+
+
+def _to_make_again(out: Out, pending: dict[str, Any], occurrences: Occurrences) -> list[str]:
+    """Return the stages that had been done with the photos, and what an earlier forget owes."""
     todo = set(pending["todo"])
     if occurrences.in_derived and pending["rebuild"]:
         todo |= {"reduce", "train"} & read_json(out.manifest).get("stages", {}).keys()
         if (out.report / "report.html").exists():
             todo.add("report")
-    unnamed = {*pending["ids"], *pending.get("unnamed", [])} - _ids(stones, occurrences.paths)
-    return {
-        **pending,
-        "phase": REBUILD,
-        "todo": [stage for stage in ("reduce", "train", "report") if stage in todo],
-        "unnamed": sorted(unnamed),
-    }
+    return [stage for stage in ("reduce", "train", "report") if stage in todo]
 
 
 def is_erased(out: Out, tables: Tables, paths: frozenset[str]) -> bool:
     """Tell whether all of some photos are erased, rows and names: the same command after a kill."""
-    stones, pending = tombstones.read(out), tombstones.pending(out)
-    if any(stones.id_of(path) not in stones.ids for path in paths):
+    if paths.intersection(tables.paths.to_pylist()):
         return False
-    if _ids(stones, paths).intersection(pending.get("unnamed", [])):
-        return False
-    return not pc.any(pc.is_in(tables.paths, pa.array(sorted(paths), pa.string()))).as_py()
+    stones = tombstones.read(out)
+    unnamed = tombstones.pending(out).get("unnamed", [])
+    ids = _ids(stones, paths)
+    return ids.issubset(stone.hex() for stone in stones.ids) and ids.isdisjoint(unnamed)
 
 
 def _ids(stones: Tombstones, paths: Iterable[str]) -> set[str]:

@@ -112,7 +112,7 @@ def forget(
     with layout.lock(folder):
         unfinished = tombstones.pending(folder)
         if unfinished.get("phase") == ERASE and not options.dry_run:  # of a forget that was killed
-            erase_photos(folder, _with_tombstone(folder, (*photos, *options.listed)), on_tick)
+            erase_photos(folder, (*photos, *options.listed), on_tick)
         tables = read_tables(folder)
         paths = _to_erase(folder, tables, photos, options, unfinished)
         if options.dry_run:
@@ -130,12 +130,6 @@ def forget(
     if not (photos or options.listed):
         _refuse_unnamed(folder)
     return receipt
-
-
-def _with_tombstone(out: Out, names: Sequence[str]) -> list[str]:
-    """Return the paths that are forgotten: those that the same command named before a kill."""
-    stones = tombstones.read(out)
-    return [name for name in names if stones.id_of(name) in stones.ids]
 
 
 def _to_erase(

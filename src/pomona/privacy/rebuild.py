@@ -8,12 +8,12 @@ from typing import Any
 from pomona.core.errors import BusyError, JobError, MissingError, PomonaError, first_line
 from pomona.core.files import read_json, write_json
 from pomona.core.progress import OnTick
+from pomona.core.provenance import utc_now
 from pomona.pipeline.reduce import ReduceOptions, reduce
 from pomona.pipeline.run import report
 from pomona.pipeline.train import TrainOptions, train
-from pomona.privacy.receipt import close_receipts
 from pomona.spark.session import Cluster
-from pomona.workspace import layout, tombstones
+from pomona.workspace import feature_table, layout, tombstones
 from pomona.workspace.layout import Out
 
 REBUILD, NAMES = "rebuild", "names"
@@ -32,9 +32,10 @@ def rebuild_derived(out: Out, cluster: Cluster | None, on_tick: OnTick) -> dict[
     with layout.lock(out):
         stones = {stone.hex() for stone in tombstones.read(out).ids}
         unnamed = stones.intersection(pending.get("unnamed", []))
-        still_open = close_receipts(out, pending, made_again, unnamed)
+        names = pending["receipts"]
+        is_open = [name for name in names if not _complete(out, name, made_again, unnamed)]
         if unnamed:
-            kept = {"phase": NAMES, "todo": [], "unnamed": sorted(unnamed), "receipts": still_open}
+            kept = {"phase": NAMES, "todo": [], "unnamed": sorted(unnamed), "receipts": is_open}
             write_json(tombstones.pending_file(out), {**pending, **kept})
         else:
             tombstones.pending_file(out).unlink()
@@ -79,3 +80,24 @@ def _drop_record(out: Out, stage: str) -> None:
         manifest = read_json(out.manifest)
         manifest.get("stages", {}).pop(stage, None)
         write_json(out.manifest, manifest)
+
+
+def _complete(out: Out, name: str, made_again: dict[str, str], unnamed: set[str]) -> bool:
+    """Complete a receipt, unless one of its photos is unnamed. Returns whether it is complete."""
+    receipt = read_json(out.forgotten / name)
+    if not receipt:  # somebody removed it
+        return True
+    is_complete = unnamed.isdisjoint(receipt["tombstones"])
+    receipt["made_again"] |= made_again
+    receipt["digests"]["after"] = digests(out)
+    if is_complete:
+        receipt["finished"] = utc_now()
+    write_json(out.forgotten / name, receipt)
+    return is_complete
+
+
+def digests(out: Out) -> dict[str, str]:
+    """Return the digests of the tables, the projection and the model."""
+    stages = read_json(out.manifest).get("stages", {})
+    reduced, trained = (stages.get(name, {}).get("digests", {}) for name in ("reduce", "train"))
+    return {"features": feature_table.digest(out), **reduced, **trained}

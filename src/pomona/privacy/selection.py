@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -137,19 +138,16 @@ def _matching(pattern: str, known: pa.Array) -> list[str]:
 
 def _in_source(out: Out, paths: Iterable[str]) -> set[str]:
     """Return the paths that lie in the source; none where it is out of reach."""
-    readable: set[str] = set()
     try:
         source = open_source(read_json(out.table_file)["source"])
     except SourceError:
-        return readable
+        return set()
     if source.kind == "hadoop":
-        return readable
-    read = reader(source)
+        return set()
+    read, readable = reader(source), set()
     for path in paths:
-        try:
-            if ".." not in Path(path).parts and not Path(path).is_absolute():
+        if ".." not in Path(path).parts and not Path(path).is_absolute():
+            with contextlib.suppress(OSError, SourceError):
                 read(path)
                 readable.add(path)
-        except (OSError, SourceError):
-            continue
     return readable
