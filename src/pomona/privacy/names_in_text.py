@@ -1,4 +1,4 @@
-"""Names of photos as text may hold them: as they are, or as JSON, HTML, CSV and URIs do."""
+"""Find photos' names in text, as they are or as JSON, HTML, CSV and URIs write them."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from urllib.parse import quote
 from pomona.photos.source import SUFFIXES
 
 GONE = "(forgotten)"
-"""What stands in the place of a name."""
+"""Replaces a name."""
 MANY = 200
-"""A report of a megabyte takes seconds to search for so many."""
+"""Searching a report of 1 MB for more names than this takes seconds."""
 
-_HOW = re.IGNORECASE | re.DOTALL
+_FLAGS = re.IGNORECASE | re.DOTALL
 ANY_PHOTO = rf".*(?:{'|'.join(re.escape(suffix) for suffix in SUFFIXES)}).*"
 A_PHOTO = re.compile(b"|".join(re.escape(s.encode()) for s in SUFFIXES), re.IGNORECASE)
-"""Finds the name of any photo in bytes."""
+"""Finds the name of any photo in bytes, by its suffix."""
 
 
 class Names:
     """Find and replace some names in text.
 
-    Above `MANY` names it is enough that a text names any photo at all: an alternation of so many
-    is slow, and copies may lose more than they must, never less.
+    With more than `MANY` names any photo's name counts as one of them, because a regular expression
+    of so many alternatives is slow: too much is removed then, never too little.
 
     Parameters
     ----------
     paths
         Of the photos.
     others
-        File names that no other photo has, and other words that go.
+        File names that no other photo has, and other words to find.
     """
 
     def __init__(self, paths: Iterable[str], others: Iterable[str] = ()) -> None:
         self.paths = frozenset(paths)
         names = [*self.paths, *others]
         if len(names) > MANY:
-            self._text, self._bytes = re.compile(ANY_PHOTO, _HOW), A_PHOTO
+            self._text, self._bytes = re.compile(ANY_PHOTO, _FLAGS), A_PHOTO
             return
         written = {form for name in names if name for form in forms(name)}
         pattern = "|".join(_pattern(form) for form in sorted(written, key=len, reverse=True))
@@ -54,7 +54,7 @@ class Names:
         return self._bytes.search(content) is not None
 
     def are_in_file(self, path: Path) -> bool:
-        """Tell whether a file holds one of the names, without taking it into memory."""
+        """Tell whether a file holds one of the names, without reading it into memory."""
         if not path.stat().st_size:
             return False
         with (
@@ -82,7 +82,7 @@ class Names:
 
 
 def _pattern(form: str) -> str:
-    # 1.jpg isn't 21.jpg. Other neighbours are allowed: better a word too many than a name left.
+    # 1.jpg isn't 21.jpg. Any other character may stand in front: finding too much is safe.
     return (r"(?<![0-9])" if form[0].isdigit() else "") + re.escape(form)
 
 
