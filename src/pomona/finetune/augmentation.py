@@ -62,8 +62,7 @@ class Draws(NamedTuple):
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Draws:
         """Return draws with every tensor changed."""
-        *single, octaves = self
-        return Draws(*map(change, single), tuple(map(change, octaves)))
+        return Draws._make([*map(change, self[:-1]), tuple(map(change, self.octaves))])
 
     def part(self, rank: int, size: int) -> Draws:
         """Return the draws of every ``size``-th photo from ``rank`` on."""

@@ -31,9 +31,10 @@ class World:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         torch.distributed.all_reduce(flat)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
+        start = 0
+        for tensor in tensors:
+            tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
+            start += tensor.numel()
 
     def mean(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by its mean over the processes."""

@@ -6,7 +6,6 @@ driver, or on workers.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import time
@@ -21,6 +20,7 @@ from pomona.core.cpus import available_cpus
 from pomona.core.errors import JobError
 from pomona.core.files import read_json, write_json
 from pomona.finetune import checkpoint, evaluation
+from pomona.finetune.averaging import copy_of
 from pomona.finetune.batches import World
 from pomona.finetune.checkpoint import Progress, Training
 from pomona.finetune.dataset import JOB, START, TEACHER, load_dataset
@@ -72,11 +72,11 @@ def train(
     saved = time.monotonic()
     while not progress.ended:
         evaluated = int(plan.share * EVALUATIONS)
-        _step(training)
+        step(training)
         due = int(plan.share * EVALUATIONS) > evaluated
         due = due and not training.learner.blockwise(plan.share)
         if due:
-            _evaluate(training)
+            evaluate(training)
         progress.ended = _why_ended(training)
         stop = world.size > 1 and (folder / STOP).exists()
         late = bool(world.agree(stop or time.monotonic() - saved > SAVE_EVERY))
@@ -146,7 +146,7 @@ def _open(folder: Path, device: str, world: World) -> Training:
         learner.initialise_heads()
     training = Training(learner, plan)
     if job["trained"]:
-        _evaluate(training)
+        evaluate(training)
         training.progress.before = training.progress.best
     plan.spent = time.monotonic() - began  # it is part of the time asked for
     if world.rank == 0:
@@ -154,7 +154,7 @@ def _open(folder: Path, device: str, world: World) -> Training:
     return training
 
 
-def _step(training: Training) -> None:
+def step(training: Training) -> None:
     """Take a step, and move the average and the plan."""
     began = time.monotonic()
     learner, progress, plan = training.learner, training.progress, training.plan
@@ -171,7 +171,7 @@ def _step(training: Training) -> None:
         )
 
 
-def _evaluate(training: Training) -> None:
+def evaluate(training: Training) -> None:
     """Evaluate the result so far on what is held out, and keep it if it is the best."""
     began = time.monotonic()
     learner, progress = training.learner, training.progress
@@ -181,9 +181,10 @@ def _evaluate(training: Training) -> None:
     result = training.average.result()
     metrics: dict[str, float] = {}
     if world.rank == 0:
-        candidate = copy.deepcopy(network)
-        candidate.load_state_dict(result)
-        metrics = evaluation.evaluate(candidate, learner.dataset, held_out, learner.device)
+        trained = copy_of(network.state_dict())
+        network.load_state_dict(result)
+        metrics = evaluation.evaluate(network, learner.dataset, held_out, learner.device)
+        network.load_state_dict(trained)
     entry = {
         "step": progress.step,
         "share": round(training.plan.share, 4),

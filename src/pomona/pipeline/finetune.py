@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -32,6 +32,9 @@ from pomona.spark import tasks
 from pomona.spark.session import Cluster, session
 from pomona.workspace import layout, tombstones
 from pomona.workspace.layout import Out
+
+if TYPE_CHECKING:
+    from pomona.finetune.checkpoint import Progress
 
 __all__ = ["OPTIONS", "FinetuneOptions", "check", "finetune", "track"]
 
@@ -160,7 +163,7 @@ def _train(request: Request) -> None:
     from pomona.finetune import trainer
     from pomona.finetune.checkpoint import read_progress
 
-    folder, cuda = request.out.tuning, request.device == "cuda"
+    folder, processes = request.out.tuning, request.options.processes
 
     def on_step(done: int, total: int) -> None:
         request.on_tick(Tick("finetune", done, total))
@@ -169,21 +172,15 @@ def _train(request: Request) -> None:
         if progress := read_json(folder / trainer.PROGRESS):
             on_step(**progress)
 
-    if request.options.processes == 1:
+    if processes == 1:
         trainer.train(folder, request.device, on_step=on_step)
         return
     stop, log_file = folder / trainer.STOP, request.out.log
     stop.unlink(missing_ok=True)
     with session(replace(request.cluster, log_file=log_file)) as spark, _touched_on_error(stop):
-        tasks.run_torch(
-            spark,
-            request.options.processes,
-            cuda,
-            trainer.train_together,
-            str(folder),
-            poll=poll,
-            log_file=log_file,
-        )
+        on_gpu = request.device == "cuda"
+        function, argument = trainer.train_together, str(folder)
+        tasks.run_torch(spark, processes, on_gpu, function, argument, poll, log_file)
     if not read_progress(folder / trainer.CHECKPOINT).ended:
         raise JobError("the processes ended before the training did: run the same command again")
 
@@ -213,14 +210,28 @@ def _write(request: Request, *, finished: bool) -> dict[str, Any]:
     state = weights_of(network)
     with aside(out.tuned) as part:
         part.write_bytes(to_bytes(state, (*request.tuned_on, *job["tuned_on"])))
-    test: dict[str, float] = {}
-    if finished and request.options.judge_test:
-        dataset = load_dataset(out.tuning)
-        test = evaluate(network, dataset, dataset.test, device)
     record = {
         **{name: job[name] for name in ("made_from", "recipe", "photos", "rejected", "labels")},
+        **_evaluations(job, progress),
         "finished": finished,
         "groups": len(job["groups"]),
+        "test": {},
+        "digests": {out.tuned.name: sha256(out.tuned), "weights": mobilenet.digest(state)},
+        "versions": versions(),
+        "device": device,
+        "times": {"finished": utc_now(), "seconds": round(seconds, 1)},
+    }
+    if finished and request.options.judge_test:
+        dataset = load_dataset(out.tuning)
+        record["test"] = evaluate(network, dataset, dataset.test, device)
+    write_json(out.tuned_about, record)
+    layout.update(out, "finetune", {k: v for k, v in record.items() if k != "history"})
+    return record
+
+
+def _evaluations(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Return the record's part about what is held out, and how the run went on it."""
+    return {
         "held_out": {
             "by": job["by"],
             "photos": job["held_out_photos"],
@@ -229,14 +240,6 @@ def _write(request: Request, *, finished: bool) -> dict[str, Any]:
             "before": progress.before,
             **progress.best,
         },
-        "test": test,
         "ended": progress.ended or "interrupted",
         "history": progress.history,
-        "digests": {out.tuned.name: sha256(out.tuned), "weights": mobilenet.digest(state)},
-        "versions": versions(),
-        "device": device,
-        "times": {"finished": utc_now(), "seconds": round(seconds, 1)},
     }
-    write_json(out.tuned_about, record)
-    layout.update(out, "finetune", {k: v for k, v in record.items() if k != "history"})
-    return record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sized
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,33 +99,35 @@ def split(photos: pa.Table, request: Request) -> tuple[dict[str, Any], dict[str,
     names = np.array(photos["label"].to_pylist())
     folders = np.array([folder_of(path) for path in photos["path"].to_pylist()])
     training = np.array([name == SPLITS[0] for name in photos["split"].to_pylist()])
-    _check_labels(np.unique(names[training]))
-    label_codes = _codes(np.unique(names[training]), names)
-    rows = np.flatnonzero(training)
+    labels = np.unique(names[training])
+    _check_labels(labels)
+    label_codes = _codes(labels, names)
     folder_codes = _codes(np.unique(folders), folders)
-    kinds = label_codes[rows], folder_codes[rows]
-    out = rows[hold_out(*kinds, options.hold_out, options.seed, options.fold)]
-    train = np.setdiff1d(rows, out)
+    rows = np.flatnonzero(training)
+    chosen = hold_out(
+        label_codes[rows], folder_codes[rows], options.hold_out, options.seed, options.fold
+    )
+    train, held_out = np.delete(rows, chosen), rows[chosen]
     test = np.flatnonzero(~training & (label_codes >= 0))
     # Groups to train on get the first codes: they are the classes of the network's second head.
-    ordered = np.concatenate([np.unique(folders[part]) for part in (train, out, test)])
+    ordered = np.concatenate([np.unique(folders[part]) for part in (train, held_out, test)])
     group_codes = _codes(list(dict.fromkeys(ordered.tolist())), folders)
-    evaluated = sample_by_group(out, group_codes, HELD_OUT_PHOTOS, options.seed)
-    whole = sorted(set(folders[out]) - set(folders[train]))
+    evaluated = sample_by_group(held_out, group_codes, HELD_OUT_PHOTOS, options.seed)
+    whole = sorted(set(folders[held_out]) - set(folders[train]))
     about = {
-        "labels": np.unique(names[training]).tolist(),
+        "labels": labels.tolist(),
         "groups": np.unique(folders[rows]).tolist(),
         "by": "group" if whole else "photo",
         "held_out": whole,
-        "weights_saw": any(mark(folder) in request.tuned_on for folder in set(folders[out])),
+        "weights_saw": not request.tuned_on.isdisjoint(map(mark, set(folders[held_out]))),
         "held_out_photos": len(evaluated),
-        "tuned_on": sorted({mark(folder) for folder in folders[train]}),
+        "tuned_on": sorted(map(mark, set(folders[train]))),
     }
     arrays = {"train": train, "held_out": evaluated, "test": test}
     return about, arrays | {"labels": label_codes, "groups": group_codes}
 
 
-def _codes(classes: Sequence[str], values: Sequence[str]) -> Codes:
+def _codes(classes: Iterable[str], values: Iterable[str]) -> Codes:
     """Return each value's place among the classes; −1 where it isn't one."""
     places = {name: place for place, name in enumerate(classes)}
     return np.array([places.get(value, -1) for value in values], np.int64)
@@ -162,7 +164,7 @@ def sample_by_group(rows: Codes, groups: Codes, most: int, seed: int) -> Codes:
     return np.sort(np.concatenate(samples)) if samples else rows
 
 
-def _check_labels(labels: Sequence[str]) -> None:
+def _check_labels(labels: Sized) -> None:
     if len(labels) < 2:
         raise RequestError(
             f"training needs photos of two labels, and there is {len(labels)}: see --label, and "
