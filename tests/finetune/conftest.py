@@ -33,7 +33,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def statistics() -> mobilenet.State:
+def statistics() -> dict[str, Any]:
     """Weights as training leaves them: every batch norm has statistics of its own."""
     rng = np.random.default_rng(5)
     state = mobilenet.random_state(3)

@@ -16,7 +16,7 @@ from pomona.photos import decoding
 from tests.conftest import photo
 
 
-def extracted(state: mobilenet.State, content: bytes) -> Any:
+def extracted(state: dict[str, Any], content: bytes) -> Any:
     spec = make_spec(Weights("a", "b", state=state), image_size=32, backend="onnx", device="cpu")
     batch = pa.record_batch({"path": ["a"], "content": pa.array([content], pa.binary())})
     (rows,) = list(extract.extract(iter([batch]), spec))
@@ -25,7 +25,7 @@ def extracted(state: mobilenet.State, content: bytes) -> Any:
 
 @pytest.mark.parametrize("folded", [False, True])
 def test_before_the_first_step_features_are_extract_s(
-    folded: bool, statistics: mobilenet.State
+    folded: bool, statistics: dict[str, Any]
 ) -> None:
     """Folded or not: what is trained starts as the network that extract runs."""
     state = mobilenet.unfolded(mobilenet.folded(statistics)) if folded else statistics

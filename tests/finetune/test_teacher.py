@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -16,8 +18,8 @@ from pomona.finetune.teacher import Teacher
 
 def learner_of(
     dataset: Dataset,
-    start: mobilenet.State,
-    statistics: mobilenet.State,
+    start: dict[str, Any],
+    statistics: dict[str, Any],
     *,
     distill: float = 1.0,
     apart: float = 0.0,
@@ -29,7 +31,7 @@ def learner_of(
     return learner, learner.teacher
 
 
-def test_no_value_of_the_teacher_gets_in(dataset: Dataset, statistics: mobilenet.State) -> None:
+def test_no_value_of_the_teacher_gets_in(dataset: Dataset, statistics: dict[str, Any]) -> None:
     """A random start is a function of the seed; the teacher is no part of what learns."""
     start = mobilenet.random_state(4)
     learner, teacher = learner_of(dataset, start, statistics, distill=5.0)
@@ -50,7 +52,7 @@ def test_no_value_of_the_teacher_gets_in(dataset: Dataset, statistics: mobilenet
             assert float((mine - value).abs().mean()) > 1e-3
 
 
-def test_a_teacher_s_features_come_nearer(dataset: Dataset, statistics: mobilenet.State) -> None:
+def test_a_teacher_s_features_come_nearer(dataset: Dataset, statistics: dict[str, Any]) -> None:
     start = mobilenet.random_state(4)
     learner, teacher = learner_of(dataset, start, statistics, distill=5.0, rate=1e-2)
     _, pixels = learner.batches.batch(0, World())
@@ -67,7 +69,7 @@ def test_a_teacher_s_features_come_nearer(dataset: Dataset, statistics: mobilene
 
 
 def test_a_block_that_does_what_the_teacher_s_does_has_not_its_values(
-    dataset: Dataset, statistics: mobilenet.State
+    dataset: Dataset, statistics: dict[str, Any]
 ) -> None:
     """The teacher itself, rotated as its targets are, meets them all, and shares no convolution."""
     learner, teacher = learner_of(dataset, statistics, statistics, apart=0.5)
@@ -89,7 +91,7 @@ def test_a_block_that_does_what_the_teacher_s_does_has_not_its_values(
             assert abs(np.median(cosines)) < 0.5
 
 
-def _rotated(folded: mobilenet.State, teacher: Teacher) -> mobilenet.State:
+def _rotated(folded: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
     """Return the teacher's weights with each block's output rotated, and its input back."""
     rotated = {key: value.copy() for key, value in folded.items()}
     rotations = [None if r is None else r.numpy()[:, :, 0, 0] for r in teacher.rotations]
@@ -107,7 +109,7 @@ def _rotated(folded: mobilenet.State, teacher: Teacher) -> mobilenet.State:
     return rotated
 
 
-def test_blocks_learn_apart_first(dataset: Dataset, statistics: mobilenet.State) -> None:
+def test_blocks_learn_apart_first(dataset: Dataset, statistics: dict[str, Any]) -> None:
     start = mobilenet.random_state(4)
     learner, teacher = learner_of(dataset, start, statistics, apart=0.5, rate=1e-2)
     _, pixels = learner.batches.batch(0, World())

@@ -270,9 +270,9 @@ def _held_out(seed: int) -> set[str]:
 class Distilled:
     """A run from a random start, with weights of another run as its teacher."""
 
-    teacher: mobilenet.State
+    teacher: dict[str, Any]
     checkpoint: dict[str, Any]
-    result: mobilenet.State
+    result: dict[str, Any]
     record: dict[str, Any]
 
 
