@@ -13,9 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import ndimage
 from torch.nn import functional
-
-Mask = npt.NDArray[np.bool_]
 
 WHITE = 225
 """Least value (of 255) of a background pixel's darkest channel: Fruits-360's fruit is cut out onto
@@ -23,6 +22,10 @@ white, and JPEG leaves some grey at its edge."""
 
 BORDER = 0.5
 """Least share of a photo's border that is white if the photo counts as taken on white."""
+
+FOUR_NEIGHBOURS = np.array([[[0] * 3] * 3, [[0, 1, 0], [1, 1, 1], [0, 1, 0]], [[0] * 3] * 3])
+SQUARE = np.ones((1, 3, 3))
+"""Structuring elements [n, h, w]: of each photo by itself."""
 
 SCALE = (0.7, 1.4)
 """Zoom: below 1 the fruit gets smaller, above 1 the photo is cropped."""
@@ -46,7 +49,7 @@ OCTAVES = {1: 0.25, 2: 0.25, 5: 0.2, 16: 0.1, 64: 0.06}
 """Octaves of the noise that replaces backgrounds: cells along a side, and greatest amplitude."""
 
 Uniform = Callable[..., torch.Tensor]
-"""``uniform(low, high, *shape)`` draws a tensor [n, *shape]."""
+"""``uniform(low, high, *shape)`` draws a tensor [n, *shape], evenly distributed."""
 
 
 class Draws(NamedTuple):
@@ -79,32 +82,9 @@ def foreground_masks(photos: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     border = np.ones(white.shape[1:], bool)
     border[1:-1, 1:-1] = False
     on_white = white[:, border].mean(axis=1) >= BORDER
-    background = white & border & on_white[:, None, None]
-    count = -1
-    while (now := int(background.sum())) != count:  # twice for a convex fruit
-        count = now
-        for axis in (1, 2):
-            background = _flood(background, white, axis)
-            flipped = _flood(np.flip(background, axis), np.flip(white, axis), axis)
-            background = np.flip(flipped, axis)
-    padded = np.pad(background, ((0, 0), (1, 1), (1, 1)))
-    height, width = white.shape[1:]
-    dilated = np.zeros_like(white)
-    for y in range(3):
-        for x in range(3):
-            dilated |= padded[:, y : y + height, x : x + width]
-    return np.where(dilated, 0, 255).astype(np.uint8)
-
-
-def _flood(reached: Mask, white: Mask, axis: int) -> Mask:
-    """Return what is reached from ``reached`` through white along an axis, towards higher index."""
-    shape = [1, 1, 1]
-    shape[axis] = -1
-    index = np.arange(white.shape[axis], dtype=np.int16).reshape(shape)
-    last_reached = np.maximum.accumulate(np.where(reached, index, -1), axis=axis)
-    last_wall = np.maximum.accumulate(np.where(white, -1, index), axis=axis)
-    flooded: Mask = last_reached > last_wall
-    return flooded
+    seeds = white & border & on_white[:, None, None]
+    background = ndimage.binary_propagation(seeds, FOUR_NEIGHBOURS, white)
+    return np.where(ndimage.binary_dilation(background, SQUARE), 0, 255).astype(np.uint8)
 
 
 def draw(n: int, side: int, generator: torch.Generator) -> Draws:
