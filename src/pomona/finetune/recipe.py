@@ -1,56 +1,52 @@
-"""How weights are trained: the recipe, the schedule, what is held out, how it is judged.
-
-In NumPy: nothing here needs torch.
-"""
+"""How weights are trained: the recipe, and the schedule of a run. Needs no torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-Codes = npt.NDArray[np.int64]
+from pomona.backbone.weights import Weights
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights are trained.
+    """How weights are trained. The defaults are for a start that is trained already.
 
     Attributes
     ----------
     norm
-        Whether batch norms take each batch's own statistics, as training from a random start needs.
-        Otherwise they are folded into the convolutions before training: weights that come folded
-        and weights that don't are then the same, a batch of one variety does no harm, and a step
+        Whether batch norms use each batch's own statistics, which training from a random start
+        needs. Otherwise they are folded into the convolutions before training: folded and unfolded
+        weights then start as the same network, a batch of few varieties does no harm, and a step
         takes a third less time on a CPU.
     rate, head_rate
-        AdamW's learning rates at the top of the schedule.
+        AdamW's peak learning rates, of the backbone and of the heads.
     decay
         AdamW's weight decay.
+    warmup
+        Share of the run in which learning rates rise.
     smoothing
-        Share of the label that is spread over all labels.
+        Label smoothing.
     average
-        The weights that are judged and kept are a mean of those of about so long a share of the
-        run, the latest weighing most.
+        Horizon of the moving average of the weights, as a share of the run. The averaged weights
+        are evaluated and kept.
     blend
-        The result lies so far on the line from the start to the averaged weights (Wortsman et al.
-        2022, "Robust fine-tuning of zero-shot models"): what is nearer to the start does better on
-        what training didn't see.
+        Weight of the averaged weights when interpolating between them and the start (Wortsman et
+        al. 2022, "Robust fine-tuning of zero-shot models"): weights nearer to the start do better
+        on data unlike the training data.
     variety
-        Weight of the second question, which variety it is; 0 leaves it out. Without it features
-        come to tell labels and nothing else, and nothing is unknown to them any more.
+        Loss weight of the second head, which predicts the group (the variety); 0 leaves it out.
+        Without it features come to separate the labels and nothing else, and nothing looks unknown
+        to them any more.
     distill
-        Weight of the distance to the teacher's features; 0 leaves it out.
+        Distillation weight: of the distance to the teacher's features; 0 leaves it out.
     apart
-        Share of the run at whose start each block learns by itself to give what the teacher's gives
-        (Li et al. 2020, "Blockwisely supervised neural architecture search with knowledge
-        distillation"). A random start learns much faster so.
+        Share of the run, from its start, with blockwise distillation: each block learns on its own
+        to give what the teacher's block gives (Li et al. 2020, "Blockwisely supervised neural
+        architecture search with knowledge distillation"). A random start learns much faster so.
     mixed
-        Convolve in bfloat16.
+        Mixed precision: convolve in bfloat16.
     """
 
     image_size: int = 224
@@ -70,120 +66,91 @@ class Recipe:
     seed: int = 0
 
 
+DISTILL = 1.0
+"""Distillation weight when fine-tuning trained weights. Unless another teacher is named, it is a
+frozen copy of the start, so that features stay general."""
+
+BLEND = 0.8
+"""`Recipe.blend` when fine-tuning trained weights, unless another network is the teacher: then
+nothing speaks for staying near the start."""
+
+FROM_TEACHER: dict[str, Any] = {"distill": 5.0, "apart": 0.6}
+"""A random start learns most of what it knows from the teacher, at first block by block."""
+
+FROM_RANDOM: dict[str, Any] = {
+    "norm": True,
+    "rate": 2e-3,
+    "head_rate": 2e-3,
+    "decay": 5e-2,
+    "average": 0.05,
+    "variety": 0.5,
+}
+"""A random start needs batch norms that follow the batch, and tolerates larger steps."""
+
+
+def adapt(recipe: Recipe, start: Weights, teacher: Weights | None) -> Recipe:
+    """Return the recipe with what depends on the weights it starts from and on the teacher."""
+    if teacher is not None:
+        recipe = replace(recipe, distill=DISTILL)
+    if not start.trained:
+        return replace(recipe, **FROM_RANDOM, **(FROM_TEACHER if teacher else {}))
+    other_teacher = teacher is not None and teacher.digest != start.digest
+    return recipe if other_teacher else replace(recipe, blend=BLEND)
+
+
 # --- the schedule ------------------------------------------------------------------------------
 
-
-FIRST = 5
+WARM_UP_STEPS = 5
 """Steps whose speed says little: libraries warm up, and a pause looks like a slow machine."""
 
-LONGEST = 60.0
-"""Seconds that one of them counts for at most."""
+WARM_UP_SECONDS = 60.0
+"""The most that one of them counts for."""
 
 
 @dataclass
 class Plan:
-    """How far a run is, in 0…1, whether its length is a number of steps or of seconds.
+    """How far a run is, whether its length is a number of steps, of seconds, or both.
 
-    With ``seconds`` the rest of the way is cut into as many steps as the time left allows at the
-    speed of the last steps; so a machine that slows down still ends in time, at the end of the
-    schedule. A step that takes much longer than the last ones (the machine slept, or the process
-    was paused) doesn't count in full.
+    With ``seconds`` the rest of the schedule is divided by the number of steps that the time left
+    allows at the speed of the last steps; so a machine that slows down still ends in time, at the
+    end of the schedule. A step that takes much longer than the last ones (the machine slept, or the
+    process was paused) doesn't count in full.
+
     """
 
     steps: int | None = None
     seconds: float | None = None
-    share: float = 0.0
+    share: float = 0.0  # of the schedule, done so far
     spent: float = 0.0  # seconds
-    typical: float = 0.0  # seconds for a step
-    count: int = 0
+    typical: float = 0.0  # seconds of a step: a moving average
+    count: int = 0  # steps so far
 
-    def advance(self, took: float) -> None:
-        """Note that a step took so many seconds."""
+    def advance(self, seconds: float) -> None:
+        """Count a step that took so many seconds."""
         self.count += 1
-        first = self.count <= FIRST
-        usual = min(self.typical or took, took) if first else self.typical
-        took = min(took, 5 * usual, LONGEST if first else math.inf)
-        self.typical = usual if first else 0.9 * usual + 0.1 * took
-        self.spent += took
-        ways = []
+        warming_up = self.count <= WARM_UP_STEPS
+        usual = min(self.typical or seconds, seconds) if warming_up else self.typical
+        seconds = min(seconds, 5 * usual, WARM_UP_SECONDS if warming_up else math.inf)
+        self.typical = usual if warming_up else 0.9 * usual + 0.1 * seconds
+        self.spent += seconds
+        increments = []
         if self.steps is not None:
-            ways.append(1 / self.steps)
+            increments.append(1 / self.steps)
         if self.seconds is not None:
             left = max(0.0, self.seconds - self.spent)
-            way = (1 - self.share) / max(1.0, left / self.typical)
-            ways.append(min(way, 0.01) if first and left else way)
-        self.share = min(1.0, self.share + max(ways))
+            increment = (1 - self.share) / max(1.0, left / self.typical)
+            increments.append(min(increment, 0.01) if warming_up and left else increment)
+        self.share = min(1.0, self.share + max(increments))
         if 1 - self.share < 1e-9:
             self.share = 1.0
 
-    def left(self) -> float:
-        """Return about how many seconds are left."""
-        return self.spent * (1 - self.share) / self.share if self.share else 0.0
 
+def learning_rate_factor(share: float, warmup: float) -> float:
+    """Return the factor of the peak learning rates: linear warm-up, then half a cosine down.
 
-def factor(share: float, warmup: float) -> float:
-    """Return what learning rates are multiplied by: up in a line, down in half a cosine.
-
-    >>> factor(0.0, 0.1), factor(0.1, 0.1), round(factor(1.0, 0.1), 3)
-    (0.01, 1.0, 0.0)
+    >>> [round(learning_rate_factor(share, 0.1), 3) for share in (0.0, 0.1, 1.0)]
+    [0.01, 1.0, 0.0]
     """
     if share < warmup:
         return 0.01 + 0.99 * share / warmup
     return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
-
-
-# --- what is held out --------------------------------------------------------------------------
-
-
-def hold_out(labels: Codes, groups: Codes, share: float, seed: int, fold: int = 0) -> Codes:
-    """Return the rows to hold out: whole groups where a label has two, else single photos.
-
-    Of each label's groups, drawn in an order of their own, every ``1 / share``-th from ``fold`` on
-    is held out, but never all of them; of its photos, where it has one group. With 0 none are.
-    """
-    if not share:
-        return np.zeros(0, np.int64)
-    every = max(2, round(1 / share))
-    rng = np.random.default_rng(seed)
-    found: list[Codes] = []
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        kinds = rng.permutation(np.unique(groups[rows]))
-        if len(kinds) > 1:
-            start = fold % min(every, len(kinds))
-            found.append(rows[np.isin(groups[rows], kinds[start::every])])
-        else:
-            found.append(rng.permutation(rows)[fold % every :: every][: len(rows) - 1])
-    return np.sort(np.concatenate(found))
-
-
-def thin(rows: Codes, groups: Codes, most: int, seed: int) -> Codes:
-    """Return at most about so many of the rows, of each group as many as of every other."""
-    rng = np.random.default_rng(seed)
-    kinds = np.unique(groups[rows])
-    share = max(1, most // max(1, len(kinds)))
-    found = [rng.permutation(rows[groups[rows] == kind])[:share] for kind in kinds]
-    return np.sort(np.concatenate(found)) if found else rows
-
-
-# --- how it is judged --------------------------------------------------------------------------
-
-
-def figures(logits: npt.NDArray[np.float32], labels: Codes, groups: Codes) -> dict[str, float]:
-    """Return accuracy over photos, and accuracy and loss as means over groups."""
-    if not len(labels):
-        return {}
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
-    right = logits.argmax(axis=1) == labels
-    weight = 1 / np.bincount(groups)[groups]
-    return {
-        "accuracy": round(float(right.mean()), 5),
-        "accuracy_by_group": round(float(np.average(right, weights=weight)), 5),
-        "loss": round(float(np.average(losses, weights=weight)), 5),
-    }
-
-
-def order(about: Mapping[str, Any]) -> tuple[float, float]:
-    """Return what the better of two looks has more of."""
-    return (about.get("accuracy_by_group", -1.0), -about.get("loss", math.inf))
