@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from pomona.cloud import emr
-from pomona.cloud.emr import ENTRY, PYTHON, REGION, Job, Stack, _conf
-from tests.cloud.test_cloud import TEMPLATE
+from pomona.cloud import submit
+from pomona.cloud.stack import REGION, Stack
+from pomona.cloud.submit import ENTRY, PYTHON, JobRequest, spark_conf
+from tests.cloud.conftest import TEMPLATE
 from tests.conftest import benchmark
 
 yaml = pytest.importorskip("yaml")
@@ -110,7 +111,7 @@ def test_jobs_cannot_change_what_is_run(template: dict[str, Any]) -> None:
     assert places == {f"${{DataBucket.Arn}}/{name}/*" for name in ("packages", "jobs", "weights")}
     assert "Condition" not in deny
     # Those are the folders that the command and the bootstrap action name.
-    code = Path(emr.__file__).read_text(encoding="utf-8")
+    code = Path(submit.__file__).read_text(encoding="utf-8")
     assert 'f"jobs/{' in code
     assert 'f"weights/{' in code
 
@@ -276,7 +277,7 @@ def test_the_manifest_fits_image_and_commands(manifest: dict[str, Any]) -> None:
         assert pod["podSecurityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["allowPrivilegeEscalation"] is False
     stack = Stack("", "", "", "serverless", "", "", "", "", (), None)
-    settings = _conf(stack, Job("", ""))
+    settings = spark_conf(stack, JobRequest("", ""))
     for role in ("driver", "executor"):
         for key in ("memory", "memoryOverhead", "cores"):
             assert settings[f"spark.{role}.{key}"] == str(spec[role][key]), (role, key)

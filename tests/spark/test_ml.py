@@ -27,7 +27,7 @@ from pomona.model import artifact
 from pomona.model.recogniser import ANSWERS, make_recogniser, recognise
 from pomona.photos.synthetic import synthesize
 from pomona.spark import dataframes
-from pomona.spark.dataframes import OnPhotos
+from pomona.spark.dataframes import AddColumns
 from pomona.spark.ml import MobileNetV2Features
 from tests.conftest import fill, photo
 from tests.model.test_artifact import ABOUT, SIZE, features, small_head  # noqa: F401 - a fixture
@@ -121,7 +121,7 @@ def test_a_worker_sees_few_rows_at_a_time(rows: int) -> None:
             seen.append(batch.num_rows)
             yield batch.append_column("made", batch["0"])
 
-    on_worker = OnPhotos(work, 0, False, 8, ("content", "out"), ("made",))
+    on_worker = AddColumns(work, 0, False, 8, ("content", "out"), ("made",))
     given = pa.record_batch({"content": pa.array([b"x"] * rows, pa.binary())})
     found = list(on_worker(iter([given, given])))
     assert sum(batch.num_rows for batch in found) == 2 * rows == sum(seen)

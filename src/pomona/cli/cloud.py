@@ -49,9 +49,10 @@ def emr_submit(
 ) -> None:
     """Run `pomona run` as a job on EMR Serverless or an EMR cluster."""
     from pomona.cli import render
-    from pomona.cloud.emr import Job, find, submit
+    from pomona.cloud.stack import find_stack
+    from pomona.cloud.submit import JobRequest, submit
 
-    job = Job(
+    request = JobRequest(
         source,
         out,
         tuple(options or ()),
@@ -60,9 +61,9 @@ def emr_submit(
         cluster("", spark_conf).conf,
         timeout_minutes,
     )
-    found = find(stack, region)
+    found = find_stack(stack, region)
     with progress() as on_tick:
-        record = submit(found, job, lambda done, total: on_tick(tick("weights", done, total)))
+        record = submit(found, request, lambda done, total: on_tick(tick("weights", done, total)))
     if wait:
         record |= _wait(found, record["job"])
     show(record, as_json, render.cloud_job)
@@ -70,7 +71,7 @@ def emr_submit(
 
 def _wait(stack: Any, job: str) -> dict[str, Any]:
     from pomona.cli import render
-    from pomona.cloud.emr import wait as wait_for
+    from pomona.cloud.jobs import wait as wait_for
 
     seen: list[str] = []
 
@@ -99,9 +100,10 @@ def emr_status(
 ) -> None:
     """Show how far a job is, or the last jobs."""
     from pomona.cli import render
-    from pomona.cloud.emr import find, recent, status
+    from pomona.cloud.jobs import recent, status
+    from pomona.cloud.stack import find_stack
 
-    found = find(stack, region)
+    found = find_stack(stack, region)
     if job:
         show(status(found, job), as_json, render.cloud_job)
     else:
@@ -118,9 +120,10 @@ def emr_logs(
     as_json: AsJson = False,
 ) -> None:
     """Show what a job's driver printed."""
-    from pomona.cloud.emr import find, logs
+    from pomona.cloud.jobs import logs
+    from pomona.cloud.stack import find_stack
 
-    found = logs(find(stack, region), job)
+    found = logs(find_stack(stack, region), job)
     if as_json:
         typer.echo(json.dumps([{"file": name, "text": text} for name, text in found]))
         return
@@ -142,9 +145,10 @@ def emr_teardown(
 ) -> None:
     """End a stack's jobs and delete all that it made, and nothing else."""
     from pomona.cli import render
-    from pomona.cloud.emr import check_empty, find, holdings, teardown
+    from pomona.cloud.stack import find_stack
+    from pomona.cloud.teardown import check_empty, holdings, teardown
 
-    found = find(stack, region)
+    found = find_stack(stack, region)
     held = holdings(found)
     if not delete_data:
         check_empty(held)
