@@ -7,6 +7,7 @@ the stack can be touched.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,7 +53,12 @@ class Stack:
 
     def client(self, service: str) -> Any:
         """Return boto3's client of a service in the stack's region."""
-        return self.session.client(service, region_name=self.region)
+        return _client(self.session, service, self.region)
+
+
+@functools.lru_cache(maxsize=16)  # boto3 parses a service's description for each new client
+def _client(session: Any, service: str, region: str) -> Any:
+    return session.client(service, region_name=region)
 
 
 def find_stack(name: str, region: str | None = None) -> Stack:

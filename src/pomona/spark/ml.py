@@ -56,6 +56,7 @@ def _param(name: str, doc: str, converter: Any) -> Any:
 
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Callable[..., Any])
 
 
 def _setter(name: str, kind: type[T]) -> Callable[[Any, T], MobileNetV2Features]:
@@ -64,23 +65,24 @@ def _setter(name: str, kind: type[T]) -> Callable[[Any, T], MobileNetV2Features]
     def setter(self: Any, value: Any) -> Any:
         return self.setParams(**{name: value})
 
-    return _named(setter, f"set{name[0].upper()}{name[1:]}", f"Set ``{name}``.", value=kind)
+    return _named(setter, "set", name, value=kind)
 
 
 def _getter(name: str, kind: type[T]) -> Callable[[Any], T]:
     """Make the method ``getName`` of a param that has a default."""
 
     def getter(self: Any) -> Any:
-        return kind(self.getOrDefault(name))  # type: ignore[call-arg]
+        return self.getOrDefault(name)
 
-    return _named(
-        getter, f"get{name[0].upper()}{name[1:]}", f"Return ``{name}``.", **{"return": kind}
-    )
+    return _named(getter, "get", name, **{"return": kind})
 
 
-def _named(method: Callable[..., Any], name: str, doc: str, **annotations: Any) -> Any:
-    method.__name__, method.__doc__, method.__annotations__ = name, doc, annotations
-    method.__qualname__ = f"MobileNetV2Features.{name}"
+def _named(method: M, verb: str, param: str, **annotations: Any) -> M:
+    """Give a method the name, docstring and signature that help() shows."""
+    method.__name__ = f"{verb}{param[0].upper()}{param[1:]}"
+    method.__qualname__ = f"MobileNetV2Features.{method.__name__}"
+    method.__doc__ = f"{'Set' if verb == 'set' else 'Return'} ``{param}``."
+    method.__annotations__ = annotations
     return method
 
 
