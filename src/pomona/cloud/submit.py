@@ -166,6 +166,7 @@ def _start_job_run(
     stack: Stack, request: JobRequest, name: str, entry: str, command: list[str]
 ) -> str:
     settings = spark_conf(stack, request).items()
+    logs = {"s3MonitoringConfiguration": {"logUri": f"s3://{stack.logs}/serverless/"}}
     started = stack.client("emr-serverless").start_job_run(
         applicationId=stack.compute,
         executionRoleArn=stack.role,
@@ -178,11 +179,7 @@ def _start_job_run(
                 "sparkSubmitParameters": " ".join(f"--conf {k}={v}" for k, v in settings),
             }
         },
-        configurationOverrides={
-            "monitoringConfiguration": {
-                "s3MonitoringConfiguration": {"logUri": f"s3://{stack.logs}/serverless/"}
-            }
-        },
+        configurationOverrides={"monitoringConfiguration": logs},
         tags={"project": "pomona"},
     )
     return str(started["jobRunId"])

@@ -204,11 +204,11 @@ def _register(
     client, name = registered.client, registered.name
     if (run := tracking.recorded_run(client, out)) is None:
         run = _new_run(client, out, model)
-        _on_failure(undo, client.delete_run, run)
+        undo.callback(_attempt, client.delete_run, run)
     logged = _log_model(client, name, model, run, undo)
     if not registered.exists:
         client.create_registered_model(name)
-        _on_failure(undo, client.delete_registered_model, name)
+        undo.callback(_attempt, client.delete_registered_model, name)
     version = client.create_model_version(
         name,
         f"models:/{logged.model_id}",
@@ -216,18 +216,13 @@ def _register(
         tags={DIGEST: model.about["digest"], "pomona": pomona.__version__},
         model_id=logged.model_id,
     )
-    _on_failure(undo, client.delete_model_version, name, version.version)
+    undo.callback(_attempt, client.delete_model_version, name, version.version)
     return version
 
 
-def _on_failure(
-    undo: contextlib.ExitStack, action: Callable[..., object], *arguments: object
-) -> None:
-    def attempt() -> None:
-        with contextlib.suppress(Exception):  # the first error is the one to report
-            action(*arguments)
-
-    undo.callback(attempt)
+def _attempt(action: Callable[..., object], *arguments: object) -> None:
+    with contextlib.suppress(Exception):  # the error that led here is the one to report
+        action(*arguments)
 
 
 def _log_model(client: Any, name: str, model: Model, run: str, undo: contextlib.ExitStack) -> Any:
@@ -236,7 +231,7 @@ def _log_model(client: Any, name: str, model: Model, run: str, undo: contextlib.
 
     experiment = client.get_run(run).info.experiment_id
     logged = client.create_logged_model(experiment, name=name, source_run_id=run)
-    _on_failure(undo, client.delete_logged_model, logged.model_id)
+    undo.callback(_attempt, client.delete_logged_model, logged.model_id)
     with tempfile.TemporaryDirectory() as folder:
         pyfunc.save(Path(folder, "model"), model, run, logged)
         client.log_model_artifacts(logged.model_id, str(Path(folder, "model")))
