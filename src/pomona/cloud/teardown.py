@@ -17,7 +17,7 @@ MOST_JOBS = 1000
 """Unfinished jobs that are looked for."""
 
 MOST_POLLS = 2400
-"""Of a deletion: ten hours. Deleting EMR's network interfaces alone can take an hour."""
+"""How often the deletion is asked for: ten hours. boto3's own limit is one hour."""
 
 STOPPED_STATES = ("CREATED", "STOPPED", "TERMINATED")
 """States in which an EMR Serverless application can be deleted."""
