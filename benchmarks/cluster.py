@@ -19,7 +19,7 @@ from pomona.backbone.spec import make_spec
 from pomona.backbone.weights import load_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.cluster import FAST, Cluster, cluster, hiding
+from tests.cluster import MEMORY, Cluster, cluster, hiding, python_without_pomona
 
 ONE, TWO, APART = "one worker", "two workers", "two workers, OUT unseen"
 BARE_ONE, BARE_TWO = "bare ONNX Runtime, one process", "bare ONNX Runtime, two"
@@ -29,9 +29,8 @@ def rate(source: Path, out: Path, where: Cluster, weights: str) -> float:
     """Return photos per second in extract, without Spark's start."""
     words: list[str | Path] = ["extract", source, "--out", out, "--weights", weights]
     words += ["--master", where.url, "--device", "cpu", "--max-error-rate", "1"]
-    for key, value in FAST.items():
-        if "memory" in key:
-            words += ["--spark-conf", f"{key}={value}"]
+    for key, value in MEMORY.items():
+        words += ["--spark-conf", f"{key}={value}"]
     words += ["--spark-conf", f"spark.driver.host={where.host}"]
     os.environ["PYSPARK_PYTHON"] = str(where.python)
     ran = common.run_pomona(*words)
@@ -44,12 +43,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     common.link_photos(options.source, photos, options.photos)
     common.read_once(photos)
     spec = make_spec(load_weights(options.weights), device="cpu")
+    python = python_without_pomona(folder / "python")
     rounds = []
     for number in range(options.rounds):
         common.say(f"round {number + 1} of {options.rounds}")
         here = folder / str(number)
         rates = {}
-        with cluster(here / "c") as found:
+        with cluster(here / "c", python) as found:
             found.start_worker("first")
             rates[ONE] = rate(photos, here / "one", found, options.weights)
             found.start_worker("second")
@@ -57,7 +57,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if os.geteuid() == 0:
             unseen = here / "unseen"
             unseen.mkdir()
-            with cluster(here / "a") as found:
+            with cluster(here / "a", python) as found:
                 for name in ("first", "second"):
                     found.start_worker(name, before=hiding(unseen))
                 rates[APART] = rate(photos, unseen / "out", found, options.weights)

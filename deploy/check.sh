@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the containers' files as far as the tools of this machine go, and says what it left out.
+# Checks the containers' files with the tools that are installed, and prints which checks it left out.
 #   deploy/check.sh                  compose.yaml and Dockerfile
 #   deploy/check.sh --build [ARG …]  also builds the CPU image (docker, or else buildah; ARGs go to the build),
 #                                    and runs the demo in it as the image's own user
@@ -17,7 +17,7 @@ if docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/nul
     echo "compose.yaml, profile $profile: well"
   done
   for name in JUPYTER_TOKEN POMONA_PHOTOS; do
-    # An empty variable, so that a deploy/.env can't stand in for it.
+    # An empty variable takes precedence over deploy/.env.
     if (export "$name="; compose -f deploy/compose.yaml --profile cpu config -q) 2>/dev/null; then
       echo "compose.yaml starts without $name" >&2
       exit 1

@@ -1,4 +1,4 @@
-"""Start Pomona on the session that spark-submit set up: what a cluster's job names as its file."""
+"""The file that a cluster's job names: start Pomona on the session of spark-submit."""
 
 from pomona.cli.spark_job import main
 

@@ -1,7 +1,7 @@
 """Print what the installed Pomona needs beside PySpark: ``python requirements.py [EXTRA ...]``.
 
-On a cluster PySpark is Spark's own, of the version that the cluster runs; a second one from the
-package index would be 400 MB that must never be imported.
+A cluster has PySpark in the version that it runs; a second one from the package index would be
+400 MB that must never be imported.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import requires
 
-# pip is what reads the list, so its own parser is at hand where nothing else is installed yet.
+# pip reads the list, so its parser is there even if nothing else is installed yet.
 from pip._vendor.packaging.requirements import Requirement
 
 
 def wanted(extras: Sequence[str]) -> Iterator[str]:
-    """Give the requirements of the core and of some extras, as pip takes them."""
+    """Give the requirements of the core and of some extras, in pip's format."""
     for line in requires("pomona") or []:
         requirement = Requirement(line)
         marker = requirement.marker

@@ -19,15 +19,18 @@ import psutil
 import pytest
 
 SPARK_CLASS = Path(sysconfig.get_paths()["purelib"], "pyspark", "bin", "spark-class")
-FAST = {
-    # Failures show within seconds, not minutes.
+MEMORY = {
+    "spark.executor.memory": "600m",
+    "spark.driver.memory": "600m",
+    "spark.executor.memoryOverhead": "0",
+}
+SHORT_TIMEOUTS = {
+    # A host that is cut off is noticed within seconds, not minutes. (A process that dies is noticed
+    # at once.) On a busy machine a living executor may miss such a deadline too.
     "spark.network.timeout": "15s",
     "spark.network.timeoutInterval": "5s",
     "spark.executor.heartbeatInterval": "2s",
     "spark.worker.timeout": "10",
-    "spark.executor.memory": "600m",
-    "spark.driver.memory": "600m",
-    "spark.executor.memoryOverhead": "0",
 }
 
 
@@ -38,22 +41,22 @@ def free_port(host: str) -> int:
 
 
 def python_without_pomona(folder: Path) -> Path:
-    """An interpreter with Pomona's dependencies and without Pomona, as executors have."""
+    """Make an interpreter with Pomona's dependencies and without Pomona, as executors have it."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
-    inside = subprocess.run(
+    site_packages = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
         check=True,
         capture_output=True,
         text=True,
     ).stdout.strip()
-    # A line of a .pth adds a folder, and not what that folder's own .pth files (editable installs)
-    # would add.
-    Path(inside, "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    bare = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    words = [str(python), "-c", "import pomona"]
-    found = subprocess.run(words, env=bare, check=False, cwd=folder, capture_output=True)
-    if found.returncode == 0:
+    # A line of a .pth file adds a folder, but not what that folder's own .pth files (editable
+    # installs) would add.
+    Path(site_packages, "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('pomona') is None)"
+    words = [str(python), "-c", find]
+    if subprocess.run(words, env=environment, check=False, cwd=folder).returncode == 0:
         pytest.skip("Pomona is installed beside its dependencies, not editable")
     return python
 
@@ -66,6 +69,7 @@ class Cluster:
     python: Path
     host: str = "127.0.0.1"
     port: int = 0
+    conf: dict[str, str] = field(default_factory=lambda: MEMORY)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -76,11 +80,10 @@ class Cluster:
         folder = self.root / name
         for part in ("home", "cache", "work", "tmp"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-        gone = ("PYTHONPATH", "PYSPARK_PYTHON", "POMONA_WEIGHTS")
-        kept = {key: value for key, value in os.environ.items() if key not in gone}
-        java = " ".join(f"-D{key}={value}" for key, value in FAST.items() if "worker" in key)
+        removed = ("PYTHONPATH", "PYSPARK_PYTHON", "POMONA_WEIGHTS")
+        java = " ".join(f"-D{key}={value}" for key, value in self.conf.items() if "worker" in key)
         return {
-            **kept,
+            **{key: value for key, value in os.environ.items() if key not in removed},
             "HOME": str(folder / "home"),
             "POMONA_CACHE": str(folder / "cache"),
             "TMPDIR": str(folder / "tmp"),
@@ -120,10 +123,10 @@ class Cluster:
             assert time.monotonic() < end, what + logs
             time.sleep(0.2)
 
-    def start_master(self, before: Sequence[str] = ()) -> None:
-        self.port = free_port(self.host) if not before else 7077
+    def start_master(self) -> None:
+        self.port = free_port(self.host)
         words = ["org.apache.spark.deploy.master.Master", "--host", self.host]
-        self.start("master", [*words, "--port", str(self.port), "--webui-port", "0"], None, before)
+        self.start("master", [*words, "--port", str(self.port), "--webui-port", "0"])
         self.wait_for(lambda: "I have been elected leader" in self.log("master"), "no master")
 
     def start_worker(
@@ -136,17 +139,16 @@ class Cluster:
         java: str = "",
     ) -> None:
         words = ["org.apache.spark.deploy.worker.Worker", "--host", host, "--webui-port", "0"]
-        words += [
-            "--cores",
-            str(cores),
-            "--memory",
-            "1g",
-            "--work-dir",
-            str(self.root / name / "work"),
-        ]
-        known = self.log(name).count(REGISTERED) if (self.root / f"{name}.log").exists() else 0
+        words += ["--cores", str(cores), "--memory", "1g"]
+        words += ["--work-dir", str(self.root / name / "work")]
+        before_start = self.registrations(name)
         self.start(name, [*words, self.url], extra, before, java)
-        self.wait_for(lambda: self.log(name).count(REGISTERED) > known, f"no {name}")
+        self.wait_for(lambda: self.registrations(name) > before_start, f"no {name}")
+
+    def registrations(self, name: str) -> int:
+        """How often a worker has registered with the master."""
+        exists = (self.root / f"{name}.log").exists()
+        return self.log(name).count("Successfully registered with master") if exists else 0
 
     def executors(self, name: str) -> list[psutil.Process]:
         """The executors' JVMs of a worker."""
@@ -179,9 +181,6 @@ class Cluster:
             self.stop(name)
 
 
-REGISTERED = "Successfully registered with master"
-
-
 def cmdline(process: psutil.Process) -> list[str]:
     with contextlib.suppress(psutil.Error):
         return list(process.cmdline())
@@ -189,7 +188,7 @@ def cmdline(process: psutil.Process) -> list[str]:
 
 
 def hiding(folder: Path) -> tuple[str, ...]:
-    """Words that start a command for which a folder is empty, as on another machine."""
+    """Words that start a command in a mount namespace where a folder is empty, as elsewhere."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("hiding a folder from a process needs root and unshare")
     script = f'mount --make-rprivate / && mount -t tmpfs none "{folder}" && exec "$@"'
@@ -197,13 +196,15 @@ def hiding(folder: Path) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def cluster(root: Path, host: str = "127.0.0.1", before: Sequence[str] = ()) -> Iterator[Cluster]:
-    """A master; workers are started by the test."""
+def cluster(
+    root: Path, python: Path, host: str = "127.0.0.1", conf: dict[str, str] = MEMORY
+) -> Iterator[Cluster]:
+    """A cluster with a master; the test starts workers."""
     if shutil.which("java") is None:
         pytest.skip("there is no Java")
-    found = Cluster(root, python_without_pomona(root / "python"), host)
+    started = Cluster(root, python, host, conf=conf)
     try:
-        found.start_master(before)
-        yield found
+        started.start_master()
+        yield started
     finally:
-        found.close()
+        started.close()

@@ -31,6 +31,9 @@ def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
         os.environ.pop(name, None)
     os.environ["POMONA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["PYSPARK_PYTHON"] = sys.executable
+    # The tests' JVMs live for seconds to minutes, too short for the optimising compiler (C2), whose
+    # threads compete with the workers for two cores.
+    os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
     # For moto's server, which takes any; Spark's workers inherit them when the session starts.
     os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "test"
 
@@ -73,7 +76,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from pomona.spark.session import Cluster, session
 
     log = tmp_path_factory.mktemp("spark") / "spark.log"
-    with session(Cluster("local[2]", log_file=log)) as active:
+    few = (("spark.sql.shuffle.partitions", "2"),)  # by default 200 tasks for every groupBy
+    with session(Cluster("local[2]", few, log)) as active:
         yield active
 
 

@@ -1,7 +1,7 @@
-"""A proxy in front of a server that speaks S3, and what goes wrong on the way there.
+"""A proxy in front of an S3 server, which injects faults.
 
-Which requests fail is a function of method, path and how often that was asked before, so that a
-test sees the same faults each time, whatever the order of its threads.
+Which requests fail is a function of method, path and how often the same was asked before, so that a
+test sees the same faults in every run, whatever the order of its threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 Plan = Callable[[str, str, int], str | None]
-"""(method, path, how often it was asked before) to a kind of fault, or None."""
+"""From (method, path, how often it was asked before) to a kind of fault, or None."""
 
 KINDS = ("slow down", "internal", "hang", "cut", "reset")
 ERRORS = {
@@ -29,11 +29,11 @@ ERRORS = {
     "denied": (403, "AccessDenied", "Access Denied"),
 }
 HANG = 20.0
-"""Longer than any client waits."""
+"""Seconds, longer than any client waits."""
 
 
 def share(percent: float, kinds: tuple[str, ...] = KINDS, times: int = 1) -> Plan:
-    """So many percent of the paths fail at first, so many times, each in one of these ways."""
+    """Let a percentage of the paths fail the first ``times`` times, each with one of the kinds."""
 
     def plan(method: str, path: str, before: int) -> str | None:
         digest = hashlib.blake2b(f"{method} {path}".encode(), digest_size=8).digest()
@@ -44,7 +44,7 @@ def share(percent: float, kinds: tuple[str, ...] = KINDS, times: int = 1) -> Pla
 
 
 class Proxy(ThreadingHTTPServer):
-    """Counts what is asked, and lets some of it fail."""
+    """Counts requests and lets some of them fail, by a plan."""
 
     daemon_threads = True
     block_on_close = False
@@ -62,19 +62,19 @@ class Proxy(ThreadingHTTPServer):
         self.ended = threading.Event()
 
     def fault(self, method: str, path: str) -> str | None:
-        """Note a request, and tell how it fails."""
+        """Count a request and return its kind of fault, or None."""
         with self.guard:
             before = self.asked[method, path]
             self.asked[method, path] += 1
             self.log.append((method, path))
             plan = self.plan
-        if found := plan(method, path, before):  # it may take its time
+        if kind := plan(method, path, before):  # outside the lock: a plan may wait
             with self.guard:
-                self.faults[found] += 1
-        return found
+                self.faults[kind] += 1
+        return kind
 
     def reset(self, plan: Plan | None = None) -> None:
-        """Forget what was asked, and follow another plan."""
+        """Set the counts to zero and follow another plan."""
         with self.guard:
             self.plan = plan or (lambda *_: None)
             self.asked.clear()
@@ -84,12 +84,12 @@ class Proxy(ThreadingHTTPServer):
 
     @property
     def options(self) -> str:
-        """As a URI of S3 takes them."""
+        """The options of S3 URIs that lead to this proxy."""
         place = f"http://127.0.0.1:{self.server_port}"
         return f"endpoint_override={place}&region=us-east-1&scheme=http"
 
     def handle_error(self, *_: Any) -> None:
-        """A client that went away is what these tests are about."""
+        """Print nothing: clients that close connections are what these tests are about."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -109,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.ended.wait(HANG)
             self.close_connection = True
         elif fault == "reset":
-            # With a linger of no seconds, closing sends RST.
+            # With a linger of 0 seconds, closing sends RST.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             self.close_connection = True
@@ -120,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_expect_100(self) -> bool:
         going = super().handle_expect_100()
-        self.wfile.flush()  # or the client waits a second before it sends the body
+        self.wfile.flush()  # otherwise the client waits a second before it sends the body
         return going
 
     def _body(self) -> bytes:
@@ -135,14 +135,14 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def _forward(self, body: bytes, *, cut: bool) -> None:
-        place = urlsplit(self.server.target)
-        there = http.client.HTTPConnection(place.hostname or "", place.port, timeout=30)
+        target = urlsplit(self.server.target)
+        connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=30)
         heads = {k: v for k, v in self.headers.items() if k.lower() != "transfer-encoding"}
         heads["Content-Length"] = str(len(body))
-        there.request(self.command, self.path, body, heads)
-        answer = there.getresponse()
+        connection.request(self.command, self.path, body, heads)
+        answer = connection.getresponse()
         content = answer.read()
-        there.close()
+        connection.close()
         passed = ("transfer-encoding", "connection", "date", "server")
         heads = {k: v for k, v in answer.getheaders() if k.lower() not in passed}
         if self.command != "HEAD":
@@ -171,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def proxy(options: str) -> Iterator[Proxy]:
-    """Start a proxy in front of the server that these options of a URI name."""
+    """Start a proxy in front of the server that the options of an S3 URI name."""
     server = Proxy(parse_qs(options)["endpoint_override"][0])
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs Pomona on a node of an EMR cluster: bootstrap.sh s3://BUCKET/packages/
-# The node reaches nothing but S3, so all wheels must lie in that folder (docs/cloud.md tells how).
+# The node can reach S3 only, so all wheels must be in that folder (docs/cloud.md tells how).
 set -euo pipefail
 packages=${1:?usage: bootstrap.sh s3://BUCKET/packages/}
 
@@ -10,9 +10,9 @@ aws s3 cp --recursive --only-show-errors "$packages" /tmp/packages
 sudo python3.11 -m venv /opt/pomona
 pip=(sudo /opt/pomona/bin/pip install --quiet --no-index --find-links /tmp/packages)
 "${pip[@]}" --no-deps /tmp/packages/pomona-*.whl
-# PySpark is EMR's own: the rest of what Pomona needs.
+# All requirements but PySpark, which EMR has.
 /opt/pomona/bin/python /tmp/packages/requirements.py train report > /tmp/requirements.txt
 "${pip[@]}" --requirement /tmp/requirements.txt
 
-sudo install --directory --mode 1777 /mnt/tmp # the driver works on OUT there
+sudo install --directory --mode 1777 /mnt/tmp # the driver works on a local copy of OUT there
 rm -r /tmp/packages

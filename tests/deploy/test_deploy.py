@@ -1,4 +1,4 @@
-"""The containers' files, and the commands in them that run without an engine."""
+"""The containers' files, and their commands that run without a container engine."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def free_port() -> int:
 def server(
     services: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, int]]:
-    """MLflow as compose.yaml starts it, on another port and folder."""
+    """MLflow as compose.yaml starts it, with another port and folder."""
     pytest.importorskip("mlflow")
     port, folder = free_port(), tmp_path_factory.mktemp("mlflow")
     given = [
@@ -137,7 +137,7 @@ def server(
         ) as process,
     ):
         try:
-            for _ in range(240):
+            for _ in range(1200):
                 if process.poll() is not None or answers(port, "/health") == 200:
                     break
                 time.sleep(0.5)
@@ -148,7 +148,7 @@ def server(
 
 
 def answers(port: int, path: str, host: str | None = None) -> int:
-    """The status that a server gives; 0: it isn't there."""
+    """The HTTP status that a server answers; 0 if it doesn't answer."""
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}")
     if host:
         request.add_header("Host", host)
@@ -165,6 +165,7 @@ def answers(port: int, path: str, host: str | None = None) -> int:
 EXPERIMENTS = "/api/2.0/mlflow/experiments/search?max_results=1"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:FigureCanvasAgg is non")
 def test_notebook_records_in_the_server_and_leaves_a_session_of_others_alone(
     spark: Any,

@@ -1,7 +1,7 @@
-"""A Spark cluster of real processes: the same table as on one machine, whatever happens to it.
+"""A Spark cluster of real processes gives the same table as one machine, whatever fails in it.
 
-Master and workers are started from the pip package. Executors have the dependencies without
-Pomona, and a working folder, home and cache of their own.
+Master and workers are those of the pip package. Executors have the dependencies without Pomona, and
+a working folder, home and cache of their own.
 """
 
 from __future__ import annotations
@@ -22,24 +22,30 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from tests.cluster import FAST, Cluster, cluster, hiding
+from pomona.pipeline.extract import ExtractOptions
+from pomona.pipeline.reduce import ReduceOptions
+from pomona.pipeline.run import run
+from pomona.pipeline.train import TrainOptions
+from tests.cluster import MEMORY, SHORT_TIMEOUTS, Cluster, cluster, hiding, python_without_pomona
 from tests.conftest import fill, photo
 
 OPTIONS = ["--weights", "fruits", "--image-size", "64", "--device", "cpu", "--json"]
 PHOTOS = 3 * 2 * 100
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's processes")
-
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's processes"),
+]
 
 SECONDS = 600
-"""A machine under load is no failure."""
+"""No test waits longer for an event; far more than a busy machine needs."""
 
 _started: list[subprocess.Popen[str]] = []
 
 
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
-    """A driver that is left holds the cluster's cores: the next test would wait for them."""
+    """A driver that is left running holds the cluster's cores, which the next test waits for."""
     yield
     while _started:
         process = _started.pop()
@@ -54,18 +60,25 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What an undisturbed run on one machine leaves."""
+def whole(spark: Any, source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What an undisturbed run on one machine leaves, in the session that tests share."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    return {**done(start(source, out, "local[2]")), "out": out}
+    options = ExtractOptions(weights="fruits", image_size=64, device="cpu")
+    few = ReduceOptions(plots=False)
+    return {**run(source, out, options, few, train_options=TrainOptions()), "out": out}
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("cluster")) as found:
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return python_without_pomona(tmp_path_factory.mktemp("python") / "venv")
+
+
+@pytest.fixture(scope="module")
+def two(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("cluster"), python) as started:
         for name in ("first", "second"):
-            found.start_worker(name)
-        yield found
+            started.start_worker(name)
+        yield started
 
 
 def start(
@@ -80,7 +93,7 @@ def start(
     environment = dict(os.environ)
     if isinstance(where, Cluster):
         environment["PYSPARK_PYTHON"] = str(where.python)
-        for key, value in FAST.items():
+        for key, value in where.conf.items():
             words += ["--spark-conf", f"{key}={value}"]
         words += ["--spark-conf", f"spark.driver.host={where.host}", "--master", where.url]
     else:
@@ -97,18 +110,18 @@ def popen(words: list[str], environment: dict[str, str]) -> subprocess.Popen[str
 
 
 def done(process: subprocess.Popen[str]) -> dict[str, Any]:
-    told, errors = process.communicate(timeout=SECONDS)
+    output, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, errors
-    found: dict[str, Any] = json.loads(told)
-    return found
+    records: dict[str, Any] = json.loads(output)
+    return records
 
 
 def rows(out: Path) -> dict[str, Any]:
     files = sorted((out / "features").glob("split=*/*.parquet"))
     every = [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
-    found = {row["path"]: row for row in every}
-    assert len(found) == len(every), "nothing twice"
-    return found
+    by_path = {row["path"]: row for row in every}
+    assert len(by_path) == len(every), "nothing twice"
+    return by_path
 
 
 def wait_for_parts(out: Path, process: subprocess.Popen[str], count: int = 1) -> None:
@@ -126,45 +139,45 @@ def digest(record: dict[str, Any]) -> str:
 # --- the same table ----------------------------------------------------------------------------
 
 
-def test_the_whole_run_is_the_same(source: Path, two: Cluster, tmp_path: Path) -> None:
-    quiet = ("--no-plots", "--no-mlflow")
-    here = done(start(source, tmp_path / "here", "local[2]", "run", quiet))
-    there = done(start(source, tmp_path / "there", two, "run", quiet))
+def test_the_whole_run_is_the_same(
+    source: Path, whole: dict[str, Any], two: Cluster, tmp_path: Path
+) -> None:
+    there = done(start(source, tmp_path / "out", two, "run", ("--no-plots", "--no-mlflow")))
     for stage in ("extract", "reduce", "train"):
-        assert there[stage]["digests"] == here[stage]["digests"]
+        assert there[stage]["digests"] == whole[stage]["digests"]
     assert all(two.executors(name) == [] for name in ("first", "second")), "the run lets go"
-    # Nothing was looked up or kept where an executor has it for itself.
+    # An executor looked nothing up in a cache of its own, and kept nothing there.
     assert not list(two.root.glob("*/cache/*"))
 
 
 @pytest.fixture(scope="module")
-def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Path]]:
+def apart(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Path]]:
     """A cluster that doesn't see one folder of the driver's."""
     folder = tmp_path_factory.mktemp("drivers")
     words = hiding(folder)
-    with cluster(tmp_path_factory.mktemp("apart")) as found:
-        found.start_worker("alone", before=words)
-        yield found, folder
+    with cluster(tmp_path_factory.mktemp("apart"), python) as started:
+        started.start_worker("alone", before=words)
+        yield started, folder
 
 
 def test_executors_need_not_see_out(
     source: Path, whole: dict[str, Any], apart: tuple[Cluster, Path]
 ) -> None:
-    found, folder = apart
+    workers, folder = apart
     out = folder / "out"
-    process = start(source, out, found)
+    process = start(source, out, workers)
     wait_for_parts(out, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    record = done(start(source, out, found))
+    record = done(start(source, out, workers))
     assert 0 < record["extract"]["times"]["computed"] < PHOTOS, "what came back is kept"
     assert digest(record) == digest(whole)
     assert "don't see" in (out / "pomona.log").read_text()
 
 
 def test_executors_must_see_the_source(apart: tuple[Cluster, Path]) -> None:
-    found, folder = apart
-    process = start(fill(folder / "source", 2, 2), folder / "other", found)
+    workers, folder = apart
+    process = start(fill(folder / "source", 2, 2), folder / "other", workers)
     _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 2
     assert "the executors can't read" in errors.splitlines()[-1]
@@ -192,10 +205,12 @@ def test_processes_are_killed(
     process = start(source, out, two)
     for number, find in enumerate((two.python_workers, two.executors)):
         wait_for_parts(out, process, 1 + 2 * number)
-        found: list[psutil.Process] = []
-        while not found and process.poll() is None:
-            found = find("second") or find("first")
-        found[0].kill()
+        victims: list[psutil.Process] = []
+        while not victims:
+            assert process.poll() is None, process.communicate()
+            victims = find("second") or find("first")
+            time.sleep(0.02)
+        victims[0].kill()
     wait_for_parts(out, process, 5)
     two.stop("second")
     record = done(process)
@@ -219,7 +234,7 @@ def test_the_driver_is_killed(
 
 
 BAD_DECODER = """
-# A decoder in native code that crashes on one photo and never ends on another, as Pillow sees it.
+# A native decoder below Pillow that crashes on one photo and never returns from another.
 import ctypes, os, signal
 from PIL import Image
 
@@ -240,11 +255,11 @@ Image.open = open_or_worse
 IN_A_SESSION = """
 import json, sys
 from pyspark.sql import SparkSession
-from pomona import stages
+from pomona.pipeline.extract import ExtractOptions, extract
 
-spark = SparkSession.builder.master("local[2]").getOrCreate()  # a task has one try
-options = stages.ExtractOptions(weights="fruits", image_size=64, device="cpu")
-print(json.dumps({"extract": stages.extract(sys.argv[1], sys.argv[2], options)}))
+spark = SparkSession.builder.master("local[2]").getOrCreate()  # a task has one attempt
+options = ExtractOptions(weights="fruits", image_size=64, device="cpu")
+print(json.dumps({"extract": extract(sys.argv[1], sys.argv[2], options)}))
 assert spark.range(3).count() == 3, "the session is left running"
 """
 
@@ -309,7 +324,7 @@ def test_the_disk_is_full(source: Path, whole: dict[str, Any], tmp_path: Path) -
 
 WHICH = """
 import time
-from pomona.backbone.extract import BackboneSpec
+from pomona.backbone.spec import BackboneSpec
 from pomona.spark.tasks import at_task
 
 def which(number):
@@ -321,50 +336,54 @@ def which(number):
 ASK = """
 import json, sys
 from which import which
-from pomona import engine, executors, extraction, weights
-from pomona.backbone.extract import BackboneSpec
+from pomona.backbone.spec import BackboneSpec, make_spec
+from pomona.backbone.weights import load_weights
+from pomona.spark import executors
+from pomona.spark.resources import fit_spec, gives_gpus, gpus_elsewhere
+from pomona.spark.session import Cluster, session
+from pomona.spark.tasks import run_tasks
 
 conf = json.loads(sys.argv[2])
-cluster = engine.Cluster(sys.argv[1], tuple(conf.items()))
-gives = engine.gives_gpus(cluster)
-with engine.session(cluster) as spark:
+cluster = Cluster(sys.argv[1], tuple(conf.items()))
+gives = gives_gpus(cluster)
+with session(cluster) as spark:
     executors.ship(spark)
     spark.addArtifacts(sys.argv[3], pyfile=True)
-    share = engine.fit_spec(BackboneSpec("x", "x", device="cuda"), spark).memory_share
-    options = extraction.ExtractOptions(weights="fruits", image_size=64)
-    device = extraction._spec(weights.load(options.weights), options, cluster).device
-    tasks = engine.run_tasks(spark, which, 4)
+    share = fit_spec(BackboneSpec("x", "x", device="cuda"), spark).memory_share
+    elsewhere = gpus_elsewhere(cluster, "auto")
+    device = make_spec(load_weights("fruits"), image_size=64, elsewhere=elsewhere).device
+    tasks = run_tasks(spark, which, 4)
 print(json.dumps({"gives": gives, "share": share, "device": device, "tasks": tasks}))
 """
 
 
-def test_tasks_use_the_gpus_that_spark_gives_them(tmp_path: Path) -> None:
-    """By configuration: the discovery script names GPUs that aren't there."""
+def test_tasks_use_the_gpus_that_spark_gives_them(python: Path, tmp_path: Path) -> None:
+    """By configuration: the discovery script names GPUs that don't exist."""
     script = tmp_path / "discover.sh"
     script.write_text("""echo '{"name": "gpu", "addresses": ["2", "5"]}'\n""")
     script.chmod(0o755)
     (tmp_path / "which.py").write_text(WHICH)
     (tmp_path / "ask.py").write_text(ASK)
-    with cluster(tmp_path / "c") as found:
+    with cluster(tmp_path / "c", python) as started:
         prefix = "-Dspark.worker.resource.gpu."
         has = f"{prefix}amount=2 {prefix}discoveryScript={script}"
-        found.start_worker("gpus", cores=2, java=has)
-        conf = FAST | {
-            "spark.driver.host": found.host,
+        started.start_worker("gpus", cores=2, java=has)
+        conf = MEMORY | {
+            "spark.driver.host": started.host,
             "spark.executor.resource.gpu.amount": "2",
             "spark.task.resource.gpu.amount": "1",
         }
-        words = [sys.executable, str(tmp_path / "ask.py"), found.url, json.dumps(conf)]
-        told = subprocess.run(
+        words = [sys.executable, str(tmp_path / "ask.py"), started.url, json.dumps(conf)]
+        asked = subprocess.run(
             [*words, str(tmp_path / "which.py")],
-            env=os.environ | {"PYSPARK_PYTHON": str(found.python)},
+            env=os.environ | {"PYSPARK_PYTHON": str(python)},
             capture_output=True,
             text=True,
             check=False,
             timeout=SECONDS,
         )
-    assert told.returncode == 0, told.stderr
-    answer = json.loads(told.stdout.splitlines()[-1])
+    assert asked.returncode == 0, asked.stderr
+    answer = json.loads(asked.stdout.splitlines()[-1])
     assert answer["gives"]
     assert answer["share"] == 0.9
     assert answer["device"] == "cuda", "whatever the driver has"
@@ -376,7 +395,7 @@ def test_tasks_use_the_gpus_that_spark_gives_them(tmp_path: Path) -> None:
 
 
 class Net:
-    """Another host: a network namespace behind a cable that can be pulled."""
+    """Another host: a network namespace behind a virtual cable that can be cut."""
 
     here, there = "10.213.77.1", "10.213.77.2"
 
@@ -414,21 +433,23 @@ class Net:
 
 
 def test_a_host_is_cut_off_and_comes_back(
-    source: Path, whole: dict[str, Any], tmp_path: Path
+    source: Path, whole: dict[str, Any], python: Path, tmp_path: Path
 ) -> None:
-    with contextlib.closing(Net()) as net, cluster(tmp_path / "c", net.here) as found:
-        own = {"SPARK_LOCAL_IP": net.there}
-        found.start_worker("near", net.here, {"SPARK_LOCAL_IP": net.here})
-        found.start_worker("far", net.there, own, net.before)
+    with (
+        contextlib.closing(Net()) as net,
+        cluster(tmp_path / "c", python, net.here, MEMORY | SHORT_TIMEOUTS) as hosts,
+    ):
+        hosts.start_worker("near", net.here, {"SPARK_LOCAL_IP": net.here})
+        hosts.start_worker("far", net.there, {"SPARK_LOCAL_IP": net.there}, net.before)
         out = tmp_path / "out"
-        process = start(source, out, found, before=("env", f"SPARK_LOCAL_IP={net.here}"))
+        process = start(source, out, hosts, before=("env", f"SPARK_LOCAL_IP={net.here}"))
         wait_for_parts(out, process)
         net.cable("down")
-        found.wait_for(lambda: "Removing worker" in found.log("master"), "the master sees it")
+        hosts.wait_for(lambda: "Removing worker" in hosts.log("master"), "the master sees it")
         net.cable("up")
         record = done(process)
         assert digest(record) == digest(whole)
         assert len(rows(out)) == PHOTOS
-        known = "Registering worker"
-        found.wait_for(lambda: found.log("master").count(known) >= 3, "the host comes back")
-        assert digest(done(start(source, out, found))) == digest(whole)
+        line = "Registering worker"
+        hosts.wait_for(lambda: hosts.log("master").count(line) >= 3, "the host comes back")
+        assert digest(done(start(source, out, hosts))) == digest(whole)

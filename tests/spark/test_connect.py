@@ -1,4 +1,4 @@
-"""Over Spark Connect, in a process of its own: it and classic sessions don't mix in one."""
+"""Over Spark Connect, in a process of its own: it doesn't mix with classic sessions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ import pyarrow as pa
 import pytest
 
 from pomona.core.errors import MissingError, RequestError
-from pomona.model import artifact
+from pomona.model.artifact import PACKAGED, load_model
 from pomona.model.recogniser import make_recogniser, recognise
 from pomona.pipeline.extract import ExtractOptions, extract
 from pomona.pipeline.reduce import ReduceOptions
 from pomona.pipeline.run import run
 from pomona.spark import connect
 from tests.conftest import fill
-from tests.model.test_artifact import features, folder  # noqa: F401 - fixtures
 
 pytest.importorskip("grpc", reason="pip install 'pomona[connect]'")
 
@@ -34,8 +33,8 @@ OPTIONS = ExtractOptions(weights="fruits", image_size=64, device="cpu")
 FEW = ReduceOptions(components=5, plots=False)
 
 
-def over_connect(address: str, source: str, work: str, trained: str, saved: str) -> dict[str, Any]:
-    """What the client's process does; the figures are compared outside of it."""
+def over_connect(address: str, source: str, work: str, saved: str) -> dict[str, Any]:
+    """Run in the client's process, and return what the test compares."""
     from pyspark.ml import PipelineModel
     from pyspark.sql import SparkSession
 
@@ -43,29 +42,29 @@ def over_connect(address: str, source: str, work: str, trained: str, saved: str)
     from pomona.spark.ml import MobileNetV2Features
 
     spark = SparkSession.builder.remote(address).getOrCreate()
-    told: dict[str, Any] = {"session": type(spark).__module__}
+    results: dict[str, Any] = {"session": type(spark).__module__}
 
     records = run(source, f"{work}/out", OPTIONS, FEW)
-    told["features"] = records["extract"]["digests"]["features"]
-    told["rows"] = records["reduce"]["rows"]
+    results["features"] = records["extract"]["digests"]["features"]
+    results["rows"] = records["reduce"]["rows"]
 
     images = pomona.load_images(spark, source, "Test")
-    answers = pomona.predict_images(images, trained, top=2).drop("content")
-    told["answers"] = [row.asDict() for row in answers.collect()]
+    answers = pomona.predict_images(images, PACKAGED, top=2).drop("content")
+    results["answers"] = [row.asDict() for row in answers.collect()]
 
     pipeline = PipelineModel.load(saved)
-    told["vectors"] = vectors(pipeline.transform(images))
+    results["vectors"] = vectors(pipeline.transform(images))
     for _ in range(2):
         pipeline.stages[0].write().overwrite().save(f"{work}/stage")
     loaded = MobileNetV2Features.load(f"{work}/stage")  # takes the weights' digest again
-    told["uids"] = [loaded.uid, pipeline.stages[0].uid]
+    results["uids"] = [loaded.uid, pipeline.stages[0].uid]
 
     spark.stop()
-    return told
+    return results
 
 
-def vectors(found: Any) -> dict[str, list[float]]:
-    rows = found.select("path", "scaled").collect()
+def vectors(frame: Any) -> dict[str, list[float]]:
+    rows = frame.select("path", "scaled").collect()
     return {row["path"]: row["scaled"].toArray().tolist() for row in rows}
 
 
@@ -97,7 +96,7 @@ def server(tmp_path: Path) -> Iterator[str]:
             stderr=log,
         )
     try:
-        for _ in range(600):
+        for _ in range(3000):
             assert process.poll() is None, (tmp_path / "server.log").read_text()[-2000:]
             with contextlib.suppress(RequestError):
                 connect.check_server(f"sc://127.0.0.1:{port}")
@@ -110,7 +109,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 
 def clean() -> dict[str, str]:
-    """The environment less what the classic session of this process put there."""
+    """The environment without what the classic session of this process added."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("SPARK_", "PYSPARK_GATEWAY"))}
 
 
@@ -118,18 +117,14 @@ def run_python(*command: object) -> str:
     """Run Python and return its last line."""
     words = [sys.executable, *map(str, command)]
     done = subprocess.run(
-        words, cwd=ROOT, env=clean(), capture_output=True, text=True, timeout=500, check=False
+        words, cwd=ROOT, env=clean(), capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.splitlines()[-1]
 
 
-def test_everything_over_connect(
-    spark: Any,
-    server: str,
-    folder: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+@pytest.mark.slow
+def test_everything_over_connect(spark: Any, server: str, tmp_path: Path) -> None:
     from pyspark.ml import PipelineModel
     from pyspark.ml.feature import Normalizer
 
@@ -142,27 +137,27 @@ def test_everything_over_connect(
     pipeline = PipelineModel([stage, Normalizer(inputCol="features", outputCol="scaled")])
     pipeline.save(str(tmp_path / "saved"))
 
-    places = [source, tmp_path / "work", folder, tmp_path / "saved"]
-    told = json.loads(run_python("-m", "tests.spark.test_connect", server, *places))
-    assert told["session"] == "pyspark.sql.connect.session"
-    assert told["features"] == classic["digests"]["features"]
-    assert told["rows"] == {"training_pca": 30, "test_pca": 30}
-    assert told["answers"] == answers(source, folder)
-    assert told["vectors"] == vectors(pipeline.transform(images))
-    assert told["uids"] == [stage.uid] * 2
+    places = [source, tmp_path / "work", tmp_path / "saved"]
+    results = json.loads(run_python("-m", "tests.spark.test_connect", server, *places))
+    assert results["session"] == "pyspark.sql.connect.session"
+    assert results["features"] == classic["digests"]["features"]
+    assert results["rows"] == {"training_pca": 30, "test_pca": 30}
+    assert results["answers"] == answers(source)
+    assert results["vectors"] == vectors(pipeline.transform(images))
+    assert results["uids"] == [stage.uid] * 2
 
     options = ["--weights", "fruits", "--image-size", "64", "--device", "cpu", "--json"]
     out = ["--out", tmp_path / "by_address", "--master", f"{server}/;user_id=me"]
-    told = json.loads(run_python("-m", "pomona", "extract", source, *out, *options))
-    assert told["extract"]["digests"]["features"] == classic["digests"]["features"]
+    records = json.loads(run_python("-m", "pomona", "extract", source, *out, *options))
+    assert records["extract"]["digests"]["features"] == classic["digests"]["features"]
 
 
-def answers(source: Path, trained: Path) -> list[dict[str, Any]]:
+def answers(source: Path) -> list[dict[str, Any]]:
     """The same answers without Spark."""
     files = sorted(source.glob("Test/*/*.jpg"))
     contents = pa.array([file.read_bytes() for file in files], pa.binary())
-    recogniser = make_recogniser(artifact.load_model(trained), 2)
-    found = next(recognise(iter([pa.record_batch({"content": contents})]), recogniser))
+    recogniser = make_recogniser(load_model(PACKAGED), 2)
+    recognised = next(recognise(iter([pa.record_batch({"content": contents})]), recogniser))
     return [
         {
             "path": file.relative_to(source).as_posix(),
@@ -170,7 +165,7 @@ def answers(source: Path, trained: Path) -> list[dict[str, Any]]:
             "filename": file.name,
             **{f"predicted_{name}": value for name, value in row.items()},
         }
-        for file, row in zip(files, found.to_pylist(), strict=True)
+        for file, row in zip(files, recognised.to_pylist(), strict=True)
     ]
 
 

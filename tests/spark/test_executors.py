@@ -25,29 +25,29 @@ def far_away(**conf: str) -> Any:
 
 
 @pytest.fixture
-def look(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let the small job answer something."""
+def probe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the probe answer something."""
 
     def answers(sees: bool = True, missing: tuple[str, ...] = (), trouble: str = "") -> None:
-        found = {"sees": sees, "missing": list(missing), "trouble": trouble}
-        monkeypatch.setattr(executors, "_look", lambda spark, asked: [found | {"asked": asked}])
+        answer = {"sees": sees, "missing": list(missing), "trouble": trouble}
+        monkeypatch.setattr(executors, "_run_probe", lambda spark, probe: [answer])
 
     return answers
 
 
-def test_a_source_that_only_hadoop_reads_isnt_tried(look: Callable[..., None]) -> None:
-    look()
+def test_a_source_that_only_hadoop_reads_isnt_tried(probe: Callable[..., None]) -> None:
+    probe()
     for uri in ("hdfs://name/photos", "dbfs:/photos", "abfss://c@a.dfs.core.windows.net/p"):
         executors.check(far_away(), "onnx", open_source(uri), ["a.jpg"])
 
 
-def test_what_executors_lack_is_named(look: Callable[..., None], tmp_path: Path) -> None:
+def test_what_executors_lack_is_named(probe: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(photo())
     source = open_source(tmp_path)
-    look(missing=("onnxruntime",))
+    probe(missing=("onnxruntime",))
     with pytest.raises(RequestError, match="has no onnxruntime"):
         executors.check(far_away(), "onnx", source, ["a.jpg"])
-    look(trouble="[Errno 2] No such file")
+    probe(trouble="[Errno 2] No such file")
     with pytest.raises(SourceError, match="the executors can't read"):
         executors.check(far_away(), "onnx", source, ["a.jpg"])
 
@@ -69,6 +69,7 @@ class Task:
 
 
 Calls = list[tuple[list[int], bool, bool]]
+"""(chunks, whether executors see the folder, whether photos are decoded in child processes)"""
 
 
 def run(
@@ -76,32 +77,40 @@ def run(
 ) -> tuple[Task, Calls]:
     calls: Calls = []
 
-    def run_chunks(spark: Any, task: Task, numbers: Any, *, shared: bool, poll: Any) -> None:
+    def attempt(task: Task, numbers: Any, shared: bool) -> None:
         calls.append((list(numbers), shared, task.is_careful))
         task.there |= {len(calls) - 1}
         failure = failures.pop(0)
         if failure:
             raise failure
 
-    monkeypatch.setattr(tasks, "run_chunks", run_chunks)
+    def run_tasks(spark: Any, chunks: tasks.SharedChunks, count: int, poll: Any) -> None:
+        assert count == len(chunks.numbers)
+        attempt(chunks.task, chunks.numbers, True)  # type: ignore[arg-type]
+
+    def send_chunks(spark: Any, task: Task, numbers: Any, poll: Any) -> None:
+        attempt(task, numbers, False)
+
+    monkeypatch.setattr(tasks, "run_tasks", run_tasks)
+    monkeypatch.setattr(tasks, "send_chunks", send_chunks)
     task = Task()
     executors.run_chunks(far_away(), task, range(4), folder)  # type: ignore[arg-type]
     return task, calls
 
 
 def test_some_executors_dont_see_out(
-    monkeypatch: pytest.MonkeyPatch, look: Callable[..., None], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, probe: Callable[..., None], tmp_path: Path
 ) -> None:
-    look(sees=True)
+    probe(sees=True)
     lost = JobError(f"Spark gave up: FileNotFoundError: No such file: {tmp_path}/_work/todo.arrow")
     _, calls = run(monkeypatch, tmp_path, [lost, None])
     assert calls == [([0, 1, 2, 3], True, False), ([1, 2, 3], False, False)]
 
 
 def test_workers_that_die_get_a_second_try_and_no_third(
-    monkeypatch: pytest.MonkeyPatch, look: Callable[..., None], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, probe: Callable[..., None], tmp_path: Path
 ) -> None:
-    look(sees=False)
+    probe(sees=False)
     _, calls = run(monkeypatch, tmp_path, [CrashError("gone"), None])
     assert calls == [([0, 1, 2, 3], False, False), ([1, 2, 3], False, True)]
     with pytest.raises(CrashError):
@@ -117,14 +126,14 @@ def test_a_cluster_that_grows_isnt_taken_for_small() -> None:
 
 
 def test_a_session_of_another_thread_is_used_and_left(spark: Any) -> None:
-    found: list[Any] = []
+    sessions: list[Any] = []
 
     def work() -> None:
         with session(Cluster()) as theirs:
-            found.append(theirs)
+            sessions.append(theirs)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [spark]
+    assert sessions == [spark]
     assert spark.range(3).count() == 3

@@ -1,4 +1,4 @@
-"""MLflow: tracked runs, the model registry, models as pyfunc, lineage.
+"""MLflow: tracked runs, the model registry, models as pyfunc, lineage of registered models.
 
-No other room speaks to MLflow.
+No other package imports MLflow.
 """

@@ -1,4 +1,4 @@
-"""Which models were trained with a photo: OUT's own, and the versions in MLflow's registries."""
+"""Which models were trained with a photo: OUT's own, and versions in MLflow's registries."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from pomona.workspace.layout import Out
 log = logging.getLogger("pomona")
 
 YES, PERHAPS = "yes", "perhaps"
-PAGE = 200
+PAGE = 200  # versions in one request
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """What tells that a model was trained with some Training photos of OUT.
+    """Evidence that a model was trained with some Training photos of OUT.
 
     Attributes
     ----------
     features, training_pca
-        Digests of the tables that hold them; None: that table holds none.
+        Digests of the tables that hold the photos; None if that table holds none of them.
     source
-        The name of the source. A model of the same source but of other tables is one of an earlier
-        or later state of OUT, and may have seen them.
+        Name of the source. A model of the same source and of other tables belongs to an earlier or
+        later state of OUT, and may have seen the photos.
     possible
         Whether any of the photos may have been a Training photo at all.
     vectors
-        Features [n, 1280] of the photos.
+        Features of the photos, [n, 1280], float32.
     """
 
     features: str | None
@@ -59,15 +59,16 @@ class Lineage:
         about
             Its ``model.json``.
         """
-        on, digests = about.get("trained_on", {}), about.get("made_from", {}).get("digests", {})
-        if self.features and on.get("features") == self.features:
+        trained_on = about.get("trained_on", {})
+        digests = about.get("made_from", {}).get("digests", {})
+        if self.features and trained_on.get("features") == self.features:
             return YES
         if self.training_pca and digests.get("training_pca") == self.training_pca:
             return YES
-        return PERHAPS if self.possible and on.get("source") == self.source else None
+        return PERHAPS if self.possible and trained_on.get("source") == self.source else None
 
     def holds(self, folder: Path, about: dict[str, Any]) -> bool:
-        """Tell whether a model holds a photo's own vector (`pomona.model.unknown`: as a centre)."""
+        """Tell whether a photo's vector is a centre of the model's detector of unknown photos."""
         from safetensors.numpy import load_file
 
         tensors = load_file(folder / "classifier.safetensors")
@@ -76,20 +77,20 @@ class Lineage:
         raised = projection.raised(self.vectors, float(about["power"]))
         z = (raised - tensors["mean"]) @ tensors["linear"].T @ tensors["detector.whitening"]
         centres = tensors["detector.centres"]
-        far = (z**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1) - 2 * z @ centres.T
-        size = (z**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1)
-        return bool((far < 1e-6 * size).any())
+        norms = (z**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1)
+        distances = norms - 2 * z @ centres.T  # squared
+        return bool((distances < 1e-6 * norms).any())
 
 
 def of(out: Out, *, in_pca: bool, unseen: bool, vectors: npt.NDArray[np.float32]) -> Lineage:
-    """Return what tells the models of some photos.
+    """Return the evidence about some photos of OUT.
 
     Parameters
     ----------
     in_pca
-        Whether ``training_pca`` holds one of them.
+        Whether ``training_pca`` holds one of the photos.
     unseen
-        Whether one of them is in no table now: what it was earlier isn't known.
+        Whether one is in no table now, so that its earlier split isn't known.
     vectors
         Features of those that are Training photos in ``OUT/features``.
     """
@@ -103,22 +104,22 @@ def of(out: Out, *, in_pca: bool, unseen: bool, vectors: npt.NDArray[np.float32]
     )
 
 
-def versions(out: Out, wanted: Lineage) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the published versions that saw a photo, and the registries that can't be asked.
+def versions(out: Out, evidence: Lineage) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the registered versions that saw a photo, and the registries that can't be asked.
 
-    Looks into ``OUT/mlflow.db`` and ``MLFLOW_TRACKING_URI`` (and ``MLFLOW_REGISTRY_URI``).
+    Searches ``OUT/mlflow.db`` and ``MLFLOW_TRACKING_URI`` (and ``MLFLOW_REGISTRY_URI``).
 
     Returns
     -------
     (list, list)
         For each version ``store``, ``name``, ``version``, ``aliases``, ``run``, ``model_digest``,
-        ``trained_with`` (``yes``, ``perhaps``), ``holds_vector`` and ``retired`` (false); and a
-        sentence for each registry.
+        ``trained_with`` (``yes``, ``perhaps``), ``holds_vector`` and ``retired`` (False); and a
+        sentence for each registry that can't be asked.
     """
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     silent: list[str] = []
-    if not wanted.possible:
-        return found, silent
+    if not evidence.possible:
+        return records, silent
     for uri in _stores(out):
         shown = tracking.without_password(uri)
         if not tracking.is_installed():
@@ -126,68 +127,69 @@ def versions(out: Out, wanted: Lineage) -> tuple[list[dict[str, Any]], list[str]
             continue
         try:
             with tracking.connected(uri) as client:
-                found += [{"store": shown, **one} for one in _versions(client, wanted)]
-        except Exception as error:  # noqa: BLE001 - the photo is forgotten whatever MLflow says
+                records += [{"store": shown, **one} for one in _versions(client, evidence)]
+        except Exception as error:  # noqa: BLE001 - the photo is erased whether MLflow answers or not
             reason = tracking.without_password(first_line(error)[:200])
             silent.append(f"{shown}: {reason}")
-    return found, silent
+    return records, silent
 
 
 def _stores(out: Out) -> list[str]:
     own = tracking.own_store(out)
     stores = [own] if (out.root / "mlflow.db").exists() else []
-    given = tracking.store_of(out)
-    return stores if given == own else [*stores, given]
+    configured = tracking.store_of(out)
+    return stores if configured == own else [*stores, configured]
 
 
-def _versions(client: Any, wanted: Lineage) -> Iterator[dict[str, Any]]:
+def _versions(client: Any, evidence: Lineage) -> Iterator[dict[str, Any]]:
     token = None
     while True:
         page = client.search_model_versions(max_results=PAGE, page_token=token)
         for version in page:
-            if publish.DIGEST in version.tags and (told := _ask(client, version, wanted)):
-                yield told
+            if publish.DIGEST in version.tags and (record := _judge(client, version, evidence)):
+                yield record
         token = page.token
         if not token:
             return
 
 
-def retire(out: Out, found: list[dict[str, Any]]) -> None:
-    """Delete versions from the registry in OUT, with their files; they get ``retired``.
+def retire(out: Out, records: list[dict[str, Any]]) -> None:
+    """Delete versions from the registry in OUT, with their files, and set ``retired``.
 
-    Versions in other registries stay: they are their owner's to retire.
+    Versions in other registries stay: retiring those is up to their owner.
     """
-    own = tracking.own_store(out)
-    mine = [one for one in found if one["store"] == own]
-    if not mine:
+    store = tracking.own_store(out)
+    own = [record for record in records if record["store"] == store]
+    if not own:
         return
-    with tracking.connected(own) as client:
-        for one in mine:
-            version = client.get_model_version(one["name"], one["version"])
-            client.delete_model_version(one["name"], one["version"])
-            if of_model := re.fullmatch(r"models:/(m-\w+)", str(version.source)):
-                logged = client.get_logged_model(of_model[1])
-                client.delete_logged_model(of_model[1])
+    with tracking.connected(store) as client:
+        for record in own:
+            version = client.get_model_version(record["name"], record["version"])
+            client.delete_model_version(record["name"], record["version"])
+            if model_id := re.fullmatch(r"models:/(m-\w+)", str(version.source)):
+                logged = client.get_logged_model(model_id[1])
+                client.delete_logged_model(model_id[1])
                 files = local_path(str(logged.artifact_location))
                 if files.is_relative_to(out.root):
                     shutil.rmtree(files, ignore_errors=True)
-            one["retired"] = True
+            record["retired"] = True
 
 
-def _ask(client: Any, version: Any, wanted: Lineage) -> dict[str, Any] | None:
+def _judge(client: Any, version: Any, evidence: Lineage) -> dict[str, Any] | None:
+    """Return the record of a version that saw a photo; None for other versions."""
     from mlflow.artifacts import download_artifacts
 
-    start = f"models:/{version.name}/{version.version}/data/model"
+    uri = f"models:/{version.name}/{version.version}/data/model"
     holds: bool | None = None
     try:
-        with tempfile.TemporaryDirectory() as spare:
-            file = download_artifacts(f"{start}/model.json", dst_path=spare)
+        with tempfile.TemporaryDirectory() as folder:
+            file = download_artifacts(f"{uri}/model.json", dst_path=folder)
             about = read_json(Path(file))
-            if (saw := wanted.saw(about)) is None:
+            if (saw := evidence.saw(about)) is None:
                 return None
-            tensors = download_artifacts(f"{start}/classifier.safetensors", dst_path=spare)
-            holds = wanted.holds(Path(tensors).parent, about)
-    except Exception as error:  # its files are gone or damaged: nothing clears it
+            tensors = download_artifacts(f"{uri}/classifier.safetensors", dst_path=folder)
+            holds = evidence.holds(Path(tensors).parent, about)
+    except Exception as error:  # its files are gone or damaged, so it can't be cleared
         log.warning("version %s of %s can't be read", version.version, version.name, exc_info=error)
         saw = PERHAPS
     aliases = client.get_registered_model(version.name).aliases

@@ -5,7 +5,8 @@
     publish ── compare    the challenger and the present champion on the same Test photos
             └─ _register  the version: model folder, Pomona's own code, signature, requirements
 
-``fetch`` goes the other way: from ``models:/NAME@champion`` to the folder that `model.load` reads.
+`fetch` goes the other way: from ``models:/NAME@champion`` to a folder that
+`pomona.model.artifact.load_model` reads.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from pomona.workspace.layout import Out
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 SURE = 0.05
-"""The champion changes below this p-value."""
+"""A better challenger becomes champion below this p-value."""
 DIGEST = "model_digest"
-"""The tag of a version that tells which model it is."""
+"""Tag of a version: the digest of its model."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class PublishOptions:
     """How a model becomes a version; see ``pomona publish --help``."""
 
     name: str = "pomona"
-    promote: str | None = None  # a reason
+    promote: str | None = None  # the reason to make it champion whatever the comparison says
 
 
 def publish(
@@ -53,29 +54,30 @@ def publish(
 
     The version gets the alias ``challenger``. It gets ``champion`` too if there is none yet, if it
     is right more often than the champion on the same Test photos with p < 0.05
-    (`pomona.model.metrics.paired_test`), or if ``options.promote`` says so. A model that has a
-    version already keeps it.
+    (`pomona.model.metrics.paired_test`), or if ``options.promote`` says so. A model that is
+    registered already keeps its version.
 
     Returns
     -------
     dict
-        ``name``, ``version``, ``registered`` (false: it was there), ``aliases`` (set now),
+        ``name``, ``version``, ``registered`` (False: it was there), ``aliases`` (set now),
         ``run`` (MLflow's id), ``store``, ``why`` (a sentence), and ``comparison``: what `compare`
         returns and ``champion`` (its version), or None.
 
     Raises
     ------
     RequestError
-        And its kinds: there is no model, MLflow is missing or doesn't answer. Nothing is
+        Or a subclass: there is no model, MLflow is missing or doesn't answer. Nothing is
         registered then.
     """
     options = options or PublishOptions()
     _check(options)
     folder = layout.open_out(out, must_exist=True)
     with layout.lock(folder):
-        found = artifact.load_model(folder.model)
+        model = artifact.load_model(folder.model)
         with _connected(tracking.store_of(folder)) as client:
-            return _publish(_Shelf(client, options.name), folder, found, options, on_tick)
+            registered = RegisteredModel(client, options.name)
+            return _publish(registered, folder, model, options, on_tick)
 
 
 def _check(options: PublishOptions) -> None:
@@ -87,7 +89,7 @@ def _check(options: PublishOptions) -> None:
 
 @contextlib.contextmanager
 def _connected(uri: str) -> Iterator[Any]:
-    """Give a client of MLflow's; what goes wrong there becomes one line."""
+    """Yield an MLflow client, and turn MLflow's errors into a RequestError of one line."""
     if not tracking.is_installed():
         raise MissingError("MLflow isn't installed: pip install 'pomona[mlflow]'")
     try:
@@ -108,8 +110,8 @@ def _connected(uri: str) -> Iterator[Any]:
 # --- the decision ------------------------------------------------------------------------------
 
 
-class _Shelf:
-    """The versions of one name."""
+class RegisteredModel:
+    """A name in the registry, which may not exist yet, and its versions."""
 
     def __init__(self, client: Any, name: str) -> None:
         from mlflow.exceptions import MlflowException
@@ -124,155 +126,160 @@ class _Shelf:
             self.exists = False
 
     def version_of(self, digest: str) -> Any:
-        """Return the version that is this model, or None."""
+        """Return the version of the model with this digest, or None."""
         if not self.exists:
             return None
-        versions = self.client.search_model_versions(
-            f"name='{self.name}' and tags.{DIGEST}='{digest}'"
-        )
+        condition = f"name='{self.name}' and tags.{DIGEST}='{digest}'"
+        versions = self.client.search_model_versions(condition)
         return versions[0] if versions else None
 
 
 def _publish(
-    shelf: _Shelf, out: Out, found: Model, options: PublishOptions, on_tick: OnTick
+    registered: RegisteredModel, out: Out, model: Model, options: PublishOptions, on_tick: OnTick
 ) -> dict[str, Any]:
     on_tick(Tick("publish"))
-    own, champion = shelf.version_of(found.about["digest"]), shelf.aliases.get(CHAMPION)
-    record: dict[str, Any] = {"name": shelf.name, "store": _shown_store(out), "comparison": None}
-    if own is not None and str(own.version) == str(champion):
-        record |= {"version": str(champion), "registered": False, "aliases": [], "run": own.run_id}
-        return {**record, "why": f"this model is version {champion} already, the champion"}
-    better, why, compared = _judge(shelf, out, found, on_tick)
-    tags = {name: str(value) for name, value in (compared or {}).items()}
+    version = registered.version_of(model.about["digest"])
+    champion = registered.aliases.get(CHAMPION)
+    store = tracking.without_password(tracking.store_of(out))
+    record = {"name": registered.name, "store": store, "registered": version is None}
+    if version is not None and str(version.version) == str(champion):
+        why = f"this model is version {champion} already, the champion"
+        return {**record, **_about(version), "aliases": [], "comparison": None, "why": why}
+    is_better, why, comparison = _judge(registered, out, model, on_tick)
+    tags = {name: str(value) for name, value in (comparison or {}).items()}
     if options.promote is not None:
         tags["promotion_reason"] = options.promote
-        why = why if better else f"champion by --promote ({options.promote}); on its own {why}"
-        better = True
-    tags["why"] = why
-    record["registered"] = own is None
+        if not is_better:
+            why = f"champion by --promote ({options.promote}); on its own {why}"
+        is_better = True
+    aliases = [CHALLENGER, CHAMPION] if is_better else [CHALLENGER]
     with contextlib.ExitStack() as undo:
-        if own is None:
-            own = _register(shelf, out, found, undo)
-        for name, value in tags.items():
-            shelf.client.set_model_version_tag(shelf.name, own.version, name, value)
-        aliases = [CHALLENGER, CHAMPION] if better else [CHALLENGER]
+        if version is None:
+            version = _register(registered, out, model, undo)
+        for name, value in {**tags, "why": why}.items():
+            registered.client.set_model_version_tag(registered.name, version.version, name, value)
         for alias in aliases:
-            shelf.client.set_registered_model_alias(shelf.name, alias, own.version)
+            registered.client.set_registered_model_alias(registered.name, alias, version.version)
         undo.pop_all()
-    record |= {"version": str(own.version), "aliases": aliases, "run": own.run_id}
-    return {**record, "comparison": compared, "why": why}
+    return {**record, **_about(version), "aliases": aliases, "comparison": comparison, "why": why}
 
 
-def _shown_store(out: Out) -> str:
-    return tracking.without_password(tracking.store_of(out))
+def _about(version: Any) -> dict[str, Any]:
+    return {"version": str(version.version), "run": version.run_id}
 
 
 def _judge(
-    shelf: _Shelf, out: Out, found: Model, on_tick: OnTick
+    registered: RegisteredModel, out: Out, model: Model, on_tick: OnTick
 ) -> tuple[bool, str, dict[str, Any] | None]:
     """Return whether the model becomes champion, why, and the comparison if there was one."""
-    version = shelf.aliases.get(CHAMPION)
+    version = registered.aliases.get(CHAMPION)
     if version is None:
         return True, "champion: there was none", None
+    uri = f"models:/{registered.name}/{version}"
     try:
-        champion = artifact.load_model(_fetch(shelf.client, f"models:/{shelf.name}/{version}"))
-        figures = compare(out, found, champion, on_tick)
-    except PomonaError as error:  # the version is worth keeping; only the comparison can't be made
+        champion = artifact.load_model(_fetch(registered.client, uri))
+        figures = compare(out, model, champion, on_tick)
+    except PomonaError as error:  # the version is registered all the same, without a comparison
         return False, f"not promoted: no comparison with version {version}: {error}", None
-    better = figures["accuracy"] > figures["accuracy_champion"]
-    sure = better and figures["p_value"] < SURE
-    start = "champion" if sure else "not promoted"
-    doubt = f", which may be chance (p < {SURE} is asked for)" if better and not sure else ""
-    what = "" if figures["by"] == "photo" else f" in {figures['units']} groups"
+    is_better = figures["accuracy"] > figures["accuracy_champion"]
+    is_sure = is_better and figures["p_value"] < SURE
+    verdict = "champion" if is_sure else "not promoted"
+    doubt = f", which may be chance (p < {SURE} is asked for)" if is_better and not is_sure else ""
+    groups = "" if figures["by"] == "photo" else f" in {figures['units']} groups"
     why = (
-        f"{start}: right on {figures['accuracy']:.2%} of {figures['photos']:,} Test photos{what}, "
-        f"version {version} on {figures['accuracy_champion']:.2%} "
+        f"{verdict}: right on {figures['accuracy']:.2%} of {figures['photos']:,} Test photos"
+        f"{groups}, version {version} on {figures['accuracy_champion']:.2%} "
         f"(p = {figures['p_value']:.2g}){doubt}"
     )
-    return sure, why, {"champion": str(version), **figures}
+    return is_sure, why, {"champion": str(version), **figures}
 
 
 # --- the version -------------------------------------------------------------------------------
 
 
-def _register(shelf: _Shelf, out: Out, found: Model, undo: contextlib.ExitStack) -> Any:
-    """Make a version. ``undo`` gets what takes every step back."""
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-
-    client, name = shelf.client, shelf.name
-
-    def on_failure(action: Callable[..., object], *arguments: object) -> None:
-        def attempt() -> None:
-            with contextlib.suppress(Exception):  # the first error is the one to tell
-                action(*arguments)
-
-        undo.callback(attempt)
-
+def _register(
+    registered: RegisteredModel, out: Out, model: Model, undo: contextlib.ExitStack
+) -> Any:
+    """Register a version and return it. ``undo`` gets the reversal of each step."""
+    client, name = registered.client, registered.name
     if (run := tracking.recorded_run(client, out)) is None:
-        run = _new_run(client, out, found)
-        on_failure(client.delete_run, run)
-    experiment = client.get_run(run).info.experiment_id
-    logged = client.create_logged_model(experiment, name=name, source_run_id=run)
-    on_failure(client.delete_logged_model, logged.model_id)
-    with tempfile.TemporaryDirectory() as spare:
-        pyfunc.save(Path(spare, "model"), found, run, logged)
-        client.log_model_artifacts(logged.model_id, str(Path(spare, "model")))
-    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-    client.log_outputs(run, [LoggedModelOutput(logged.model_id, step=0)])
-    if not shelf.exists:
+        run = _new_run(client, out, model)
+        undo.callback(_attempt, client.delete_run, run)
+    logged = _log_model(client, name, model, run, undo)
+    if not registered.exists:
         client.create_registered_model(name)
-        on_failure(client.delete_registered_model, name)
+        undo.callback(_attempt, client.delete_registered_model, name)
     version = client.create_model_version(
         name,
         f"models:/{logged.model_id}",
         run,
-        tags={DIGEST: found.about["digest"], "pomona": pomona.__version__},
+        tags={DIGEST: model.about["digest"], "pomona": pomona.__version__},
         model_id=logged.model_id,
     )
-    on_failure(client.delete_model_version, name, version.version)
+    undo.callback(_attempt, client.delete_model_version, name, version.version)
     return version
 
 
-def _new_run(client: Any, out: Out, found: Model) -> str:
-    stages = read_json(out.manifest).get("stages", {})
-    if stages.get("train", {}).get("digests") != found.about["digests"]:
-        stages.pop("train", None)  # of another model: this one was put there by hand
-    params, numbers = tracking.figures(stages)
-    return tracking.new_run(client, out, params, numbers, tracking.artifacts(out))
+def _attempt(action: Callable[..., object], *arguments: object) -> None:
+    with contextlib.suppress(Exception):  # the error that led here is the one to report
+        action(*arguments)
+
+
+def _log_model(client: Any, name: str, model: Model, run: str, undo: contextlib.ExitStack) -> Any:
+    """Upload the model's files as an output of a run; returns MLflow's logged model."""
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+    experiment = client.get_run(run).info.experiment_id
+    logged = client.create_logged_model(experiment, name=name, source_run_id=run)
+    undo.callback(_attempt, client.delete_logged_model, logged.model_id)
+    with tempfile.TemporaryDirectory() as folder:
+        pyfunc.save(Path(folder, "model"), model, run, logged)
+        client.log_model_artifacts(logged.model_id, str(Path(folder, "model")))
+    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    client.log_outputs(run, [LoggedModelOutput(logged.model_id, step=0)])
+    return logged
+
+
+def _new_run(client: Any, out: Out, model: Model) -> str:
+    records = read_json(out.manifest).get("stages", {})
+    if records.get("train", {}).get("digests") != model.about["digests"]:
+        records.pop("train", None)  # the record of another model: this one was copied into OUT
+    params, metrics = tracking.figures(records)
+    return tracking.new_run(client, out, params, metrics, tracking.artifacts(out))
 
 
 # --- fetching ----------------------------------------------------------------------------------
 
 
 def fetch(uri: str) -> Path:
-    """Download a model and return the folder that `load_model` reads. Runs no code of it.
+    """Download a model and return a folder that `load_model` reads. Runs no code of the model.
 
     Parameters
     ----------
     uri
         ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``runs:/RUN/model``, looked up at
-        ``MLFLOW_TRACKING_URI`` (and ``MLFLOW_REGISTRY_URI``). A version that was fetched before
-        comes from the cache folder.
+        ``MLFLOW_TRACKING_URI`` (and ``MLFLOW_REGISTRY_URI``). A version fetched before comes from
+        the cache folder.
 
     Raises
     ------
     RequestError
         If there is no such model, it isn't Pomona's, or MLflow doesn't answer.
     MismatchError
-        If a file of it was changed.
+        If one of its files was changed.
     MissingError
         If MLflow isn't installed.
     """
-    where = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_REGISTRY_URI")
-    if not where:
+    store = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_REGISTRY_URI")
+    if not store:
         raise RequestError(
             f"{uri} is in no known place: set MLFLOW_TRACKING_URI to the server, or to "
             "sqlite:////…/OUT/mlflow.db"
         )
-    database = re.fullmatch(r"sqlite:///(.+)", where)
-    if database and not Path(database[1]).exists():  # MLflow would make an empty one
+    database = re.fullmatch(r"sqlite:///(.+)", store)
+    if database and not Path(database[1]).exists():  # MLflow would create it
         raise RequestError(f"MLFLOW_TRACKING_URI names {database[1]}, and there is no such file")
-    with _connected(where) as client:
+    with _connected(store) as client:
         return _fetch(client, uri)
 
 
@@ -280,15 +287,15 @@ def _fetch(client: Any, uri: str) -> Path:
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    shelf = cache_folder() / "models"
+    cache = cache_folder() / "models"
     try:
         digest = _digest_of(client, uri)
-        if digest and _is_whole(shelf / digest):
-            return shelf / digest
-        shelf.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=shelf) as spare:
-            place = Path(download_artifacts(artifact_uri=uri, dst_path=spare))
-            return _keep(place, shelf, uri, digest)
+        if digest and _is_intact(cache / digest):
+            return cache / digest
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            downloaded = Path(download_artifacts(artifact_uri=uri, dst_path=folder))
+            return _move_to_cache(downloaded, cache, uri, digest)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
@@ -299,7 +306,7 @@ def _fetch(client: Any, uri: str) -> Path:
 
 
 def _digest_of(client: Any, uri: str) -> str | None:
-    """Return which model a version is; None for other URIs and versions that Pomona didn't make."""
+    """Return the digest of a version's model; None for other URIs and versions not by Pomona."""
     parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
     if parts is None:
         return None
@@ -312,26 +319,26 @@ def _digest_of(client: Any, uri: str) -> str | None:
     return digest if re.fullmatch("[0-9a-f]{64}", digest) else None
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_intact(folder: Path) -> bool:
     try:
         return bool(artifact.load_model(folder).about["digest"] == folder.name)
     except RequestError:
         return False
 
 
-def _keep(place: Path, shelf: Path, uri: str, digest: str | None) -> Path:
-    """Check what was downloaded and put its model into the cache."""
-    found = sorted(place.rglob("model.json"), key=lambda path: len(path.parts))
-    if not found:
+def _move_to_cache(downloaded: Path, cache: Path, uri: str, digest: str | None) -> Path:
+    """Check a download and move its model's folder into the cache."""
+    manifests = sorted(downloaded.rglob("model.json"), key=lambda path: len(path.parts))
+    if not manifests:
         raise RequestError(f"{uri} holds no model of Pomona's: pomona publish registers one")
-    whole = artifact.load_model(found[0].parent)
-    if digest and whole.about["digest"] != digest:
+    model = artifact.load_model(manifests[0].parent)
+    if digest and model.about["digest"] != digest:
         raise MismatchError(
             f"{uri} was changed: it isn't the model that was registered; publish it again"
         )
-    kept = shelf / str(whole.about["digest"])
-    if not _is_whole(kept):
-        shutil.rmtree(kept, ignore_errors=True)
+    cached = cache / str(model.about["digest"])
+    if not _is_intact(cached):
+        shutil.rmtree(cached, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process was quicker
-            whole.folder.rename(kept)
-    return kept
+            model.folder.rename(cached)
+    return cached

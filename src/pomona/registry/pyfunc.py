@@ -1,7 +1,7 @@
 """A registered model as MLflow runs it: ``mlflow models serve``, ``mlflow.pyfunc.load_model``.
 
-`save` writes it. MLflow then calls `_load_pyfunc` with the model's folder: nothing is unpickled,
-and running it needs few of Pomona's dependencies.
+`save` writes it. To run it MLflow calls `_load_pyfunc` with the model's folder: nothing is
+unpickled, and few of Pomona's dependencies are needed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from pomona.model.artifact import Model
 from pomona.model.recogniser import ANSWERS, make_recogniser, recognise
 
 COLUMN = "image"
-"""Of the input: a photo's file as bytes, or the same as base64 text."""
+"""Input column: a photo's file as bytes, or as base64 text."""
 TOP = 3
+"""Default number of labels for each photo."""
 NOT_A_FILE = b"\0"
-"""In the place of what isn't base64: no image, so its row says ``not_an_image``."""
+"""Replaces text that isn't base64, so that its row says ``not_an_image``."""
 
-NEEDS = ("mlflow", "numpy", "onnxruntime", "onnxruntime-gpu", "pandas", "pillow", "pyarrow")
-"""What serving imports, where it is installed. Pomona itself travels in the version, as code."""
+REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "onnxruntime-gpu", "pandas", "pillow", "pyarrow")
+"""Packages that serving imports, if installed here. Pomona itself is part of the version."""
 
 _TYPES = {
     pa.string(): "string",
@@ -36,22 +37,22 @@ _TYPES = {
     pa.float32(): "float",
 }
 
-# --- running it --------------------------------------------------------------------------------
+# --- running -----------------------------------------------------------------------------------
 
 
 def _load_pyfunc(path: str) -> Served:
-    """Read and check the model. MLflow asks for a function of this name."""
+    """Read and check the model. MLflow calls a function of this name."""
     return Served(artifact.load_model(Path(path)))
 
 
 class Served:
     """A model behind MLflow's interface."""
 
-    def __init__(self, found: Model) -> None:
-        self.model = found
+    def __init__(self, model: Model) -> None:
+        self.model = model
 
     def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
-        """Answer for photos; calls `pomona.model.recogniser.recognise`.
+        """Recognise photos by `pomona.model.recogniser.recognise`.
 
         Parameters
         ----------
@@ -63,16 +64,16 @@ class Served:
         Returns
         -------
         pandas.DataFrame
-            One row for each photo, in the same order, with the columns of `ANSWERS`; the cells are
-            Python's, so that a missing one becomes JSON's null.
+            One row for each photo, in the same order, with the columns of `ANSWERS`. Cells are
+            Python objects, so that a missing value becomes null in JSON.
         """
         import pandas
 
         top = int((params or {}).get("top", TOP))
         images = [row[COLUMN] for row in data] if isinstance(data, list) else list(data[COLUMN])
-        found = make_recogniser(self.model, top)
-        batches = _batches(images, found.spec.batch_size)
-        rows = [row for batch in recognise(batches, found) for row in batch.to_pylist()]
+        recogniser = make_recogniser(self.model, top)
+        batches = _batches(images, recogniser.spec.batch_size)
+        rows = [row for batch in recognise(batches, recogniser) for row in batch.to_pylist()]
         return pandas.DataFrame(rows, columns=ANSWERS.names, dtype=object)
 
 
@@ -83,7 +84,7 @@ def _batches(images: list[Any], size: int) -> Iterator[pa.RecordBatch]:
 
 
 def content(image: Any) -> bytes | None:
-    """Return a photo's file; None (its row says ``unreadable``) where the cell is empty."""
+    """Return a photo's file; None, which gives ``unreadable``, if the cell is empty."""
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if image is None or isinstance(image, float):  # pandas' missing value is NaN
@@ -94,11 +95,11 @@ def content(image: Any) -> bytes | None:
         return NOT_A_FILE
 
 
-# --- writing it --------------------------------------------------------------------------------
+# --- writing -----------------------------------------------------------------------------------
 
 
-def save(place: Path, found: Model, run: str, logged: Any) -> None:
-    """Write MLflow's form of the model: no pickle, and no example, since a photo is somebody's."""
+def save(folder: Path, model: Model, run: str, logged: Any) -> None:
+    """Write MLflow's form of the model: no pickle, and no input example (photos are private)."""
     import mlflow.pyfunc
     from mlflow.models import Model as Description
 
@@ -109,11 +110,11 @@ def save(place: Path, found: Model, run: str, logged: Any) -> None:
         model_id=logged.model_id,
     )
     mlflow.pyfunc.save_model(
-        str(place),
+        str(folder),
         mlflow_model=description,
         loader_module=__name__,
-        data_path=str(found.folder),
-        # The code that made it: it is in no package index, and answers stay the same.
+        data_path=str(model.folder),
+        # Pomona is in no package index, and the same code gives the same answers.
         code_paths=[str(Path(pomona.__file__).parent)],
         pip_requirements=_requirements(),
         signature=_signature(),
@@ -121,23 +122,23 @@ def save(place: Path, found: Model, run: str, logged: Any) -> None:
 
 
 def _requirements() -> list[str]:
-    found = []
-    for name in NEEDS:
+    pins = []
+    for name in REQUIREMENTS:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found.append(f"{name}=={metadata.version(name)}")
-    return found
+            pins.append(f"{name}=={metadata.version(name)}")
+    return pins
 
 
 def _signature() -> Any:
-    """Return what goes in and out. ``image`` is declared as text; bytes pass as well."""
+    """Return MLflow's schema of input and output. ``image`` is declared as text; bytes pass too."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import Array
 
-    def kind(found: pa.DataType) -> Any:
-        if pa.types.is_list(found):
-            return Array(kind(found.value_type))
-        return DataType[_TYPES[found]]
+    def kind(arrow: pa.DataType) -> Any:
+        if pa.types.is_list(arrow):
+            return Array(kind(arrow.value_type))
+        return DataType[_TYPES[arrow]]
 
     columns = [ColSpec(kind(field.type), field.name, required=False) for field in ANSWERS]
     return ModelSignature(

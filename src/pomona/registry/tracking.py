@@ -1,4 +1,4 @@
-"""MLflow: one run for one ``pomona run``. A server that doesn't answer never costs the run."""
+"""MLflow runs: one for each ``pomona run``, which an MLflow server that is down can't fail."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from pomona.workspace.layout import Out
 log = logging.getLogger("pomona")
 
 STAGE = "track"
-"""Where ``OUT/manifest.json`` keeps the last run's store and id."""
+"""Entry of ``OUT/manifest.json`` with the store and the id of the last run."""
 
 _SETTINGS = {
-    # A server that is down must not hold the run up: MLflow's default is seven tries of 120 s.
+    # A server that is down must not delay the run: by default MLflow tries seven times for 120 s.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # Otherwise a uv.lock of the working directory decides what a version of the model needs.
+    # Otherwise a uv.lock in the working directory decides a version's requirements.
     "MLFLOW_UV_AUTO_DETECT": "false",
-    # MLflow reports its use to its makers, and `pomona run` needs no network.
+    # MLflow reports its use to its developers, and `pomona run` needs no network.
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-"""Of MLflow's, where the user has set none."""
+"""MLflow's settings, if the user has set none."""
 
 
 # --- the store ---------------------------------------------------------------------------------
@@ -47,17 +47,17 @@ def is_installed() -> bool:
 
 
 def store_of(out: Out) -> str:
-    """Return ``MLFLOW_TRACKING_URI``, or the store in OUT."""
+    """Return ``MLFLOW_TRACKING_URI``, or `own_store`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or own_store(out)
 
 
 def own_store(out: Out) -> str:
-    """Return the store in OUT."""
+    """Return the URI of the database in OUT."""
     return f"sqlite:///{out.root / 'mlflow.db'}"
 
 
 def without_password(text: str) -> str:
-    """Return a text whose URIs hold neither user nor password.
+    """Return a text without user names and passwords in its URIs.
 
     >>> without_password("https://ann:secret@host/x failed")
     'https://host/x failed'
@@ -67,19 +67,19 @@ def without_password(text: str) -> str:
 
 @contextlib.contextmanager
 def connected(uri: str) -> Iterator[Any]:
-    """Give a client of a store. MLflow is quiet and gives up soon, until this is closed.
+    """Give a client of a store. Meanwhile MLflow is quiet, gives up soon and uses that store.
 
-    What MLflow itself looks up (``models:/NAME@alias``) it looks up there too; the registry may be
-    another by ``MLFLOW_REGISTRY_URI``.
+    That concerns what MLflow itself looks up (``models:/NAME@alias``). The registry may be another
+    one by ``MLFLOW_REGISTRY_URI``.
 
     Yields
     ------
     mlflow.MlflowClient
     """
-    wanted = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
-    wanted["MLFLOW_TRACKING_URI"] = uri
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    settings = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+    settings["MLFLOW_TRACKING_URI"] = uri
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         with _quiet():
             from mlflow import MlflowClient
@@ -97,7 +97,7 @@ def connected(uri: str) -> Iterator[Any]:
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(mlflow|sqlalchemy|alembic|pydantic)(\.|$)")
-        import mlflow  # noqa: F401 - it sets its loggers' levels, so it comes before ours
+        import mlflow  # noqa: F401 - sets the levels of its loggers, so it comes first
 
         loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
         before = [logger.level for logger in loggers]
@@ -110,7 +110,7 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-# --- what a run carries ------------------------------------------------------------------------
+# --- the content of a run ----------------------------------------------------------------------
 
 
 def figures(records: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
@@ -119,27 +119,27 @@ def figures(records: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float
     Parameters
     ----------
     records
-        By stage, as in the manifest: ``extract``, ``reduce``, and ``train`` if it ran.
+        Of stages, as in the manifest: ``extract``, ``reduce``, and ``train`` if it ran.
     """
-    first, second = records["extract"], records["reduce"]
-    settings = {k: v for k, v in first["settings"].items() if k != "preprocessing"}
-    params = {"source": first["source"], **settings, **second["made_from"]["settings"]}
-    numbers = {
-        "photos": first["photos"],
-        "labels": first["labels"],
-        "rejected": sum(first["rejected"].values()),
-        "photos_computed": first["times"]["computed"],
-        "photos_per_second": first["times"]["photos_per_second"],
-        "components_kept": second["components"],
-        "variance_kept": second["variance_kept"],
-        **{f"seconds_{k}": v for k, v in first["times"]["seconds"].items()},
-        **{f"seconds_{k}": v for k, v in second["times"]["seconds"].items()},
+    extract, reduce = records["extract"], records["reduce"]
+    settings = {k: v for k, v in extract["settings"].items() if k != "preprocessing"}
+    params = {"source": extract["source"], **settings, **reduce["made_from"]["settings"]}
+    metrics = {
+        "photos": extract["photos"],
+        "labels": extract["labels"],
+        "rejected": sum(extract["rejected"].values()),
+        "photos_computed": extract["times"]["computed"],
+        "photos_per_second": extract["times"]["photos_per_second"],
+        "components_kept": reduce["components"],
+        "variance_kept": reduce["variance_kept"],
+        **{f"seconds_{k}": v for k, v in extract["times"]["seconds"].items()},
+        **{f"seconds_{k}": v for k, v in reduce["times"]["seconds"].items()},
     }
     train = records.get("train", {})
     if "made_from" in train:  # it wasn't skipped
         params |= _train_params(train)
-        numbers |= _train_metrics(train)
-    return params, {k: float(v) for k, v in numbers.items() if v is not None}
+        metrics |= _train_metrics(train)
+    return params, {k: float(v) for k, v in metrics.items() if v is not None}
 
 
 def _train_params(train: dict[str, Any]) -> dict[str, Any]:
@@ -158,20 +158,20 @@ def _train_params(train: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train_metrics(train: dict[str, Any]) -> dict[str, Any]:
-    """Flatten: ``test_accuracy``, ``test_accuracy_low``, …, ``cv_accuracy``, …."""
-    found = {f"seconds_train_{k}": v for k, v in train["times"]["seconds"].items()}
-    for part, start in (("cross_validation", "cv"), ("test", "test")):
+    """Return metrics by flat names: ``test_accuracy``, ``test_accuracy_low``, ``cv_accuracy`` …."""
+    metrics = {f"seconds_train_{k}": v for k, v in train["times"]["seconds"].items()}
+    for part, prefix in (("cross_validation", "cv"), ("test", "test")):
         for name, value in train["metrics"].get(part, {}).items():
             if isinstance(value, dict):
-                found[f"{start}_{name}"] = value["value"]
-                found |= {f"{start}_{name}_{end}": value[end] for end in ("low", "high")}
+                metrics[f"{prefix}_{name}"] = value["value"]
+                metrics |= {f"{prefix}_{name}_{bound}": value[bound] for bound in ("low", "high")}
             elif not isinstance(value, str):
-                found[f"{start}_{name}"] = value
-    return found
+                metrics[f"{prefix}_{name}"] = value
+    return metrics
 
 
 def artifacts(out: Out) -> list[Path]:
-    """Return what goes with a run: the report and its pictures, the model, what ran."""
+    """Return the files and folders to upload: report, model, manifest, rejected photos."""
     return [out.report, out.model, out.manifest, out.rejected]
 
 
@@ -188,7 +188,7 @@ def record(
     files: Sequence[Path],
     curves: Mapping[str, Curve] | None = None,
 ) -> str:
-    """Write a run to ``MLFLOW_TRACKING_URI``, or to ``OUT/mlflow.db``.
+    """Write a run to ``MLFLOW_TRACKING_URI``, or to ``OUT/mlflow.db``. Never raises.
 
     Returns
     -------
@@ -201,7 +201,7 @@ def record(
     try:
         with connected(uri) as client:
             run_id = new_run(client, out, params, metrics, files, curves)
-    except Exception as error:  # a run that is done is not lost to its book-keeping
+    except Exception as error:  # the run itself succeeded
         log.warning("MLflow failed", exc_info=error)
         reason = first_line(error)[:200]
         return without_password(f"not recorded: MLflow at {uri} failed ({reason})")
@@ -218,26 +218,12 @@ def new_run(
 ) -> str:
     """Write a run, note it in the manifest, and return its id.
 
-    Files and folders lie in the run where they lie in OUT; what doesn't exist is left out.
+    Files and folders have the same relative paths in the run as in OUT; missing ones are left out.
     """
-    from mlflow.entities import Metric, Param
-
     run_id = str(client.create_run(_experiment(client, out), run_name=out.root.name).info.run_id)
     status = "FAILED"
     try:
-        now = int(time.time() * 1000)
-        client.log_batch(
-            run_id,
-            [
-                *(Metric(name, value, now, 0) for name, value in metrics.items()),
-                *(
-                    Metric(f"curve_{name}", value, now, step)
-                    for name, curve in (curves or {}).items()
-                    for step, value in curve
-                ),
-            ],
-            [Param(name, str(value)) for name, value in params.items()],
-        )
+        _log(client, run_id, params, metrics, curves or {})
         for path in files:
             if path.is_dir():
                 client.log_artifacts(run_id, str(path), path.name)
@@ -246,45 +232,64 @@ def new_run(
         status = "FINISHED"
     finally:
         client.set_terminated(run_id, status)
-    about = {"store": without_password(store_of(out)), "run": run_id, "model": model_digest(out)}
-    layout.update(out, STAGE, about)
+    layout.update(out, STAGE, {**_identity(out), "run": run_id})
     return run_id
 
 
+def _log(
+    client: Any,
+    run_id: str,
+    params: dict[str, Any],
+    metrics: dict[str, float],
+    curves: Mapping[str, Curve],
+) -> None:
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    entries = [Metric(name, value, now, 0) for name, value in metrics.items()]
+    for name, curve in curves.items():
+        entries += [Metric(f"curve_{name}", value, now, step) for step, value in curve]
+    client.log_batch(run_id, entries, [Param(name, str(value)) for name, value in params.items()])
+
+
 def _folder(out: Out, path: Path) -> str | None:
-    inside = path.parent.relative_to(out.root).as_posix() if path.is_relative_to(out.root) else "."
-    return None if inside == "." else inside
+    folder = path.parent.relative_to(out.root).as_posix() if path.is_relative_to(out.root) else "."
+    return None if folder == "." else folder
+
+
+def _identity(out: Out) -> dict[str, str | None]:
+    """Return store and model, by which `recorded_run` knows a run of this very model."""
+    return {"store": without_password(store_of(out)), "model": model_digest(out)}
 
 
 def _experiment(client: Any, out: Out) -> str:
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "pomona")
-    if (found := client.get_experiment_by_name(name)) is not None:
-        return str(found.experiment_id)
+    if (experiment := client.get_experiment_by_name(name)) is not None:
+        return str(experiment.experiment_id)
     # Beside the database, which several OUTs may share; MLflow would take the working directory.
-    local = re.fullmatch(r"sqlite:///(.+)", store_of(out))
-    place = Path(local[1]).resolve().parent / "mlflow-artifacts" if local else None
-    return str(client.create_experiment(name, artifact_location=place and place.as_uri()))
+    database = re.fullmatch(r"sqlite:///(.+)", store_of(out))
+    folder = Path(database[1]).resolve().parent / "mlflow-artifacts" if database else None
+    return str(client.create_experiment(name, artifact_location=folder and folder.as_uri()))
 
 
 def recorded_run(client: Any, out: Out) -> str | None:
-    """Return the id of the run of this very model in this store, if there is one."""
+    """Return the id of the run of OUT's present model in its store, or None."""
     from mlflow.exceptions import MlflowException
 
-    about = read_json(out.manifest).get("stages", {}).get(STAGE, {})
-    wanted = {"store": without_password(store_of(out)), "model": model_digest(out)}
-    if {name: about.get(name) for name in wanted} != wanted:
+    recorded = read_json(out.manifest).get("stages", {}).get(STAGE, {})
+    if {name: recorded.get(name) for name in ("store", "model")} != _identity(out):
         return None
     try:
-        found = client.get_run(about["run"]).info
+        run = client.get_run(recorded["run"]).info
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-    return str(found.run_id) if found.lifecycle_stage == "active" else None
+    return str(run.run_id) if run.lifecycle_stage == "active" else None
 
 
 def model_digest(out: Out) -> str | None:
-    """Return the digest that stands in ``OUT/model/model.json``; None where there is no model."""
+    """Return the digest in ``OUT/model/model.json``; None if there is no model."""
     try:
         return str(json.loads((out.model / "model.json").read_bytes())["digest"])
     except (OSError, ValueError, KeyError):

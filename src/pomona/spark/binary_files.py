@@ -1,4 +1,4 @@
-"""Photos as Spark DataFrames: URIs that only Hadoop knows, and `load_images` for notebooks."""
+"""Photos as Spark DataFrames: sources that only Hadoop reads, and `load_images`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pomona.core.errors import (
-    RequestError,
-    SourceError,
-    first_line,
-)
+from pomona.core.errors import RequestError, SourceError, first_line
 from pomona.core.parquet import sliced
 from pomona.core.schema import FILES, IMAGES, ddl
 from pomona.photos import reading
@@ -28,18 +24,17 @@ from pomona.spark.session import root_cause
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-
 log = logging.getLogger("pomona")
 
 
 def modified_in_hadoop(spark: SparkSession, uri: str) -> int:
-    """Return a file's time in milliseconds; 0 over Spark Connect, where Hadoop is out of reach."""
+    """Return a file's modification time in ms; 0 over Spark Connect, which can't ask Hadoop."""
     try:
         path = spark.sparkContext._jvm.org.apache.hadoop.fs.Path(uri)
         conf = spark.sparkContext._jsc.hadoopConfiguration()
         return int(path.getFileSystem(conf).getFileStatus(path).getModificationTime())
-    except Exception as error:  # noqa: BLE001 - no JVM over Connect; or the file has gone since
-        log.warning("no time for %s: %s", uri, first_line(error))
+    except Exception as error:  # noqa: BLE001 - no JVM over Connect, or the file is deleted
+        log.warning("no modification time of %s: %s", uri, first_line(error))
         return 0
 
 
@@ -61,7 +56,7 @@ def binary_files(spark: SparkSession, root: str) -> DataFrame:
         spark.read.format("binaryFile")
         .option("recursiveFileLookup", "true")
         .option("pathGlobFilter", "{" + pattern + "}")
-        # A file that vanishes or can't be read gives no row here; `add_missing` gives it one.
+        # A file that vanishes or can't be read gives no row here; extract adds one for it.
         .option("ignoreMissingFiles", "true")
         .option("ignoreCorruptFiles", "true")
         .load(_escape_glob(root))
@@ -75,64 +70,71 @@ def _escape_glob(path: str) -> str:
 def list_hadoop(spark: SparkSession, source: Source) -> Listing:
     """List a source through Spark's ``binaryFile``, without reading contents.
 
-    Hadoop passes over names that start with ``_`` or ``.``. Spark's scan passes over files of no
-    bytes too, so those come from the list of files that it was planned on.
+    Hadoop skips names that start with ``_`` or ``.``. Spark's scan skips empty files too; those are
+    taken from the list of files that the scan was planned on.
+
+    Raises
+    ------
+    SourceError
+        If it can't be listed.
     """
     try:
         frame = binary_files(spark, source.root)
         table = frame.select("path", "length", "modificationTime").toArrow()
-        inputs = [unquote(uri) for uri in frame.inputFiles()]
+        planned = [unquote(uri) for uri in frame.inputFiles()]
     except Exception as error:
         log.exception("binaryFile can't list")
         raise SourceError(f"{source.root} can't be listed: {root_cause(error)}") from error
-    modified = pc.cast(table["modificationTime"], pa.int64())
-    whole = pc.multiply(pc.divide(modified, 1000), 1000)
+    microseconds = pc.cast(table["modificationTime"], pa.int64())
+    modified = pc.multiply(pc.divide(microseconds, 1000), 1000)  # whole milliseconds, as `FILES`
     paths = hadoop_relative(table["path"], source.root)
-    columns = [paths, table["length"], pc.cast(whole, FILES.field("modified").type)]
+    columns = [paths, table["length"], pc.cast(modified, FILES.field("modified").type)]
     scanned = pa.table(columns, schema=FILES)
-    return Listing(pa.concat_tables([scanned, _empty_files(spark, source.root, inputs, paths)]))
+    return Listing(pa.concat_tables([scanned, _empty_files(spark, source.root, planned, paths)]))
 
 
 def _empty_files(
-    spark: SparkSession, root: str, inputs: list[str], scanned: pa.ChunkedArray
+    spark: SparkSession, root: str, planned: list[str], scanned: pa.ChunkedArray
 ) -> pa.Table:
-    """Return the planned files that the scan passed over: their size is 0."""
-    relative = hadoop_relative(pa.chunked_array([pa.array(inputs, pa.string())]), root)
+    """Return the planned files that the scan skipped: their size is 0."""
+    relative = hadoop_relative(pa.chunked_array([pa.array(planned, pa.string())]), root)
     seen = set(scanned.to_pylist())
-    rows = [
-        (path, 0, modified_in_hadoop(spark, uri))
-        for path, uri in zip(relative.to_pylist(), inputs, strict=True)
-        if path not in seen
-    ]
-    times = pa.array([row[2] * 1000 for row in rows], pa.int64()).cast(FILES.field("modified").type)
-    return pa.table([[row[0] for row in rows], [row[1] for row in rows], times], schema=FILES)
+    uris = dict(zip(relative.to_pylist(), planned, strict=True))
+    paths = [path for path in uris if path not in seen]
+    microseconds = [1000 * modified_in_hadoop(spark, uris[path]) for path in paths]
+    modified = pa.array(microseconds, pa.int64()).cast(FILES.field("modified").type)
+    return pa.table([paths, [0] * len(paths), modified], schema=FILES)
 
 
 def hadoop_relative(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
-    """Hadoop writes file:/x where the user wrote file:///x: compare what follows the authority."""
-    bare = pc.replace_substring_regex(paths, r"^[A-Za-z][A-Za-z0-9+.-]*:(//[^/]*)?", "")
-    start = re.sub(r"^[A-Za-z][A-Za-z0-9+.-]*:(//[^/]*)?", "", root).rstrip("/")
+    """Return Hadoop's URIs relative to the source.
+
+    Scheme and authority are left out first: Hadoop writes file:/x where the user wrote file:///x.
+    """
+    origin = r"^[A-Za-z][A-Za-z0-9+.-]*:(//[^/]*)?"
+    start = re.sub(origin, "", root).rstrip("/")
+    bare = pc.replace_substring_regex(paths, origin, "")
     return pc.utf8_slice_codeunits(bare, len(start) + 1)
 
 
 class HadoopPhotos:
-    """Gives ``binaryFile``'s rows the columns of a list of photos. Picklable; runs on workers."""
+    """Join ``binaryFile``'s rows with a list of photos, by path. Picklable; runs on workers."""
 
     def __init__(self, root: str, photos: pa.Table) -> None:
         self.root = root
         self.photos = photos.combine_chunks()
-        self._places: dict[str, int] = {}
+        self._rows: dict[str, int] = {}  # row of each path, made on the worker
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield the photos that are in the list, with ``content``."""
-        if not self._places:
-            self._places = {path: n for n, path in enumerate(self.photos["path"].to_pylist())}
+        if not self._rows:
+            self._rows = {path: n for n, path in enumerate(self.photos["path"].to_pylist())}
         for batch in batches:
             paths = hadoop_relative(pa.chunked_array([batch["path"]]), self.root).to_pylist()
-            here = [number for number, path in enumerate(paths) if path in self._places]
-            rows = self.photos.take(pa.array([self._places[paths[n]] for n in here], pa.int64()))
-            contents = [batch["content"][number].as_py() for number in here]
-            for photos in rows.combine_chunks().to_batches():
+            listed = [n for n, path in enumerate(paths) if path in self._rows]
+            rows = pa.array([self._rows[paths[n]] for n in listed], pa.int64())
+            contents = [batch["content"][n].as_py() for n in listed]
+            for photos in self.photos.take(rows).combine_chunks().to_batches():
                 yield reading.with_content(photos, contents)
 
 
@@ -141,18 +143,16 @@ def load_images(spark: SparkSession, path: str, split: str | None = None) -> Dat
 
     Parameters
     ----------
-    spark
-        A session.
     path
-        A source.
+        A source: a folder, an archive or a URI.
     split
         ``Training`` or ``Test``; all photos by default.
 
     Returns
     -------
     DataFrame
-        ``content`` (binary) is null where a photo can't be read. It is read when the frame is used.
-        Of a URI that only Hadoop knows, empty files and files that are gone give no row.
+        Lazy: ``content`` (binary) is read when the frame is used, and null where a photo can't be
+        read. In a source that only Hadoop reads, empty and deleted files give no row.
 
     Raises
     ------
@@ -186,18 +186,19 @@ def load_images(spark: SparkSession, path: str, split: str | None = None) -> Dat
     if not photos.num_rows:
         raise SourceError(f"{path} holds no photos" + (f" in {split}" if split else ""))
 
-    named = photos.select(["path", "label", "filename"])
+    photos = photos.select(["path", "label", "filename"])
     if source.kind == "hadoop":
         frame = binary_files(spark, source.root).select(*BINARY_FILE.names)
-        with_bytes = functools.partial(_select_images, HadoopPhotos(source.root, named))
+        with_bytes = functools.partial(_select_images, HadoopPhotos(source.root, photos))
     else:
-        frame = spark.createDataFrame(named)
-        with_bytes = functools.partial(_select_images, functools.partial(_read_small, source))
+        frame = spark.createDataFrame(photos)
+        with_bytes = functools.partial(_select_images, functools.partial(_read_slices, source))
     return frame.mapInArrow(with_bytes, ddl(IMAGES))
 
 
-def _read_small(source: Source, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    return reading.read(sliced(batches, 8), source)  # bounds the bytes held at a time
+def _read_slices(source: Source, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Read eight photos at a time, so that a worker stays small. Runs on workers."""
+    return reading.read(sliced(batches, 8), source)
 
 
 def _select_images(

@@ -1,8 +1,8 @@
-"""DataFrame to DataFrame: a column of photos gets columns beside it. `predict_images` is one such.
+"""A column of photos gets columns beside it: features (`add_features`), or predictions.
 
-Everything is lazy, and works over Spark Connect too: only `mapInArrow` runs on executors. Photos
-come in the Arrow batches that Spark makes, of 64 MB at most (``maxBytesPerBatch``); a worker looks
-at a few rows of one at a time.
+Everything is lazy, and works over Spark Connect too: only ``mapInArrow`` runs on executors. Photos
+come in the Arrow batches that Spark makes, of 64 MB at most (``maxBytesPerBatch``); a worker
+decodes a few rows of a batch at a time.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from pomona.backbone.spec import BackboneSpec
 from pomona.core.errors import RequestError
 from pomona.core.parquet import sliced
 from pomona.core.schema import nulls
-from pomona.model import artifact as models
-from pomona.model.artifact import Model
+from pomona.model.artifact import Model, load_model
 from pomona.model.recogniser import ANSWERS, Recogniser, make_recogniser, recognise, with_threads
 from pomona.photos.reading import read_uris
 from pomona.spark import executors
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pomona")
 
 Work = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
-"""Batches with ``content`` to batches with as many rows and what was made of it."""
+"""Batches with ``content`` to batches of as many rows with computed columns."""
 
 
 def add_features(
@@ -48,29 +47,29 @@ def add_features(
     *,
     strict: bool = False,
 ) -> DataFrame:
-    """Add the features of a column of photos, and a code where there are none. Lazy.
+    """Add the features of a column of photos, and an error code where there are none. Lazy.
 
     Parameters
     ----------
     column
         Bytes (binary), or paths and URIs (string) that workers can read.
     features, error
-        Names of the new columns: array<float> of 1280 or null, and a code or null.
+        Names of the new columns: array<float> of 1280 or null, and an error code or null.
     strict
-        Let a photo that can't be used stop the job.
+        Whether a photo that can't be used stops the job.
 
     Raises
     ------
     RequestError
-        If there is no such column, it holds something else, or a new name is taken.
+        If there is no such column, its type is another, or a new name is taken.
     """
     spec = fit_spec(spec, frame.sparkSession)
-    made = [
+    columns = [
         (features, pa.field("features", pa.list_(pa.float32()))),
         (error, pa.field("error", pa.string())),
     ]
     work = functools.partial(_extract_at_task, spec=spec)
-    return _add(frame, column, work, spec.batch_size, made, strict=strict)
+    return _add(frame, column, work, spec.batch_size, columns, strict=strict)
 
 
 def predict_images(
@@ -82,31 +81,31 @@ def predict_images(
     prefix: str = "predicted_",
     device: str = "auto",
 ) -> DataFrame:
-    """Add the model's answers to a frame of photos. Lazy; all other columns stay as they are.
+    """Add a model's answers to a frame of photos. Lazy; all other columns stay as they are.
 
     Parameters
     ----------
     frame
-        With photos in ``content`` (bytes), as `load_images` gives them, or whole paths or URIs that
-        workers can read in ``path``.
+        Photos in ``content`` (bytes), as `load_images` gives them, or in ``path`` (absolute paths
+        or URIs that workers can read).
     model
-        A model's folder, such as OUT/model, read here on the driver; or what
+        Folder of a model, such as OUT/model, read on the driver; or what
         `pomona.model.artifact.load_model` returned.
     top
         How many labels to give for each photo.
     column
-        The column of photos, where its name is another.
+        Name of the column of photos, if it is another.
     prefix
-        Before the names of the answer's columns: ``predicted_label`` stands beside the ``label``
-        that `load_images` gives.
+        Prefix of the new columns' names: ``predicted_label`` stands beside the ``label`` that
+        `load_images` gives.
     device
         ``auto``, ``cpu`` or ``cuda``.
 
     Returns
     -------
     DataFrame
-        With `pomona.model.recogniser.ANSWERS` after the columns of ``frame``. A photo that can't be
-        used has nulls and a code in ``predicted_error``.
+        The columns of ``frame``, then those of `pomona.model.recogniser.ANSWERS`. A photo that
+        can't be used has nulls and an error code in ``predicted_error``.
 
     Raises
     ------
@@ -115,56 +114,60 @@ def predict_images(
     MismatchError
         If a file of the model was changed.
     """
-    found = model if isinstance(model, Model) else models.load_model(model)
-    recogniser = make_recogniser(found, top, device=device, elsewhere=gives_gpus())
+    model = model if isinstance(model, Model) else load_model(model)
+    recogniser = make_recogniser(model, top, device=device, elsewhere=gives_gpus())
     spec = fit_spec(recogniser.spec, frame.sparkSession)
     fitted = with_threads(recogniser, spec.threads)
-    work = functools.partial(_predict_at_task, found=fitted)
+    work = functools.partial(_predict_at_task, recogniser=fitted)
     if column is None:
         column = "content" if "content" in frame.columns else "path"
-    made = [(f"{prefix}{field.name}", field) for field in ANSWERS]
-    return _add(frame, column, work, spec.batch_size, made)
+    columns = [(f"{prefix}{field.name}", field) for field in ANSWERS]
+    return _add(frame, column, work, spec.batch_size, columns)
 
 
 def _extract_at_task(
     batches: Iterator[pa.RecordBatch], spec: BackboneSpec
 ) -> Iterator[pa.RecordBatch]:
+    """Extract features. Runs on workers."""
     return extract(batches, at_task(spec))
 
 
 def _predict_at_task(
-    batches: Iterator[pa.RecordBatch], found: Recogniser
+    batches: Iterator[pa.RecordBatch], recogniser: Recogniser
 ) -> Iterator[pa.RecordBatch]:
-    return recognise(batches, replace(found, spec=at_task(found.spec)))
+    """Recognise photos. Runs on workers."""
+    return recognise(batches, replace(recogniser, spec=at_task(recogniser.spec)))
 
 
 def _add(
     frame: DataFrame,
     column: str,
     work: Work,
-    size: int,
-    made: list[tuple[str, pa.Field]],
+    batch_size: int,
+    new: list[tuple[str, pa.Field]],
     *,
     strict: bool = False,
 ) -> DataFrame:
+    """Add columns: ``new`` holds the name of each, and the field that ``work`` computes for it."""
     place, are_paths = _find(frame, column)
-    new = [name for name, _ in made]
-    _refuse_twice(frame.columns, new)
+    names = [name for name, _ in new]
+    _refuse_duplicates(frame.columns, names)
     if not are_paths:
         _check_batches(frame.sparkSession)
-    added = pa.schema([field.with_name(name) for name, field in made])
-    schema = frame.selectExpr("*", *nulls(added)).schema
-    wanted = tuple(field.name for _, field in made)
-    names = (*frame.columns, *new)
-    on_worker = OnPhotos(work, place, are_paths, size, names, wanted, strict)
+    schema = frame.selectExpr(
+        "*", *nulls(pa.schema([field.with_name(name) for name, field in new]))
+    ).schema
+    computed = tuple(field.name for _, field in new)
+    columns = (*frame.columns, *names)
+    on_worker = AddColumns(work, place, are_paths, batch_size, columns, computed, strict)
     executors.ship(frame.sparkSession)
-    # By number: a name may hold dots, or stand there twice. The schema brings the names back.
+    # Columns by number: a name may hold dots, or occur twice. The schema restores the names.
     numbered = frame.toDF(*map(str, range(len(frame.columns))))
     return numbered.mapInArrow(on_worker, schema)
 
 
 def _find(frame: DataFrame, column: str) -> tuple[int, bool]:
-    """Return a column's place, and whether it holds paths."""
+    """Return a column's position, and whether it holds paths."""
     fields = frame.schema.fields
     places = [n for n, field in enumerate(fields) if field.name == column] or [
         n for n, field in enumerate(fields) if field.name.lower() == column.lower()
@@ -183,8 +186,8 @@ def _find(frame: DataFrame, column: str) -> tuple[int, bool]:
     return places[0], kind != "binary"
 
 
-def _refuse_twice(there: list[str], new: list[str]) -> None:
-    taken = {name.lower() for name in there}  # Spark takes a and A for the same, by default
+def _refuse_duplicates(columns: list[str], new: list[str]) -> None:
+    taken = {name.lower() for name in columns}  # by default Spark's names ignore case
     for name in new:
         if name.lower() in taken:
             raise RequestError(
@@ -196,12 +199,12 @@ def _refuse_twice(there: list[str], new: list[str]) -> None:
 BYTES = "spark.sql.execution.arrow.maxBytesPerBatch"
 ROWS = "spark.sql.execution.arrow.maxRecordsPerBatch"
 MOST_ROWS = 500
-"""In a batch of photos whose size nothing limits."""
+"""Rows of a batch of photos above which `_check_batches` warns if Spark doesn't limit its bytes."""
 
 
 def _check_batches(spark: SparkSession) -> None:
-    """Warn if a Spark without `BYTES` (4.0) would put any number of bytes into one batch."""
-    with contextlib.suppress(Exception):  # a setting that this Spark doesn't know raises
+    """Warn if Spark has no `BYTES` (4.0), so that a batch may have any number of bytes."""
+    with contextlib.suppress(Exception):  # Spark raises on unknown settings
         spark.conf.get(BYTES)
         return
     rows = int(spark.conf.get(ROWS, "10000") or 0)
@@ -215,21 +218,21 @@ def _check_batches(spark: SparkSession) -> None:
 
 
 @dataclass(frozen=True)
-class OnPhotos:
-    """What crosses to the workers. Picklable; called there.
+class AddColumns:
+    """Compute columns from the column of photos. Picklable; runs on workers.
 
     Attributes
     ----------
     work
-        From bytes to columns, such as `pomona.extract`.
+        From photos to columns, such as `pomona.backbone.extract.extract`.
     place, are_paths
-        The column of photos, and whether it holds paths.
+        Position of the column of photos, and whether it holds paths.
     size
-        Rows that are looked at at once.
+        Rows that ``work`` gets at once.
     names
-        Of all columns that come out.
-    made
-        Those that ``work`` makes, as it calls them.
+        Names of all output columns.
+    computed
+        Names, in the output of ``work``, of the columns to add.
     strict
         Whether a photo that can't be used raises.
     """
@@ -239,7 +242,7 @@ class OnPhotos:
     are_paths: bool
     size: int
     names: tuple[str, ...]
-    made: tuple[str, ...]
+    computed: tuple[str, ...]
     strict: bool = False
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -250,22 +253,23 @@ class OnPhotos:
         for rows in self.work(read_uris(photos) if self.are_paths else photos):
             if self.strict:
                 self._refuse(rows)
-            given = range(len(self.names) - len(self.made))
-            columns = [rows[name] for name in (*map(str, given), *self.made)]
-            yield pa.RecordBatch.from_arrays(columns, names=self._out())
+            inputs = range(len(self.names) - len(self.computed))
+            columns = [rows[name] for name in (*map(str, inputs), *self.computed)]
+            yield pa.RecordBatch.from_arrays(columns, names=self._output_names())
 
-    def _out(self) -> list[str]:
-        """Spark goes by place; but Arrow in Java takes two columns of one name for one."""
-        twice = len(set(self.names)) < len(self.names)
-        return [str(n) for n in range(len(self.names))] if twice else list(self.names)
+    def _output_names(self) -> list[str]:
+        """Return unique names: Spark goes by position, but Arrow in Java merges equal names."""
+        is_unique = len(set(self.names)) == len(self.names)
+        return list(self.names) if is_unique else [str(n) for n in range(len(self.names))]
 
     def _numbered(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Call the columns by number, so that none has the name of one that is made."""
+        """Name the columns by number, so that none has the name of a computed one."""
         names = [*map(str, range(batch.num_columns)), "path" if self.are_paths else "content"]
         columns = [*batch.columns, batch.column(self.place)]
         return pa.RecordBatch.from_arrays(columns, names=names)
 
     def _refuse(self, rows: pa.RecordBatch) -> None:
+        """Raise RequestError for the first photo that can't be used."""
         for n, error in enumerate(rows["error"].to_pylist()):
             if error is not None:
                 photo = rows["path"][n].as_py() if self.are_paths else "a photo"

@@ -1,7 +1,7 @@
 """What a cluster's executors have and see: Pomona's code, the source, the folder OUT.
 
-On one machine they have and see what the driver does, and nothing here is needed. On a cluster the
-code goes to them, and one small job looks for the rest before the long one starts.
+On one machine they have and see what the driver does, and nothing is checked. To a cluster the code
+is sent, and one small job checks the rest before the long one starts.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from pomona.photos.source import Source
 from pomona.spark import tasks
 from pomona.spark.resources import slots
 from pomona.spark.session import root_cause
-from pomona.spark.tasks import ChunkTask, Poll
+from pomona.spark.tasks import Answer, ChunkTask, Poll, SharedChunks
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 log = logging.getLogger("pomona")
 
-NEEDED = ("numpy", "PIL", "pyarrow", "safetensors")
+MODULES = ("numpy", "PIL", "pyarrow", "safetensors")
 """Modules that a worker imports, beside the backend's."""
 BACKENDS = {"onnx": "onnxruntime", "torch": "torch"}
 
 
 def on_this_machine(spark: SparkSession) -> bool:
     """Tell whether the session's workers are processes of this machine, started by its JVM."""
-    connect = type(spark).__module__.startswith("pyspark.sql.connect")
-    return not connect and (spark.conf.get("spark.master", "") or "").startswith("local")
+    is_connect = type(spark).__module__.startswith("pyspark.sql.connect")
+    return not is_connect and (spark.conf.get("spark.master", "") or "").startswith("local")
 
 
 # --- the code ----------------------------------------------------------------------------------
@@ -49,9 +49,9 @@ def on_this_machine(spark: SparkSession) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def ship(spark: SparkSession) -> None:
-    """Give the executors this very Pomona, ahead of any that is installed there."""
+    """Send the driver's Pomona to executors, where it comes before any that is installed."""
     package = Path(__file__).parents[1]
-    if on_this_machine(spark) or not package.is_dir():  # in an archive: it was shipped already
+    if on_this_machine(spark) or not package.is_dir():  # imported from an archive: already sent
         return
     folder = Path(tempfile.mkdtemp(prefix="pomona-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -59,7 +59,7 @@ def ship(spark: SparkSession) -> None:
 
 
 def pack(package: Path, folder: Path) -> Path:
-    """Write a package's modules into an archive, which is named by its content."""
+    """Write a package's modules into an archive whose name holds their digest."""
     files = sorted(package.rglob("*.py"))
     sha = hashlib.sha256()
     for file in files:
@@ -71,12 +71,12 @@ def pack(package: Path, folder: Path) -> Path:
     return archive
 
 
-# --- looking -----------------------------------------------------------------------------------
+# --- what executors have and see ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Look:
-    """Tell what a worker has and sees. Picklable; called on workers.
+class Probe:
+    """A task that tells what a worker has and sees. Picklable; runs on workers.
 
     Attributes
     ----------
@@ -93,16 +93,14 @@ class Look:
     source: Source | None = None
     path: str = ""
 
-    def __call__(self, number: int) -> dict[str, Any]:
-        """Return ``sees`` (the token), ``missing`` (modules), ``trouble`` (with the photo)."""
+    def __call__(self, number: int) -> Answer:
+        """Return ``sees`` (the token), ``missing`` (modules), ``trouble`` (reading the photo)."""
         missing = [name for name in self.modules if importlib.util.find_spec(name) is None]
-        trouble = ""
-        if self.source is not None and not missing:
-            trouble = _trouble(self.source, self.path)
+        trouble = _read_error(self.source, self.path) if self.source and not missing else ""
         return {"sees": Path(self.token).is_file(), "missing": missing, "trouble": trouble}
 
 
-def _trouble(source: Source, path: str) -> str:
+def _read_error(source: Source, path: str) -> str:
     try:
         reader(source)(path)
     except (OSError, SourceError) as error:
@@ -110,10 +108,10 @@ def _trouble(source: Source, path: str) -> str:
     return ""
 
 
-def _look(spark: SparkSession, look: Look) -> list[dict[str, Any]]:
+def _run_probe(spark: SparkSession, probe: Probe) -> list[Answer]:
     ship(spark)
     try:
-        return tasks.run_tasks(spark, look, slots(spark))
+        return tasks.run_tasks(spark, probe, slots(spark))
     except JobError as error:
         raise RequestError(
             f"the executors can't run Pomona: {root_cause(error.__cause__ or error)}; they "
@@ -123,12 +121,12 @@ def _look(spark: SparkSession, look: Look) -> list[dict[str, Any]]:
 
 
 def check(spark: SparkSession, backend: str, source: Source, paths: list[str]) -> None:
-    """See that executors have what a run needs and can read the source.
+    """Check that executors have what a run needs and can read the source.
 
     Parameters
     ----------
     paths
-        A few photos; the first that the driver itself can read is tried.
+        A few photos; executors try the first that the driver itself can read.
 
     Raises
     ------
@@ -139,57 +137,61 @@ def check(spark: SparkSession, backend: str, source: Source, paths: list[str]) -
     """
     if on_this_machine(spark):
         return
-    modules = (*NEEDED, BACKENDS[backend])
-    # What only Hadoop reads, Spark reads itself.
-    direct = source if source.kind != "hadoop" else None
-    path = next((p for p in paths if direct and not _trouble(direct, p)), None)
-    tried = direct if path is not None else None
-    for found in _look(spark, Look("", modules, tried, path or "")):
-        if found["missing"]:
+    probe = Probe(modules=(*MODULES, BACKENDS[backend]))
+    if source.kind != "hadoop":  # what only Hadoop reads, Spark reads itself
+        path = next((path for path in paths if not _read_error(source, path)), None)
+        if path is not None:
+            probe = Probe("", probe.modules, source, path)
+    for answer in _run_probe(spark, probe):
+        if answer["missing"]:
             raise RequestError(
-                f"the executors' Python has no {', '.join(found['missing'])}: install Pomona's "
+                f"the executors' Python has no {', '.join(answer['missing'])}: install Pomona's "
                 "dependencies there, or name their Python in PYSPARK_PYTHON"
             )
-        if found["trouble"]:
+        if answer["trouble"]:
             raise SourceError(
-                f"the executors can't read {source.name} ({found['trouble']}): a source is a "
+                f"the executors can't read {source.name} ({answer['trouble']}): a source is a "
                 "folder that driver and executors both see, or a URI that both may read"
             )
 
 
-_shared: dict[tuple[int, Path], bool] = {}
-"""What was found, by session and folder."""
+_is_shared: dict[tuple[int, Path], bool] = {}
+"""Whether executors see a folder, by session and folder."""
 
 
 def share(spark: SparkSession, folder: Path) -> bool:
     """Tell whether executors see a folder of the driver's.
 
-    The job that looks may meet only executors on the driver's own host; `run_chunks` and `runner`
-    take notice when others don't see it.
+    The probe may run only on executors of the driver's own host; `run_chunks` and `runner` notice
+    later if others don't see it.
     """
     if on_this_machine(spark):
         return True
     key = (id(spark), folder)
-    if key not in _shared:
+    if key not in _is_shared:
         token = folder / f".look-{uuid.uuid4().hex}"
         token.touch()
         try:
-            _shared[key] = all(found["sees"] for found in _look(spark, Look(str(token))))
+            answers = _run_probe(spark, Probe(str(token)))
+            _is_shared[key] = all(answer["sees"] for answer in answers)
         finally:
             token.unlink()
-        if not _shared[key]:
+        if not _is_shared[key]:
             log.warning("executors don't see %s: what they make comes back through Spark", folder)
-    return _shared[key]
+    return _is_shared[key]
 
 
-def _unseen(spark: SparkSession, folder: Path, error: JobError) -> bool:
-    """Take notice if a job failed because an executor doesn't see the folder after all."""
-    told = str(error.__cause__ or error)
-    if not share(spark, folder) or not ("No such file" in told and str(folder) in told):
+def _was_unseen(spark: SparkSession, folder: Path, error: JobError) -> bool:
+    """Tell whether a job failed because an executor doesn't see the folder, and remember it."""
+    message = str(error.__cause__ or error)
+    if not share(spark, folder) or not ("No such file" in message and str(folder) in message):
         return False
     log.warning("some executors don't see %s: what they make comes back through Spark", folder)
-    _shared[id(spark), folder] = False
+    _is_shared[id(spark), folder] = False
     return True
+
+
+# --- running ------------------------------------------------------------------------------------
 
 
 def run_chunks(
@@ -199,52 +201,52 @@ def run_chunks(
     folder: Path,
     poll: Poll | None = None,
 ) -> None:
-    """Do chunks on executors, whether they see the folder or not.
+    """Run chunks on executors, whether they see the folder or not.
 
-    Where workers died and a task had one try (a local session of the user's), the rest is done
-    once more, with photos decoded in child processes.
+    Where workers died and a task had one attempt (a local session of the user's), the remaining
+    chunks run once more, with photos decoded in child processes.
 
     Raises
     ------
     JobError
         If Spark gave up.
     """
-    careful = False
+    is_retry = False
     while True:
         try:
-            tasks.run_chunks(spark, task, numbers, shared=share(spark, folder), poll=poll)
+            if share(spark, folder):
+                tasks.run_tasks(spark, SharedChunks(task, tuple(numbers)), len(numbers), poll)
+            else:
+                tasks.send_chunks(spark, task, numbers, poll)
+            return
         except CrashError:
-            if careful:
+            if is_retry:
                 raise
             log.warning("workers died: what is left is decoded in child processes")
-            task, careful = task.careful(), True
+            task, is_retry = task.careful(), True
         except JobError as error:
-            if not _unseen(spark, folder, error):
+            if not _was_unseen(spark, folder, error):
                 raise
-        else:
-            return
         done = task.done()
         numbers = [number for number in numbers if number not in done]
 
 
-RunTasks = Callable[..., list[dict[str, Any]]]
+RunTasks = Callable[..., list[Answer]]
 
 
 def runner(spark: SparkSession, folder: Path) -> RunTasks:
     """Return ``run_tasks(task, count, poll)`` for tasks that read and write in a folder.
 
-    They run on the executors if those see the folder, and else here on the driver: they take
-    0.2 ms for a photo, against 5 to 10 in `extract`.
+    They run on the executors if those see the folder, and otherwise on the driver: such tasks take
+    0.2 ms for a photo, against 5 to 10 ms in `extract`.
     """
 
-    def run_tasks(
-        task: Callable[[int], Any], count: int, poll: Poll | None = None
-    ) -> list[dict[str, Any]]:
+    def run_tasks(task: Callable[[int], Any], count: int, poll: Poll | None = None) -> list[Answer]:
         if share(spark, folder):
             try:
                 return tasks.run_tasks(spark, task, count, poll)
             except JobError as error:
-                if not _unseen(spark, folder, error):
+                if not _was_unseen(spark, folder, error):
                     raise
         return tasks.run_here(task, count, poll)
 

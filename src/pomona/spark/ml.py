@@ -1,13 +1,14 @@
-"""For Spark ML: the backbone as a Transformer, for one Pipeline with Spark's own stages.
+"""Spark ML: the backbone as a Transformer, a stage of a Pipeline with Spark's own stages.
 
-Beside `pomona.spark.tasks` the only module that imports PySpark: the class has Spark's for bases.
-No other module imports this one. What runs on workers is in `pomona.spark.dataframes`.
+The only module that imports PySpark at its top, since its class derives from PySpark's; no other
+module imports it. What runs on workers is in `pomona.spark.dataframes`.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from pyspark.ml import Transformer
 from pyspark.ml.functions import array_to_vector
@@ -33,7 +34,7 @@ from pomona.spark.resources import gives_gpus
 log = logging.getLogger("pomona")
 
 FORMAT = 1
-"""Of a saved stage. Raise it when a reader of the old one would be wrong, and keep reading that."""
+"""Format of a saved stage. Raise it when old readers would misread; keep reading old formats."""
 
 INVALID = ("keep", "skip", "error")
 NAMES = (
@@ -54,6 +55,37 @@ def _param(name: str, doc: str, converter: Any) -> Any:
     return Param(Params._dummy(), name, doc, converter)
 
 
+T = TypeVar("T")
+M = TypeVar("M", bound=Callable[..., Any])
+
+
+def _setter(name: str, kind: type[T]) -> Callable[[Any, T], MobileNetV2Features]:
+    """Make the method ``setName`` of a param, as Spark ML's stages have it."""
+
+    def setter(self: Any, value: Any) -> Any:
+        return self.setParams(**{name: value})
+
+    return _named(setter, "set", name, value=kind)
+
+
+def _getter(name: str, kind: type[T]) -> Callable[[Any], T]:
+    """Make the method ``getName`` of a param that has a default."""
+
+    def getter(self: Any) -> Any:
+        return self.getOrDefault(name)
+
+    return _named(getter, "get", name, **{"return": kind})
+
+
+def _named(method: M, verb: str, param: str, **annotations: Any) -> M:
+    """Give a method the name, docstring and signature that help() shows."""
+    method.__name__ = f"{verb}{param[0].upper()}{param[1:]}"
+    method.__qualname__ = f"MobileNetV2Features.{method.__name__}"
+    method.__doc__ = f"{'Set' if verb == 'set' else 'Return'} ``{param}``."
+    method.__annotations__ = annotations
+    return method
+
+
 class MobileNetV2Features(Transformer, HasInputCol, HasOutputCol, MLReadable, MLWritable):
     """Photos become features: a stage of a Spark ML Pipeline.
 
@@ -66,13 +98,13 @@ class MobileNetV2Features(Transformer, HasInputCol, HasOutputCol, MLReadable, ML
         A column of bytes (binary), or of paths and URIs that workers can read (string).
         Default ``content``.
     outputCol
-        Takes the features. Default ``features``.
+        New column of features. Default ``features``.
     errorCol
-        Takes a code where a photo can't be used, else null. Default ``error``.
+        New column of error codes, null where a photo has features. Default ``error``.
     weights
         ``imagenet``, ``random:SEED``, or a file on the driver. Default POMONA_WEIGHTS, or imagenet.
     imageSize
-        Side that photos are stretched to, in pixels. Default 224.
+        Side that photos are resized to, in pixels. Default 224.
     batchSize
         Photos per call of the network. Default 8, on a GPU 128.
     backend
@@ -83,9 +115,9 @@ class MobileNetV2Features(Transformer, HasInputCol, HasOutputCol, MLReadable, ML
         Whether features are a vector, as Spark ML's stages take them, or array<float>.
         Default True.
     handleInvalid
-        What becomes of a photo that can't be used: ``keep`` its row, with null features and its
-        code; ``skip`` (drop) its row; ``error`` (stop the job). Default ``keep``. Spark ML's
-        estimators fail on nulls: in one Pipeline with them say ``skip``.
+        What happens to a photo that can't be used: ``keep`` its row, with null features and its
+        error code; ``skip`` (drop) its row; ``error`` (stop the job). Default ``keep``. Spark ML's
+        estimators fail on nulls: use ``skip`` in a Pipeline with them.
 
     Examples
     --------
@@ -94,7 +126,7 @@ class MobileNetV2Features(Transformer, HasInputCol, HasOutputCol, MLReadable, ML
     (224, 'features')
     """
 
-    errorCol = _param("errorCol", "takes a code, or null", TypeConverters.toString)
+    errorCol = _param("errorCol", "new column of error codes, or null", TypeConverters.toString)
     weights = _param("weights", "imagenet, random:SEED, or a file", TypeConverters.toString)
     imageSize = _param("imageSize", "side of the photo, in pixels", TypeConverters.toInt)
     batchSize = _param("batchSize", "photos per call of the network", TypeConverters.toInt)
@@ -103,7 +135,7 @@ class MobileNetV2Features(Transformer, HasInputCol, HasOutputCol, MLReadable, ML
     vector = _param("vector", "a vector, or array<float>", TypeConverters.toBoolean)
     handleInvalid = _param(
         "handleInvalid",
-        "a photo that can't be used: keep (null and a code), skip (drop) or error",
+        "a photo that can't be used: keep (null and an error code), skip (drop) or error",
         TypeConverters.toString,
     )
 
@@ -121,7 +153,7 @@ class MobileNetV2Features(Transformer, HasInputCol, HasOutputCol, MLReadable, ML
         vector: bool | None = None,
         handleInvalid: str | None = None,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in NAMES}
+        params = {name: value for name, value in locals().items() if name in NAMES}
         super().__init__()
         self._setDefault(
             inputCol="content",
@@ -133,88 +165,41 @@ class MobileNetV2Features(Transformer, HasInputCol, HasOutputCol, MLReadable, ML
             vector=True,
             handleInvalid="keep",
         )
-        self._found: tuple[str, Weights] | None = None
-        self._made: tuple[tuple[Any, ...], BackboneSpec] | None = None
-        self.setParams(**given)
+        self._read: tuple[str, Weights] | None = None  # the param `weights`, and what it names
+        self._made: tuple[tuple[Any, ...], BackboneSpec] | None = None  # its settings, the spec
+        self.setParams(**params)
 
-    def setParams(self, **given: Any) -> MobileNetV2Features:
-        """Set several at once, by the names that the constructor has; None leaves one as it is."""
-        for name in given:
+    def setParams(self, **params: Any) -> MobileNetV2Features:
+        """Set several params by name; None leaves one as it is."""
+        for name in params:
             if name not in NAMES:
                 raise RequestError(f"there is no param {name}; there are {', '.join(NAMES)}")
-        return self._set(**{name: value for name, value in given.items() if value is not None})  # type: ignore[no-any-return]
+        return self._set(**{name: value for name, value in params.items() if value is not None})  # type: ignore[no-any-return]
 
-    def setInputCol(self, value: str) -> MobileNetV2Features:
-        """Set ``inputCol``."""
-        return self.setParams(inputCol=value)
-
-    def setOutputCol(self, value: str) -> MobileNetV2Features:
-        """Set ``outputCol``."""
-        return self.setParams(outputCol=value)
-
-    def setErrorCol(self, value: str) -> MobileNetV2Features:
-        """Set ``errorCol``."""
-        return self.setParams(errorCol=value)
-
-    def getErrorCol(self) -> str:
-        """Return ``errorCol``."""
-        return str(self.getOrDefault(self.errorCol))
-
-    def setWeights(self, value: str) -> MobileNetV2Features:
-        """Set ``weights``."""
-        return self.setParams(weights=value)
+    setInputCol = _setter("inputCol", str)
+    setOutputCol = _setter("outputCol", str)
+    setErrorCol = _setter("errorCol", str)
+    getErrorCol = _getter("errorCol", str)
+    setWeights = _setter("weights", str)
+    setImageSize = _setter("imageSize", int)
+    getImageSize = _getter("imageSize", int)
+    setBatchSize = _setter("batchSize", int)
+    setBackend = _setter("backend", str)
+    getBackend = _getter("backend", str)
+    setDevice = _setter("device", str)
+    getDevice = _getter("device", str)
+    setVector = _setter("vector", bool)
+    getVector = _getter("vector", bool)
+    setHandleInvalid = _setter("handleInvalid", str)
+    getHandleInvalid = _getter("handleInvalid", str)
 
     def getWeights(self) -> str:
-        """Return ``weights``: what was set, or what is taken where nothing was."""
+        """Return ``weights``; if not set, POMONA_WEIGHTS or imagenet."""
         return str(self.getOrDefault(self.weights)) if self.isDefined("weights") else default()
 
-    def setImageSize(self, value: int) -> MobileNetV2Features:
-        """Set ``imageSize``."""
-        return self.setParams(imageSize=value)
-
-    def getImageSize(self) -> int:
-        """Return ``imageSize``."""
-        return int(self.getOrDefault(self.imageSize))
-
-    def setBatchSize(self, value: int) -> MobileNetV2Features:
-        """Set ``batchSize``."""
-        return self.setParams(batchSize=value)
-
     def getBatchSize(self) -> int | None:
-        """Return ``batchSize``; None where it was not set."""
+        """Return ``batchSize``; None if it was not set."""
         return int(self.getOrDefault(self.batchSize)) if self.isDefined("batchSize") else None
-
-    def setBackend(self, value: str) -> MobileNetV2Features:
-        """Set ``backend``."""
-        return self.setParams(backend=value)
-
-    def getBackend(self) -> str:
-        """Return ``backend``."""
-        return str(self.getOrDefault(self.backend))
-
-    def setDevice(self, value: str) -> MobileNetV2Features:
-        """Set ``device``."""
-        return self.setParams(device=value)
-
-    def getDevice(self) -> str:
-        """Return ``device``."""
-        return str(self.getOrDefault(self.device))
-
-    def setVector(self, value: bool) -> MobileNetV2Features:
-        """Set ``vector``."""
-        return self.setParams(vector=value)
-
-    def getVector(self) -> bool:
-        """Return ``vector``."""
-        return bool(self.getOrDefault(self.vector))
-
-    def setHandleInvalid(self, value: str) -> MobileNetV2Features:
-        """Set ``handleInvalid``."""
-        return self.setParams(handleInvalid=value)
-
-    def getHandleInvalid(self) -> str:
-        """Return ``handleInvalid``."""
-        return str(self.getOrDefault(self.handleInvalid))
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
         invalid = self.getHandleInvalid()
@@ -229,59 +214,54 @@ class MobileNetV2Features(Transformer, HasInputCol, HasOutputCol, MLReadable, ML
         return _with_vectors(frame, output) if self.getVector() else frame
 
     def _weights(self) -> Weights:
-        """Return the weights: read once, or brought along by the file that this was loaded from."""
+        """Return the weights, which are read once, or came with a saved stage."""
         name = self.getWeights()
-        if self._found is None or self._found[0] != name:
-            self._found = (name, load_weights(name))
-        return self._found[1]
+        if self._read is None or self._read[0] != name:
+            self._read = (name, load_weights(name))
+        return self._read[1]
 
     def _spec(self) -> BackboneSpec:
-        found = self._weights()
-        size, batch = self.getImageSize(), self.getBatchSize()
-        key = (found.digest, size, batch, self.getBackend(), self.getDevice())
+        weights = self._weights()
+        settings: dict[str, Any] = {
+            "image_size": self.getImageSize(),
+            "backend": self.getBackend(),
+            "device": self.getDevice(),
+            "batch_size": self.getBatchSize(),
+        }
+        key = (weights.digest, *settings.values())
         if self._made is None or self._made[0] != key:
-            spec = make_spec(
-                found,
-                image_size=size,
-                backend=self.getBackend(),
-                device=self.getDevice(),
-                elsewhere=gives_gpus(),
-                batch_size=batch,
-            )
-            self._made = (key, spec)
+            self._made = (key, make_spec(weights, elsewhere=gives_gpus(), **settings))
         return self._made[1]
 
     def write(self) -> MLWriter:
-        """Return what saves this stage, its weights in it."""
+        """Return the writer that saves this stage with its weights."""
         return _Writer(self)
 
     @classmethod
     def read(cls) -> MLReader:
-        """Return what loads such a stage."""
+        """Return the reader that loads such a stage."""
         return _Reader()
 
 
 def _with_vectors(frame: DataFrame, name: str) -> DataFrame:
     """Turn a column of arrays into vectors; nulls stay null."""
     column = functions.col(quoted(name))
-    width = {"ml_attr": {"num_attrs": FEATURES}}  # what VectorAssembler and others ask for
-    vectors = functions.when(column.isNotNull(), array_to_vector(column)).alias(
-        name, metadata=width
-    )
-    return frame.withColumn(name, vectors)
+    width = {"ml_attr": {"num_attrs": FEATURES}}  # VectorAssembler and other stages read it
+    vectors = functions.when(column.isNotNull(), array_to_vector(column))
+    return frame.withColumn(name, vectors.alias(name, metadata=width))
 
 
 # --- saving and loading ------------------------------------------------------------------------
 
 CLASS = "pomona.spark.ml.MobileNetV2Features"
 EARLIER_CLASSES = ("pomona.sparkml.MobileNetV2Features",)
-"""What earlier versions called it; Spark ML finds it in ``saved_names/``."""
+"""Names in earlier versions; Spark ML finds them in ``saved_names/``."""
 CONTENT = "kind string, content binary"
-"""The weights as Spark writes them beside the metadata: a Parquet table of one row."""
+"""Schema of the saved weights, beside the metadata: a Parquet table of one row."""
 
 
 class _Writer(MLWriter):
-    """Writes ``metadata`` as Spark ML does, and ``weights``, on any file system of Hadoop's."""
+    """Write ``metadata`` as Spark ML does, and ``weights``, to any file system of Hadoop's."""
 
     def __init__(self, stage: MobileNetV2Features) -> None:
         super().__init__()
@@ -289,14 +269,14 @@ class _Writer(MLWriter):
 
     def saveImpl(self, path: str) -> None:
         """Save to a path that doesn't exist yet."""
-        found = self.stage._weights()
-        about = {"format": FORMAT, "weights": found.name, "digest": found.digest}
-        # Under the name that they have without a folder: the file isn't needed any more.
-        named = self.stage.copy().setWeights(found.name)
-        DefaultParamsWriter.saveMetadata(named, path, self.sparkSession, {"pomona": about})
-        kind = "safetensors" if found.onnx is None else "onnx"
-        row = [(kind, bytearray(pack(found)))]
-        table = self.sparkSession.createDataFrame(row, CONTENT)
+        weights = self.stage._weights()
+        about = {"format": FORMAT, "weights": weights.name, "digest": weights.digest}
+        # Without the folder of the weights' file, which a saved stage doesn't need any more.
+        stage = self.stage.copy().setWeights(weights.name)
+        DefaultParamsWriter.saveMetadata(stage, path, self.sparkSession, {"pomona": about})
+        kind = "safetensors" if weights.onnx is None else "onnx"
+        row = (kind, bytearray(pack(weights)))
+        table = self.sparkSession.createDataFrame([row], CONTENT)
         table.coalesce(1).write.parquet(f"{path}/weights")
 
     def _handleOverwrite(self, path: str) -> None:
@@ -309,35 +289,34 @@ class _Writer(MLWriter):
 
 
 class _Reader(MLReader):
-    """Reads what `_Writer` wrote."""
+    """Read what `_Writer` wrote."""
 
     def load(self, path: str) -> MobileNetV2Features:
-        """Load a stage and check its weights.
+        """Load a stage and check its weights. Runs no code from the files.
 
         Raises
         ------
         MismatchError
-            If it is something else, or its format is newer.
+            If the folder holds something else, or its format is newer.
         WeightsError
             If the weights were changed or damaged.
         """
         spark = self.sparkSession
         metadata = DefaultParamsReader.loadMetadata(path, spark)
         about = metadata.get("pomona") or {}
-        if metadata["class"] not in (CLASS, *EARLIER_CLASSES) or not isinstance(
-            about.get("format"), int
-        ):
+        is_ours = metadata["class"] in (CLASS, *EARLIER_CLASSES)
+        if not is_ours or not isinstance(about.get("format"), int):
             raise MismatchError(f"{path} holds {metadata['class']}, not {CLASS}")
         if about["format"] > FORMAT:
             raise MismatchError(
                 f"{path} has format {about['format']}, and this Pomona reads up to {FORMAT}: "
                 "update Pomona"
             )
-        found = _read_weights(spark, path, about)
+        weights = _read_weights(spark, path, about)
         stage = MobileNetV2Features()
         stage._resetUid(metadata["uid"])
         DefaultParamsReader.getAndSetParams(stage, metadata)
-        stage._found = (stage.getWeights(), found)
+        stage._read = (stage.getWeights(), weights)
         return stage
 
 
@@ -345,7 +324,7 @@ def _read_weights(spark: SparkSession, path: str, about: dict[str, Any]) -> Weig
     try:
         rows = spark.read.parquet(f"{path}/weights").collect()
     except Exception as error:
-        log.exception("no weights")
+        log.exception("the weights of a saved stage can't be read")
         raise MismatchError(f"{path}/weights can't be read: copy the whole folder") from error
     if len(rows) != 1:
         raise MismatchError(f"{path}/weights has {len(rows)} rows, not one: save the stage again")

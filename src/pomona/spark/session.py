@@ -1,4 +1,4 @@
-"""The Spark session: Java, start, settings, end, and the one line that says why Spark failed."""
+"""The Spark session: check Java, start, settings, stop, and why Spark failed, in one line."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from pomona.spark import connect
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-
 log = logging.getLogger("pomona")
-
 
 JAVA_NEEDED = 17
 JAVA_REMEDY = (
@@ -31,26 +29,23 @@ JAVA_REMEDY = (
     "Windows: winget install EclipseAdoptium.Temurin.17.JRE"
 )
 
-TRIES = 4
-"""Of a task, as on a cluster (spark.task.maxFailures)."""
-
-
-# --- the session -------------------------------------------------------------------------------
+TASK_ATTEMPTS = 4
+"""Attempts of a task, as on a cluster (spark.task.maxFailures)."""
 
 
 def check_java() -> None:
-    """Raise MissingError, with the command that installs it, if Java 17 or newer isn't there."""
+    """Raise MissingError, with the command that installs Java 17, if no such Java is found."""
     home = os.environ.get("JAVA_HOME")
     java = shutil.which("java", path=f"{home}/bin") if home else shutil.which("java")
-    told = ""
+    output = ""
     if java:
         with contextlib.suppress(OSError):
-            told = subprocess.run(
+            output = subprocess.run(
                 [java, "-version"], capture_output=True, text=True, check=False
             ).stderr
-    found = re.search(r'version "(?:1\.)?(\d+)', told)
-    if not found or int(found[1]) < JAVA_NEEDED:
-        what = f"Java {found[1]} was found" if found else "no Java was found"
+    version = re.search(r'version "(?:1\.)?(\d+)', output)
+    if not version or int(version[1]) < JAVA_NEEDED:
+        what = f"Java {version[1]} was found" if version else "no Java was found"
         raise MissingError(f"Spark needs Java {JAVA_NEEDED} or newer, and {what}. {JAVA_REMEDY}")
 
 
@@ -61,12 +56,12 @@ class Cluster:
     Attributes
     ----------
     master
-        As Spark writes it, or ``sc://HOST:PORT`` of a Spark Connect server; used only when no
-        session is active.
+        Spark's master URL, or ``sc://HOST:PORT`` of a Spark Connect server. Ignored if a session
+        is active.
     conf
-        Further settings of Spark.
+        Spark settings, which override Pomona's defaults.
     log_file
-        Takes what the JVM and the workers print.
+        Receives what the JVM and the workers print.
     """
 
     master: str = "local[*]"
@@ -75,42 +70,34 @@ class Cluster:
 
 
 def active_session() -> SparkSession | None:
-    """Return the user's session, also where another thread made it: to the JVM it isn't active."""
+    """Return the user's session, even if another thread made it and the JVM has none active."""
     from pyspark.sql import SparkSession
 
     active = SparkSession.getActiveSession()
     if active is not None:
         return active
-    made = getattr(SparkSession, "_instantiatedSession", None)
-    return made if made is not None and made.sparkContext._jsc is not None else None
+    latest = getattr(SparkSession, "_instantiatedSession", None)
+    return latest if latest is not None and latest.sparkContext._jsc is not None else None
 
 
 @contextlib.contextmanager
 def session(cluster: Cluster) -> Iterator[SparkSession]:
-    """Give the active Spark session, left running afterwards, or one of our own, stopped then."""
-    from pyspark.sql import SparkSession
+    """Give the active Spark session, which stays, or start one, which is stopped afterwards.
 
+    Raises
+    ------
+    MissingError
+        If Java, or the client of Spark Connect, isn't installed.
+    JobError
+        If Spark doesn't start.
+    """
     active = active_session()
     if active is not None:
         yield active
         return
-    if connect.is_server(cluster.master):
-        connect.check_server(cluster.master)
-        builder = SparkSession.builder.remote(cluster.master)
-    else:
-        check_java()
-        if cluster.master.startswith("local"):
-            # Without this, workers are whatever `python3` comes first on the PATH. On other
-            # machines that is right: the driver's own path means nothing there.
-            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-        # Local mode gives a task one try; a worker that dies shouldn't end a long run there either.
-        master = re.sub(r"^local\[([^,\]]+)\]$", rf"local[\1,{TRIES}]", cluster.master)
-        builder = SparkSession.builder.master(master)
-    builder = builder.appName("pomona")
-    for key, value in {**_defaults(cluster.master), **dict(cluster.conf)}.items():
-        builder = builder.config(key, value)
+    builder = _builder(cluster)
     try:
-        with _noise_to(cluster.log_file):
+        with _output_to(cluster.log_file):
             spark = builder.getOrCreate()
     except Exception as error:
         log.exception("Spark did not start")
@@ -122,16 +109,37 @@ def session(cluster: Cluster) -> Iterator[SparkSession]:
     try:
         yield spark
     finally:
-        with contextlib.suppress(Exception):  # the JVM may be gone already, and that is the wish
+        with contextlib.suppress(Exception):  # the JVM may have ended already
             spark.stop()
         with contextlib.suppress(Exception):
             _stop_gateway()
 
 
-def adopt() -> None:
-    """Make the session that spark-submit or a platform set up the active one, with its settings.
+def _builder(cluster: Cluster) -> SparkSession.Builder:
+    from pyspark.sql import SparkSession
 
-    `session` then takes it, whatever master the command line names.
+    if connect.is_server(cluster.master):
+        connect.check_server(cluster.master)
+        builder = SparkSession.builder.remote(cluster.master)
+    else:
+        check_java()
+        if cluster.master.startswith("local"):
+            # Without this, workers run whatever `python3` comes first on the PATH. On a cluster
+            # that is right: the driver's own path means nothing there.
+            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        # By default a task has one attempt in local mode, so that a dead worker ends a long run.
+        master = re.sub(r"^local\[([^,\]]+)\]$", rf"local[\1,{TASK_ATTEMPTS}]", cluster.master)
+        builder = SparkSession.builder.master(master)
+    builder = builder.appName("pomona")
+    for key, value in {**_defaults(cluster.master), **dict(cluster.conf)}.items():
+        builder = builder.config(key, value)
+    return builder
+
+
+def adopt() -> None:
+    """Make the session of spark-submit or a platform the active one.
+
+    `session` then takes it, whatever ``--master`` says.
     """
     from pyspark.sql import SparkSession
 
@@ -141,17 +149,17 @@ def adopt() -> None:
 
 @contextlib.contextmanager
 def lazy_session(cluster: Cluster) -> Iterator[Callable[[], SparkSession]]:
-    """Give a function that starts the session when it is first called: a run may need none."""
+    """Give a function that starts the session on its first call: a run may need none."""
     with contextlib.ExitStack() as stack:
         yield functools.cache(lambda: stack.enter_context(session(cluster)))
 
 
 def _defaults(master: str) -> dict[str, str]:
     if connect.is_server(master):
-        return {}  # the server has its own
+        return {}  # the server has settings of its own
     conf = {"spark.log.level": "WARN", "spark.ui.showConsoleProgress": "false"}
     if master.startswith("local"):
-        # One machine: no name look-ups, no web server, and one thread in each worker's libraries.
+        # No name look-ups, no web server, and one thread in the libraries of each worker.
         conf |= {
             "spark.driver.host": "127.0.0.1",
             "spark.driver.bindAddress": "127.0.0.1",
@@ -162,27 +170,27 @@ def _defaults(master: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _noise_to(log_file: Path | None) -> Iterator[None]:
-    """Let the JVM, which is started in here, inherit the log file in place of our output."""
+def _output_to(log_file: Path | None) -> Iterator[None]:
+    """Redirect stdout and stderr, which the JVM that is started meanwhile inherits."""
     if log_file is None:
         yield
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
+    saved = [os.dup(1), os.dup(2)]
     with log_file.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
         yield
     finally:
-        for number, copy in zip((1, 2), kept, strict=True):
+        for number, copy in zip((1, 2), saved, strict=True):
             os.dup2(copy, number)
             os.close(copy)
 
 
 def _stop_gateway() -> None:
-    """End the JVM too: the next session, with other settings, must start its own."""
+    """End the JVM too: the next session may have other settings, and starts its own."""
     from pyspark import SparkContext
 
     gateway = SparkContext._gateway
@@ -198,14 +206,15 @@ def _stop_gateway() -> None:
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the one line of a Spark failure that says why."""
-    text = str(error)
+    """Return the line of a Spark failure that says why: Python's last, or else Java's first."""
+    lines = str(error).splitlines()
     python = [
         line
-        for line in text.splitlines()
+        for line in lines
         if re.match(r"(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b", line.strip())
     ]
-    causes = [line for line in text.splitlines() if line.startswith("Caused by:")]
-    java = [line[2:] for line in text.splitlines() if line.startswith(": ")]  # Py4J's second line
-    lines = python or causes or java or text.splitlines() or [type(error).__name__]
-    return lines[-1 if python else 0].strip()[:300]
+    if python:
+        return python[-1].strip()[:300]
+    causes = [line for line in lines if line.startswith("Caused by:")]
+    py4j = [line[2:] for line in lines if line.startswith(": ")]  # its second line names the error
+    return (causes or py4j or lines or [type(error).__name__])[0].strip()[:300]

@@ -1,8 +1,8 @@
-"""Spark: the session, tasks on executors, and Hadoop's files. Beside `sparkml`, all of PySpark.
+"""Tasks on Spark's executors, chunks of a list that become files, processes that train together.
 
 All work on executors goes through ``mapInArrow``, which Spark Connect has too. A task gets a
-number, reads its share from storage that driver and executors share, and answers with a few bytes;
-photos and features don't pass through the JVM.
+number, reads its input from storage that driver and executors share, and returns a few bytes.
+Photos and features don't pass through the JVM, except where executors don't see the folder.
 """
 
 from __future__ import annotations
@@ -35,20 +35,19 @@ from pomona.spark.session import root_cause
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-
 log = logging.getLogger("pomona")
 
+Answer = dict[str, Any]
+"""What a task returns: anything that JSON holds."""
+ANSWERS = pa.schema([("answer", pa.string())])
 
 Poll = Callable[[], None]
 POLL_SECONDS = 0.5
 END_SECONDS = 5.0
-"""How long jobs that were interrupted may take to end."""
+"""How long interrupted jobs may take to end."""
 
 
 # --- tasks -------------------------------------------------------------------------------------
-
-Answer = dict[str, Any]
-ANSWERS = pa.schema([("answer", pa.string())])
 
 
 def run_tasks(
@@ -59,7 +58,7 @@ def run_tasks(
     Parameters
     ----------
     task
-        Picklable, of an installed module: it runs on workers, and may run more than once.
+        Picklable, of an installed module. Runs on workers, and may run more than once.
     poll
         Called twice a second on this thread while the job runs.
 
@@ -70,16 +69,15 @@ def run_tasks(
     """
     if not count:
         return []
-
-    # A range has exactly this many partitions, one number each.
-    numbers = spark.range(0, count, 1, count)
-    frame = numbers.mapInArrow(functools.partial(_tasks_on_worker, task), ddl(ANSWERS))
-    return sorted(collect(frame, poll), key=lambda answer: int(answer["task"]))
+    numbers = spark.range(0, count, 1, count)  # `count` partitions with one number each
+    answers = numbers.mapInArrow(functools.partial(_run_on_worker, task), ddl(ANSWERS))
+    return sorted(collect(answers, poll), key=lambda answer: int(answer["task"]))
 
 
-def _tasks_on_worker(
+def _run_on_worker(
     task: Callable[[int], Answer], batches: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
+    """Run a task for each number. Runs on workers."""
     for batch in batches:
         for number in batch["id"].to_pylist():
             yield answer({**task(number), "task": number})
@@ -90,18 +88,29 @@ def answer(value: Answer) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist([{"answer": json.dumps(value)}], ANSWERS)
 
 
-def collect(frame: DataFrame, poll: Poll | None) -> list[Answer]:
-    """Run the job on another thread, so that this one can show progress and take Ctrl-C."""
-    rows = _wait([frame.collect], frame.sparkSession, 1, poll)
-    return [json.loads(row["answer"]) for row in rows[0]]
+def collect(answers: DataFrame, poll: Poll | None) -> list[Answer]:
+    """Run the job that computes a frame of `ANSWERS`, and return them in any order."""
+    (rows,) = _run_jobs([answers.collect], answers.sparkSession, 1, poll)
+    return [json.loads(row["answer"]) for row in rows]
 
 
-def _wait(
+def run_here(task: Callable[[int], Answer], count: int, poll: Poll | None = None) -> list[Answer]:
+    """Call ``task(0) … task(count - 1)`` in threads of the driver, for files only it sees."""
+    answers = []
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        for result in pool.map(task, range(count)):
+            answers.append(result)
+            if poll:
+                poll()
+    return answers
+
+
+def _run_jobs(
     jobs: Sequence[Callable[[], Any]], spark: SparkSession, at_once: int, poll: Poll | None
 ) -> list[Any]:
-    """Run jobs, some of them at once, and return what they return.
+    """Run Spark jobs in threads, so that this thread can show progress and take Ctrl-C.
 
-    Whatever ends the wait ends the jobs: in a session of the user's nothing would stop them.
+    Any error cancels the jobs, by a tag: in a session of the user's nothing else would.
     """
     tag = f"pomona-{uuid.uuid4().hex}"
 
@@ -114,10 +123,10 @@ def _wait(
 
     pool = ThreadPoolExecutor(at_once, thread_name_prefix="pomona")
     futures = [pool.submit(tagged, job) for job in jobs]
-    waiting: set[Future[Any]] = set(futures)
+    pending: set[Future[Any]] = set(futures)
     try:
-        while waiting:
-            done, waiting = wait(waiting, POLL_SECONDS, FIRST_EXCEPTION)
+        while pending:
+            done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
             for future in done:
                 future.result()
             if poll:
@@ -126,21 +135,21 @@ def _wait(
         pool.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(Exception):  # the session may be gone, and its jobs with it
             spark.interruptTag(tag)
-        wait(futures, END_SECONDS)  # a job that ends now still writes what it brought
+        wait(futures, END_SECONDS)  # a job that ends now still writes its results
         if not isinstance(error, Exception) or isinstance(error, PomonaError):
             raise
-        raise _gave_up(error) from error
+        raise _job_error(error) from error
     pool.shutdown(wait=False)
     return [future.result() for future in futures]
 
 
-CRASH = "Python worker exited unexpectedly"
-"""Spark's words for a worker that is gone: killed, out of memory, or crashed in native code."""
+WORKER_DIED = "Python worker exited unexpectedly"
+"""Spark's message for a worker that was killed, ran out of memory or crashed in native code."""
 
 
-def _gave_up(error: Exception) -> JobError:
+def _job_error(error: Exception) -> JobError:
     log.error("Spark gave up", exc_info=error)
-    kind = CrashError if CRASH in str(error) else JobError
+    kind = CrashError if WORKER_DIED in str(error) else JobError
     return kind(
         f"Spark gave up: {root_cause(error)}. What is done is kept: run the same command again to "
         "go on; the log file holds the whole story"
@@ -148,35 +157,43 @@ def _gave_up(error: Exception) -> JobError:
 
 
 def at_task(spec: BackboneSpec) -> BackboneSpec:
-    """Fit a spec to the task that it is used in: which GPU, and how to guard. Runs on workers.
+    """Return the spec with the GPU and the guard of the current task. Runs on workers.
 
-    The first try of a task is watched, and later ones decode in a child process
-    (`pomona.photos.isolation`): a photo that ends workers costs itself.
+    The first attempt of a task is watched, later ones decode in a child process
+    (`pomona.photos.isolation`): a photo that kills workers then costs only itself.
     """
-    if "pyspark" not in sys.modules:  # not on Spark, where a task has no second try
+    if "pyspark" not in sys.modules:  # outside Spark a task has no second attempt
         return spec
     from pyspark import TaskContext
 
     context = TaskContext.get()
     if context is None:
         return spec
-    later = context.attemptNumber() > 0 or spec.guard == "child"
+    is_retry = context.attemptNumber() > 0 or spec.guard == "child"
     gpus = context.resources().get("gpu")
-    number = gpus.addresses[0] if gpus and gpus.addresses else ""
-    gpu = int(number) if number.isdecimal() else spec.gpu
-    return replace(spec, guard="child" if later else "watch", gpu=gpu)
+    address = gpus.addresses[0] if gpus and gpus.addresses else ""
+    gpu = int(address) if address.isdecimal() else spec.gpu
+    return replace(spec, guard="child" if is_retry else "watch", gpu=gpu)
+
+
+def partition() -> int:
+    """Return the number of the partition that is being computed. Runs on workers."""
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    return int(context.partitionId()) if context else 0
 
 
 # --- chunks of a list become files -------------------------------------------------------------
 
 
 class ChunkTask(Protocol):
-    """Turn chunks of a list into files of one folder. Picklable; called on workers.
+    """Turn chunks of a list into files of one folder. Picklable.
 
     Attributes
     ----------
     chunks
-        The list, as `pomona.core.parquet.write_chunks` leaves it.
+        File of the list, as written by `pomona.core.parquet.write_chunks`.
     folder
         Where the files belong.
     """
@@ -186,67 +203,63 @@ class ChunkTask(Protocol):
     @property
     def folder(self) -> str: ...  # noqa: D102
     def write(self, photos: pa.RecordBatch, number: int, folder: str) -> Answer:
-        """Write the files of chunk ``number`` into ``folder``."""
+        """Write the files of chunk ``number`` into ``folder``. Runs on workers."""
         ...
 
     def done(self) -> set[int]:
-        """Return the chunks whose files are in place. Called on the driver."""
+        """Return the numbers of the chunks whose files are in place. Runs on the driver."""
         ...
 
     def careful(self) -> ChunkTask:
-        """Return the task as it decodes photos in child processes."""
+        """Return the same task, decoding photos in child processes."""
         ...
 
 
 @dataclass(frozen=True)
-class Shared:
-    """Chunks by their place in a list, where workers see the folder. Picklable."""
+class SharedChunks:
+    """Run a task's chunks where workers see its list and folder. Picklable; runs on workers."""
 
     task: ChunkTask
     numbers: tuple[int, ...]
 
-    def __call__(self, place: int) -> Answer:
-        """Do the chunk at this place."""
-        number = self.numbers[place]
+    def __call__(self, index: int) -> Answer:
+        """Write the files of the chunk ``numbers[index]`` in place."""
+        number = self.numbers[index]
         return self.task.write(read_chunk(self.task.chunks, number), number, self.task.folder)
 
 
-def run_chunks(
-    spark: SparkSession,
-    task: ChunkTask,
-    numbers: Sequence[int],
-    *,
-    shared: bool,
-    poll: Poll | None = None,
+def send_chunks(
+    spark: SparkSession, task: ChunkTask, numbers: Sequence[int], poll: Poll | None = None
 ) -> None:
-    """Do chunks on executors.
+    """Run chunks on executors that don't see the driver's folders.
 
-    Where they see the driver's folders (``shared``), a task reads its chunk there and leaves its
-    files there. Elsewhere the chunk goes out with the task, and the files come back through Spark:
-    many small jobs, a few at once, so that what is done is on the driver's disk soon.
+    A chunk travels with its task, and its files come back through Spark to the driver's disk as
+    soon as their job ends. There are many small jobs, several at once.
+
+    Raises
+    ------
+    JobError
+        If Spark gives up on a task.
     """
-    if shared:
-        run_tasks(spark, Shared(task, tuple(numbers)), len(numbers), poll)
-        return
-    width, at_once = waves(len(numbers), slots(spark))
+    width, at_once = job_sizes(len(numbers), slots(spark))
     jobs = [
-        functools.partial(_wave, spark, task, tuple(numbers[start : start + width]))
+        functools.partial(_send_job, spark, task, tuple(numbers[start : start + width]))
         for start in range(0, len(numbers), width)
     ]
-    _wait(jobs, spark, at_once, poll)
+    _run_jobs(jobs, spark, at_once, poll)
 
 
 IN_FLIGHT = 32
-"""Tasks that are on their way at least: a cluster that grows on demand must see the demand."""
+"""Least number of tasks in Spark's queue: a cluster that grows on demand must see the demand."""
 
 
-def waves(chunks: int, slots: int) -> tuple[int, int]:
-    """Return how many tasks a job has, and how many jobs run at once.
+def job_sizes(chunks: int, slots: int) -> tuple[int, int]:
+    """Return how many tasks (chunks) a job has, and how many jobs run at once.
 
-    No slot waits, a short run has eight jobs or so (what is done comes back with its job), and a
-    long one few: the weights go out with each.
+    Results return when a job ends, and each job resends the weights: short runs use about 8 jobs,
+    long runs up to 32 tasks a job.
 
-    >>> waves(16, 2), waves(2000, 2), waves(2000, 64), waves(50_000, 1000)
+    >>> job_sizes(16, 2), job_sizes(2000, 2), job_sizes(2000, 64), job_sizes(50_000, 1000)
     ((2, 16), (16, 2), (32, 4), (32, 16))
     """
     width = max(1, min(32, max(slots, min(16, -(-chunks // 8)))))
@@ -256,11 +269,11 @@ def waves(chunks: int, slots: int) -> tuple[int, int]:
 FILES = pa.schema([("name", pa.string()), ("content", pa.binary())])
 
 
-def _wave(spark: SparkSession, task: ChunkTask, numbers: tuple[int, ...]) -> None:
+def _send_job(spark: SparkSession, task: ChunkTask, numbers: tuple[int, ...]) -> None:
     chunks = [_to_bytes(read_chunk(task.chunks, number)) for number in numbers]
-    on_worker = functools.partial(_chunks_on_worker, task, numbers, chunks)
-    frame = spark.range(0, len(numbers), 1, len(numbers)).mapInArrow(on_worker, ddl(FILES))
-    for batch in frame.toArrow().to_batches():
+    on_worker = functools.partial(_files_on_worker, task, numbers, chunks)
+    files = spark.range(0, len(numbers), 1, len(numbers)).mapInArrow(on_worker, ddl(FILES))
+    for batch in files.toArrow().to_batches():
         for name, content in zip(batch["name"].to_pylist(), batch["content"], strict=True):
             with atomic_file(Path(task.folder, name)) as part:
                 part.write_bytes(content.as_buffer())
@@ -273,31 +286,24 @@ def _to_bytes(batch: pa.RecordBatch) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _chunks_on_worker(
+def _files_on_worker(
     task: ChunkTask,
     numbers: tuple[int, ...],
     chunks: list[bytes],
     batches: Iterator[pa.RecordBatch],
 ) -> Iterator[pa.RecordBatch]:
+    """Run chunks and return their files as rows of `FILES`. Runs on workers."""
     for batch in batches:
-        for place in batch["id"].to_pylist():
-            photos = pa.ipc.open_stream(chunks[place]).read_next_batch()
+        for index in batch["id"].to_pylist():
+            photos = pa.ipc.open_stream(chunks[index]).read_next_batch()
             with tempfile.TemporaryDirectory(prefix="pomona-") as folder:
-                task.write(photos, numbers[place], folder)
+                task.write(photos, numbers[index], folder)
                 for path in sorted(Path(folder).iterdir()):
                     row = {"name": path.name, "content": path.read_bytes()}
                     yield pa.RecordBatch.from_pylist([row], FILES)
 
 
-def run_here(task: Callable[[int], Answer], count: int, poll: Poll | None = None) -> list[Answer]:
-    """Call ``task(0) … task(count - 1)`` on the driver: for what only the driver sees."""
-    with ThreadPoolExecutor(available_cpus()) as pool:
-        answers = []
-        for found in pool.map(task, range(count)):
-            answers.append(found)
-            if poll:
-                poll()
-    return answers
+# --- processes that train together -------------------------------------------------------------
 
 
 def run_torch(
@@ -312,8 +318,7 @@ def run_torch(
     """Run a function in processes that train together, started by Spark's TorchDistributor.
 
     With a local master they are children of the driver; on a cluster, tasks of one barrier stage,
-    which see the folder that the argument names on storage that driver and executors share. What
-    they print goes to the log file.
+    which must see the folder that the argument names. What they print goes to the log file.
 
     Raises
     ------
@@ -322,9 +327,9 @@ def run_torch(
     """
     from pyspark.ml.torch.distributor import TorchDistributor
 
-    here = spark.sparkContext.master.startswith("local")
+    is_local = spark.sparkContext.master.startswith("local")
     try:
-        distributor = TorchDistributor(processes, local_mode=here, use_gpu=on_gpu)
+        distributor = TorchDistributor(processes, local_mode=is_local, use_gpu=on_gpu)
     except (ValueError, RuntimeError) as error:
         raise JobError(
             f"Spark can't start {processes} processes: {first_line(error)}: give Spark its "
@@ -334,12 +339,4 @@ def run_torch(
         (log_file or Path(os.devnull)).open("a", encoding="utf-8") as file,
         contextlib.redirect_stdout(file),
     ):
-        _wait([lambda: distributor.run(function, argument)], spark, 1, poll)
-
-
-def partition() -> int:
-    """Return the number of the partition that this worker is at."""
-    from pyspark import TaskContext
-
-    context = TaskContext.get()
-    return int(context.partitionId()) if context else 0
+        _run_jobs([lambda: distributor.run(function, argument)], spark, 1, poll)

@@ -15,7 +15,7 @@ from pomona.cli.work import show
 from pomona.core.errors import PomonaError, RequestError
 
 if TYPE_CHECKING:
-    from pomona.cloud.emr import Stack
+    from pomona.cloud.stack import Stack
 
 cloud = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Run on a cluster: Amazon EMR."
@@ -51,13 +51,14 @@ def emr_submit(
 ) -> None:
     """Run `pomona run` as a job on EMR Serverless or an EMR cluster."""
     from pomona.cli.render import cloud_job
-    from pomona.cloud.emr import Job, find, submit
+    from pomona.cloud.stack import find_stack
+    from pomona.cloud.submit import JobRequest, submit
 
     run_options, conf = tuple(options or ()), spark_pairs(spark_conf)
-    job = Job(source, out, run_options, weights, executors, conf, timeout_minutes)
-    target = find(stack, region)
+    request = JobRequest(source, out, run_options, weights, executors, conf, timeout_minutes)
+    target = find_stack(stack, region)
     with progress() as on_tick:
-        record = submit(target, job, counter(on_tick, "weights"))
+        record = submit(target, request, counter(on_tick, "weights"))
     if wait:
         record |= _wait(target, record["job"])
     show(record, as_json, cloud_job)
@@ -65,7 +66,7 @@ def emr_submit(
 
 def _wait(stack: Stack, job: str) -> dict[str, Any]:
     from pomona.cli.render import cloud_state
-    from pomona.cloud.emr import wait
+    from pomona.cloud.jobs import wait
 
     last = ""
 
@@ -96,9 +97,10 @@ def emr_status(
 ) -> None:
     """Show how far a job is, or the last jobs."""
     from pomona.cli import render
-    from pomona.cloud.emr import find, recent, status
+    from pomona.cloud.jobs import recent, status
+    from pomona.cloud.stack import find_stack
 
-    target = find(stack, region)
+    target = find_stack(stack, region)
     if job:
         show(status(target, job), as_json, render.cloud_job)
     else:
@@ -116,9 +118,10 @@ def emr_logs(
     as_json: AsJson = False,
 ) -> None:
     """Show what a job's driver printed."""
-    from pomona.cloud.emr import find, logs
+    from pomona.cloud.jobs import logs
+    from pomona.cloud.stack import find_stack
 
-    files = logs(find(stack, region), job)
+    files = logs(find_stack(stack, region), job)
     if as_json:
         typer.echo(json.dumps([{"file": name, "text": text} for name, text in files]))
         return
@@ -138,9 +141,10 @@ def emr_teardown(
 ) -> None:
     """End a stack's jobs and delete all that it made, and nothing else."""
     from pomona.cli.render import cloud_holdings
-    from pomona.cloud.emr import check_empty, find, holdings, teardown
+    from pomona.cloud.stack import find_stack
+    from pomona.cloud.teardown import check_empty, holdings, teardown
 
-    target = find(stack, region)
+    target = find_stack(stack, region)
     held = holdings(target)
     if not delete_data:
         check_empty(held)
