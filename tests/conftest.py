@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -41,6 +43,7 @@ def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
+@functools.lru_cache(maxsize=4096)
 def photo(seed: int = 0, size: tuple[int, int] = (100, 100), kind: str = "JPEG") -> bytes:
     """A photo of coloured noise."""
     rng = np.random.default_rng(seed)
@@ -65,6 +68,35 @@ def fill(root: Path, labels: int = 3, each: int = 8) -> Path:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return fill(tmp_path / "source")
+
+
+@pytest.fixture(scope="session")
+def features() -> Any:
+    """Features of 36 photos by random weights, float32 [36, 1280], for `tests.small_model`."""
+    from pomona.backbone import extract, weights
+    from pomona.backbone.spec import make_spec
+    from tests.small_model import SIZE
+
+    spec = make_spec(weights.load_weights("random:0"), image_size=SIZE, device="cpu")
+    contents = [photo(1000 * (n % 3) + n) for n in range(36)]
+    batch = pa.record_batch({"content": pa.array(contents, pa.binary())})
+    rows = next(extract.extract(iter([batch]), spec))
+    return np.array(rows["features"].to_pylist(), np.float32)
+
+
+@pytest.fixture(scope="session")
+def small_model_once(features: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("sklearn")
+    from tests.small_model import save_small_model
+
+    return save_small_model(tmp_path_factory.mktemp("small") / "model", features, "random:0")
+
+
+@pytest.fixture
+def small_model(small_model_once: Path, tmp_path: Path) -> Path:
+    """A model's folder that a test may damage."""
+    shutil.copytree(small_model_once, tmp_path / "model")
+    return tmp_path / "model"
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,6 @@ from pomona.pipeline.reduce import ReduceOptions
 from pomona.pipeline.run import run
 from pomona.spark import connect
 from tests.conftest import fill
-from tests.model.test_artifact import features, folder  # noqa: F401 - fixtures
 
 pytest.importorskip("grpc", reason="pip install 'pomona[connect]'")
 
@@ -127,7 +126,7 @@ def run_python(*command: object) -> str:
 def test_everything_over_connect(
     spark: Any,
     server: str,
-    folder: Path,  # noqa: F811
+    small_model: Path,
     tmp_path: Path,
 ) -> None:
     from pyspark.ml import PipelineModel
@@ -142,12 +141,12 @@ def test_everything_over_connect(
     pipeline = PipelineModel([stage, Normalizer(inputCol="features", outputCol="scaled")])
     pipeline.save(str(tmp_path / "saved"))
 
-    places = [source, tmp_path / "work", folder, tmp_path / "saved"]
+    places = [source, tmp_path / "work", small_model, tmp_path / "saved"]
     told = json.loads(run_python("-m", "tests.spark.test_connect", server, *places))
     assert told["session"] == "pyspark.sql.connect.session"
     assert told["features"] == classic["digests"]["features"]
     assert told["rows"] == {"training_pca": 30, "test_pca": 30}
-    assert told["answers"] == answers(source, folder)
+    assert told["answers"] == answers(source, small_model)
     assert told["vectors"] == vectors(pipeline.transform(images))
     assert told["uids"] == [stage.uid] * 2
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -14,12 +13,6 @@ from pomona.photos.reading import read
 from pomona.photos.source import Source
 from pomona.spark.tasks import Answer, at_task
 from pomona.workspace.feature_table import PartFile, task_of, write_part
-
-if TYPE_CHECKING:
-    pass
-
-
-# --- photos ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -33,11 +26,11 @@ class ExtractTask:
 
     @property
     def folder(self) -> str:
-        """Where the parts belong."""
+        """The folder of the parts."""
         return self.part.folder
 
     def write(self, photos: pa.RecordBatch, number: int, folder: str) -> Answer:
-        """Write the part of chunk ``number``."""
+        """Write the part of chunk ``number``. Runs on workers."""
         spec = at_task(self.spec)
         size = spec.batch_size
         batches = (photos.slice(start, size) for start in range(0, photos.num_rows, size))
@@ -49,5 +42,5 @@ class ExtractTask:
         return {task_of(path.name) for path in Path(self.folder).glob(f"{self.part.run}-*")}
 
     def careful(self) -> ExtractTask:
-        """Return the task as it decodes photos in child processes."""
+        """Return the task with photos decoded in child processes."""
         return replace(self, spec=replace(self.spec, guard="child"))

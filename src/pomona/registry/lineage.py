@@ -18,6 +18,7 @@ from pomona.core.errors import first_line
 from pomona.core.files import read_json
 from pomona.core.uris import local_path
 from pomona.model import projection
+from pomona.model.unknown import squared_distances
 from pomona.registry import publish, tracking
 from pomona.workspace import feature_table
 from pomona.workspace.layout import Out
@@ -76,7 +77,7 @@ class Lineage:
         raised = projection.raised(self.vectors, float(about["power"]))
         z = (raised - tensors["mean"]) @ tensors["linear"].T @ tensors["detector.whitening"]
         centres = tensors["detector.centres"]
-        far = (z**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1) - 2 * z @ centres.T
+        far = squared_distances(z, centres)
         size = (z**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1)
         return bool((far < 1e-6 * size).any())
 
