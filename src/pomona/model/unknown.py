@@ -79,7 +79,8 @@ def _nearest(z: Array, _: Array, tensors: dict[str, Array]) -> Array:
     The centres are the means of the kinds (Lee et al. 2018), or photos (after Sun et al. 2022,
     who take the cosine; that accepts photos of something else altogether, see docs/log.md).
     """
-    return -squared_distances(z @ tensors["whitening"], tensors["centres"]).min(axis=1)
+    squares = squared_distances(z @ tensors["whitening"], tensors["centres"])
+    return np.asarray(-squares.min(axis=1))
 
 
 _SCORES: dict[str, Callable[[Array, Array, dict[str, Array]], Array]] = {
