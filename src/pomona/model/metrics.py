@@ -149,10 +149,11 @@ def calibration_error(probabilities: Array, y: Codes) -> float:
 
 def auroc(known: Array, unknown: Array) -> float:
     """Return the chance that a known photo scores above an unknown one (ties count half)."""
-    from sklearn.metrics import roc_auc_score
+    from scipy.stats import rankdata
 
-    is_known = np.repeat([1, 0], [len(known), len(unknown)])
-    return float(roc_auc_score(is_known, np.concatenate([known, unknown])))
+    ranks = rankdata(np.concatenate([known, unknown]))[: len(known)]
+    pairs = len(known) * len(unknown)
+    return float((ranks.sum() - len(known) * (len(known) + 1) / 2) / pairs)
 
 
 def paired_test(new: Flags, old: Flags, units: Codes, draws: int = 20_000) -> float:
