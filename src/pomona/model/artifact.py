@@ -1,4 +1,4 @@
-"""The model: one folder, from a photo to an answer, the same file wherever it runs.
+"""The model: one folder that takes a photo to an answer, with the same file wherever it runs.
 
 ``model.onnx`` holds everything from pixels to probabilities; ``classifier.safetensors`` holds what
 comes after the backbone, for NumPy; ``model.json`` says what they are.
@@ -39,7 +39,7 @@ def save_model(folder: Path, backbone_file: bytes, top: Head, about: dict[str, A
     Parameters
     ----------
     about
-        What ``model.json`` holds beside labels, threshold, digests and the format.
+        The content of ``model.json`` beside labels, threshold, digests and the format.
     """
     from safetensors.numpy import save as to_bytes
 
@@ -93,11 +93,11 @@ class Model:
     Attributes
     ----------
     folder
-        Where it lies.
+        From which it was read.
     about
-        What ``model.json`` holds.
+        The content of ``model.json``.
     content
-        ``model.onnx``.
+        The bytes of ``model.onnx``.
     """
 
     folder: Path

@@ -44,18 +44,21 @@ def judge_test(
     logits = classifier.logits(photos.z)
     scores = detector.score(photos.z, logits)
     kept = scores >= detector.threshold
-    never_seen = sorted(set(photos.labels[~seen]))
+    never_seen: dict[str, Any] = {
+        "labels": sorted(set(photos.labels[~seen])),
+        "photos": int((~seen).sum()),
+    }
+    if not seen.all():
+        never_seen["called_unknown"] = float((~kept[~seen]).mean())
     figures: dict[str, Any] = {
         "photos": int(seen.sum()),
         "photos_in_table": photos.of,
-        "labels_never_seen": {"labels": never_seen, "photos": int((~seen).sum())},
+        "labels_never_seen": never_seen,
     }
-    if never_seen:
-        figures["labels_never_seen"]["called_unknown"] = float((~kept[~seen]).mean())
     if not seen.any():
         return figures, {}
-    if never_seen:
-        figures["labels_never_seen"]["auroc"] = metrics.auroc(scores[seen], scores[~seen])
+    if not seen.all():
+        never_seen["auroc"] = metrics.auroc(scores[seen], scores[~seen])
     known = photos.take(seen)
     y = np.array([codes[label] for label in known.labels], np.int64)
     units = groups_of(known) if by_group else np.arange(len(y))

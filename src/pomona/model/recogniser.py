@@ -35,7 +35,7 @@ ANSWERS = pa.schema(
 
 @dataclass(frozen=True)
 class Recogniser:
-    """A model as it crosses to workers: what to run and how to read the outcome."""
+    """What workers need to answer: the network to run, and how to read its outputs. Picklable."""
 
     spec: BackboneSpec
     labels: tuple[str, ...]

@@ -25,7 +25,7 @@ from pomona.core.uris import local_path
 from pomona.photos.listing import Listing, list_files
 from pomona.photos.source import SUFFIXES, Source, arrange, open_source
 from pomona.pipeline.extract_hadoop import add_missing, run_hadoop
-from pomona.pipeline.extract_task import ExtractTask
+from pomona.pipeline.extract_task import ExtractTask, photos_per_task
 from pomona.spark import binary_files, executors, resources, tasks
 from pomona.spark.session import Cluster, lazy_session
 from pomona.workspace import feature_table, layout, tombstones
@@ -231,25 +231,6 @@ def _extract(
     }
     layout.update(stage.out, "extract", record)
     return record
-
-
-PHOTOS_PER_TASK = 512
-"""About five seconds of work: what a killed task loses, and the step of the progress shown. The
-gap between tasks is 0.08 s, since the weights are sent with each."""
-MOST_TASKS = 50_000
-"""What Spark's scheduler handles with ease; above it tasks grow."""
-
-
-def photos_per_task(todo: int, slots: int) -> int:
-    """Return a task's size such that tasks are short, not too many, and all slots end together.
-
-    >>> photos_per_task(100, 2), photos_per_task(16_525, 2), photos_per_task(100_000_000, 64)
-    (8, 487, 1999)
-    """
-    share = -(-todo // (8 * slots))
-    most = max(8, min(PHOTOS_PER_TASK, share), -(-todo // MOST_TASKS))
-    rounds = -(-todo // (most * slots))
-    return max(8, -(-todo // (rounds * slots)))
 
 
 def _compute(stage: Extraction, todo: pa.Table, parts: Path, total: int) -> None:

@@ -63,22 +63,22 @@ class PredictOptions:
 
 
 @dataclass(frozen=True)
-class Photos:
+class PhotoSet:
     """The photos of one argument.
 
     Attributes
     ----------
     source
         Where they lie; None: standard input.
-    rows
+    photos
         As `PHOTOS`.
     """
 
     source: Source | None
-    rows: pa.Table
+    photos: pa.Table
 
 
-def find_photos(arguments: list[str], on_tick: OnTick = quiet) -> list[Photos]:
+def find_photos(arguments: list[str], on_tick: OnTick = quiet) -> list[PhotoSet]:
     """Find the photos of the arguments.
 
     Raises
@@ -93,7 +93,7 @@ def find_photos(arguments: list[str], on_tick: OnTick = quiet) -> list[Photos]:
     return [_find_photos(argument, on_tick) for argument in arguments]
 
 
-def _find_photos(argument: str, on_tick: OnTick) -> Photos:
+def _find_photos(argument: str, on_tick: OnTick) -> PhotoSet:
     if argument == STDIN:
         return _one_photo(None, STDIN, STDIN)
     path = local_path(argument)
@@ -114,11 +114,11 @@ def _find_photos(argument: str, on_tick: OnTick) -> Photos:
     return _photos_in(source, argument, on_tick)
 
 
-def _one_photo(source: Source | None, name: str, shown: str) -> Photos:
-    return Photos(source, pa.table([[name], [shown]], schema=PHOTOS))
+def _one_photo(source: Source | None, name: str, shown: str) -> PhotoSet:
+    return PhotoSet(source, pa.table([[name], [shown]], schema=PHOTOS))
 
 
-def _photos_in(source: Source, argument: str, on_tick: OnTick) -> Photos:
+def _photos_in(source: Source, argument: str, on_tick: OnTick) -> PhotoSet:
     def tick(count: int) -> None:
         if count > SHOW_PROGRESS_ABOVE:
             on_tick(Tick("list", count))
@@ -129,7 +129,7 @@ def _photos_in(source: Source, argument: str, on_tick: OnTick) -> Photos:
     paths = files.sort_by("path")["path"]
     start = source.name if source.kind == "object" else argument.rstrip("/")
     shown = pa.array([f"{start}/{path}" for path in paths.to_pylist()], pa.string())
-    return Photos(source, pa.table([paths, shown], schema=PHOTOS))
+    return PhotoSet(source, pa.table([paths, shown], schema=PHOTOS))
 
 
 # --- answers -----------------------------------------------------------------------------------
@@ -166,8 +166,8 @@ def predict(
     options = options or PredictOptions()
     elsewhere = options.master is not None and gpus_elsewhere(options.cluster(), options.device)
     recogniser = make_recogniser(model, options.top, device=options.device, elsewhere=elsewhere)
-    found = find_photos(arguments, on_tick)
-    count = sum(photos.rows.num_rows for photos in found)
+    photo_sets = find_photos(arguments, on_tick)
+    count = sum(part.photos.num_rows for part in photo_sets)
     if options.most and count > options.most and options.out is None:
         raise RequestError(
             f"{count:,} photos are too many for a table: add --out FOLDER (Parquet), --csv or "
@@ -175,7 +175,7 @@ def predict(
         )
     start = time.time()
     tally = Tally()
-    with contextlib.closing(_answers(found, recogniser, model, options, on_tick)) as batches:
+    with contextlib.closing(_answers(photo_sets, recogniser, model, options, on_tick)) as batches:
         for batch in batches:
             tally.add(batch)
             if on_answers and options.out is None:
@@ -214,32 +214,32 @@ class Tally:
 
 
 def _answers(
-    found: list[Photos],
+    photo_sets: list[PhotoSet],
     recogniser: Recogniser,
     model: Model,
     options: PredictOptions,
     on_tick: OnTick,
 ) -> Generator[pa.RecordBatch, None, None]:
     """Yield the answers as `ROWS`, whoever computes them: this process, or Spark through files."""
-    count = sum(photos.rows.num_rows for photos in found)
+    count = sum(part.photos.num_rows for part in photo_sets)
     by_spark = options.master is not None or count > SPARK_ABOVE
     if options.out is None and not by_spark:
-        yield from _answer_here(found, count, recogniser, on_tick)
+        yield from _answer_here(photo_sets, count, recogniser, on_tick)
         return
     with tempfile.TemporaryDirectory() as spare:
         folder = Path(options.out or spare).expanduser().resolve()
-        for part in _write_files(found, recogniser, folder, model, options, on_tick, by_spark):
+        for part in _write_files(photo_sets, recogniser, folder, model, options, on_tick, by_spark):
             yield from pq.ParquetFile(part).iter_batches()
 
 
 def _answer_here(
-    found: list[Photos], count: int, recogniser: Recogniser, on_tick: OnTick
+    photo_sets: list[PhotoSet], count: int, recogniser: Recogniser, on_tick: OnTick
 ) -> Iterator[pa.RecordBatch]:
     recogniser = with_threads(recogniser, available_cpus())
     done = rejected = 0
-    for photos in found:
-        for rows in photos.rows.to_batches():
-            for batch in answers(rows, photos.source, recogniser):
+    for part in photo_sets:
+        for photos in part.photos.to_batches():
+            for batch in answers(photos, part.source, recogniser):
                 done += batch.num_rows
                 rejected += batch.num_rows - batch["error"].null_count
                 if count > SHOW_PROGRESS_ABOVE:
@@ -251,7 +251,7 @@ def _answer_here(
 
 
 def _write_files(
-    found: list[Photos],
+    photo_sets: list[PhotoSet],
     recogniser: Recogniser,
     folder: Path,
     model: Model,
@@ -260,10 +260,10 @@ def _write_files(
     by_spark: bool,
 ) -> list[Path]:
     """Answer into Parquet files; what an earlier run of the same request did isn't done again."""
-    if any(photos.source is None for photos in found):
+    if any(part.source is None for part in photo_sets):
         raise RequestError("standard input is one photo: leave --out and --master out")
-    bounds, sources = _cut(found)
-    photos = pa.concat_tables([part.rows for part in found])
+    bounds, sources = _cut(photo_sets)
+    photos = pa.concat_tables([part.photos for part in photo_sets])
     _claim(folder, _request(photos, model, options))
     chunks = folder / "_todo.arrow"
     task = PredictTask(str(chunks), tuple(sources), recogniser, str(folder))
@@ -284,15 +284,15 @@ def _write_files(
     return [folder / part_name(number) for number in range(len(sources))]
 
 
-def _cut(found: list[Photos]) -> tuple[list[int], list[Source | None]]:
+def _cut(photo_sets: list[PhotoSet]) -> tuple[list[int], list[Source | None]]:
     """Cut photos into chunks of one source each: bounds, and the source of each chunk."""
     bounds: list[int] = [0]
     sources: list[Source | None] = []
-    for photos in found:
+    for part in photo_sets:
         first = bounds[-1]
-        ends = [first + end for end in even_bounds(photos.rows.num_rows, PER_TASK)[1:]]
+        ends = [first + end for end in even_bounds(part.photos.num_rows, PER_TASK)[1:]]
         bounds += ends
-        sources += [photos.source] * len(ends)
+        sources += [part.source] * len(ends)
     return bounds, sources
 
 
