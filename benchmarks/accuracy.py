@@ -81,7 +81,7 @@ def fit_projection(recipe: Recipe, x: Rows) -> proj.Projection:
 def judge(recipe: Recipe, x: Rows, y: Codes, groups: Codes | None, names: tuple[str, ...]) -> Any:
     """Return the best trial."""
     z = fit_projection(recipe, x).transform(x)
-    sample, splits = sampling.make_sample(z, y, names, groups), sampling.folds(y, groups)
+    sample, splits = sampling.Sample(z, y, names, groups), sampling.folds(y, groups)
     trials = [classifier.trial(sample, splits, s, recipe.class_weight) for s in recipe.strengths]
     return max(trials, key=lambda trial: trial.accuracy)
 
@@ -147,7 +147,7 @@ def scores(train: Photos, test: Photos, away: Rows) -> Iterator[str]:
         splits = sampling.folds(y, groups)
         t = classifier.temperature(best.logits, y[best.rows])
         settings = classifier.Settings("none", best.strength, t)
-        sample = sampling.make_sample(z, y, names, groups)
+        sample = sampling.Sample(z, y, names, groups)
         compared = unknown.compare(sample, settings, lambda: None)
         fitted = classifier.calibrated(classifier.fit(z, y, names, best.strength), t)
         for method in unknown.METHODS:

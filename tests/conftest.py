@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import io
@@ -33,6 +34,13 @@ def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
         os.environ.pop(name, None)
     os.environ["POMONA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["PYSPARK_PYTHON"] = sys.executable
+    # BLAS threads wait for each other by spinning: on a busy machine that takes minutes. The limit
+    # is for NumPy's BLAS, which is loaded; the variable for SciPy's and for child processes.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    with contextlib.suppress(ImportError):  # of the extra train
+        import threadpoolctl
+
+        threadpoolctl.threadpool_limits(1, "blas")
     # For moto's server, which takes any; Spark's workers inherit them when the session starts.
     os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "test"
 

@@ -55,7 +55,7 @@ def test_whole_groups_go_into_one_fold() -> None:
 def test_a_label_with_one_photo_is_not_judged() -> None:
     z, y = blobs(3, 10)
     z, y = np.concatenate([z, z[:1] + 9]), np.append(y, 3)
-    sample = sampling.make_sample(z, y, ("a", "b", "c", "d"))
+    sample = sampling.Sample(z, y, ("a", "b", "c", "d"))
     found = cls.trial(sample, sampling.folds(y, None), 1.0, "none")
     assert sorted(found.rows) == list(range(30))
     assert sampling.folds(np.array([0, 1]), None) == []

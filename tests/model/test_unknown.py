@@ -54,10 +54,10 @@ def test_labels_are_left_out_in_turn() -> None:
         rounds += 1
 
     settings = cls.Settings(strength=0.1)
-    found = unknown.compare(sampling.make_sample(z, y, names), settings, count)
+    found = unknown.compare(sampling.Sample(z, y, names), settings, count)
     assert rounds == len(found["rounds"]) == 5
     assert sorted(chain.from_iterable(found["rounds"])) == list(names)
     assert set(found["auroc"]) == set(unknown.METHODS)
     assert found["auroc"]["distance"] > 0.9
-    two = sampling.make_sample(z, y % 2, ("a", "b"))
+    two = sampling.Sample(z, y % 2, ("a", "b"))
     assert unknown.compare(two, settings, count) == {}

@@ -179,6 +179,16 @@ def test_the_command(found: Model, folder: Path, tmp_path: Path) -> None:
     assert "50.0% of the photos can't be used" in bad.stderr
 
 
+def test_it_needs_no_scikit_learn(found: Model, folder: Path) -> None:
+    words = ["predict", str(folder / "kind 1" / "é 01.jpg"), "--model", str(found.folder)]
+    code = (
+        "import sys; sys.modules.update(sklearn=None, scipy=None, matplotlib=None); "
+        f"sys.argv[1:] = {words!r}; from pomona.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_errors_of_the_command(found: Model, folder: Path, tmp_path: Path) -> None:
     for arguments, words in (
         ([folder, "--model", tmp_path / "no"], "there is no model in"),

@@ -70,20 +70,10 @@ def softmax(logits: Array) -> Array:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is chosen for a classifier before it is fitted on all photos.
+    """What is chosen for a classifier before it is fitted on all photos."""
 
-    Attributes
-    ----------
-    class_weight
-        ``none``, or ``balanced``: each label weighs the same however many photos it has.
-    strength
-        scikit-learn's C: the smaller, the stronger the penalty on weights.
-    temperature
-        See `Classifier`.
-    """
-
-    class_weight: str = "none"
-    strength: float = 1e-2
+    class_weight: str = "none"  # or balanced: labels weigh the same however many photos they have
+    strength: float = 1e-2  # scikit-learn's C: the smaller, the stronger the penalty on weights
     temperature: float = 1.0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,61 +25,47 @@ class Sample:
 
     Attributes
     ----------
-    z
-        pca_features, float [n, k].
-    y
-        Codes of the labels [n].
+    z, y
+        pca_features, float [n, k], and the codes of the labels [n].
     labels
         All labels, also those that don't occur in ``y``; a code is an index into them.
     groups
         Code [n] of each photo's group, or None where photos are held out one by one.
-    kinds
-        Code [n] of what a detector of the unknown has a centre for: the label or the group.
     unseen
-        bool [n]: photos on which the backbone's weights were not tuned.
+        bool [n]: photos on which the backbone's weights were not tuned; None: all.
     """
 
     z: Rows
     y: Codes
     labels: tuple[str, ...]
-    groups: Codes | None
-    kinds: Codes
-    unseen: Flags
+    groups: Codes | None = None
+    unseen: Flags | None = None
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the backbone's weights were tuned on some of the photos."""
+        return self.unseen is not None and not self.unseen.all()
+
+    @property
+    def kinds(self) -> Codes:
+        """Code [n] of what a detector of the unknown has a centre for: the group or the label.
+
+        Weights that were tuned on a group bring its photos together, far from all others.
+        """
+        return self.y if self.groups is None or self.tuned else self.groups
 
     def take(self, rows: Codes) -> Sample:
         """Return some of the photos."""
-        groups = None if self.groups is None else self.groups[rows]
-        return replace(
-            self,
-            z=self.z[rows],
-            y=self.y[rows],
-            groups=groups,
-            kinds=self.kinds[rows],
-            unseen=self.unseen[rows],
+        groups, unseen = (
+            None if values is None else values[rows] for values in (self.groups, self.unseen)
         )
+        return Sample(self.z[rows], self.y[rows], self.labels, groups, unseen)
 
     def at_most(self, count: int) -> Sample:
         """Return the sample itself, or so many of its photos, drawn at random."""
         if len(self.y) <= count:
             return self
         return self.take(np.sort(np.random.default_rng(SEED).permutation(len(self.y))[:count]))
-
-
-def make_sample(
-    z: Rows,
-    y: Codes,
-    labels: tuple[str, ...],
-    groups: Codes | None = None,
-    unseen: Flags | None = None,
-) -> Sample:
-    """Make a sample.
-
-    ``kinds`` are the groups, but the labels where the weights were tuned on some of the photos:
-    such weights bring the photos of a group together, far from all others.
-    """
-    unseen = np.ones(len(y), bool) if unseen is None else unseen
-    kinds = y if groups is None or not unseen.all() else groups
-    return Sample(z, y, labels, groups, kinds, unseen)
 
 
 def usable_groups(y: Codes, groups: Codes | None) -> Codes | None:

@@ -68,7 +68,7 @@ def select_and_fit(
             "method": method,
             "threshold": threshold,
             "keep": keep,
-            "weights_saw": not sample.unseen.all(),
+            "weights_saw": sample.tuned,
             **comparison,
         },
     }
@@ -86,9 +86,10 @@ def choose_folds(sample: Sample) -> tuple[list[Fold], bool]:
     is True.
     """
     every = folds(sample.y, sample.groups)
-    if sample.unseen.all():
+    unseen = sample.unseen
+    if unseen is None or unseen.all():
         return every, False
-    fresh = [(to_fit, to_judge[sample.unseen[to_judge]]) for to_fit, to_judge in every]
+    fresh = [(to_fit, to_judge[unseen[to_judge]]) for to_fit, to_judge in every]
     fresh = [fold for fold in fresh if len(fold[1])]
     rows = [row for fold in fresh for row in judged(sample.y, fold)]
     enough = len(rows) >= FEWEST_UNSEEN and len(np.unique(sample.y[rows])) > 1
@@ -118,12 +119,12 @@ def calibrate(
     """Return the temperature, and the figures of cross-validation with it."""
     y = sample.y[best.rows]
     temperature = cls.temperature(best.logits, y)
-    could_be_judged = len(sample.y) if weights_saw else int(sample.unseen.sum())
+    judgeable = len(sample.y) if weights_saw or sample.unseen is None else int(sample.unseen.sum())
     units = best.rows if sample.groups is None else sample.groups[best.rows]
     return temperature, {
         "by": "photo" if sample.groups is None else "group",
         "folds": len(splits),
-        "not_judged": could_be_judged - len(best.rows),
+        "not_judged": judgeable - len(best.rows),
         "weights_saw": weights_saw,
         **metrics.measure(cls.softmax(best.logits / temperature), y, units),
         **calibration(best.logits, temperature, y),

@@ -174,43 +174,36 @@ def predict(
             "--json"
         )
     start = time.time()
-    tally = Tally()
     with contextlib.closing(_answers(photo_sets, recogniser, model, options, on_tick)) as batches:
-        for batch in batches:
-            tally.add(batch)
-            if on_answers and options.out is None:
-                on_answers(batch)
+        counts = _count(batches, None if options.out else on_answers)
     return {
-        **tally.record(),
+        **counts,
         "seconds": round(time.time() - start, 2),
         "model": model.version,
         "out": options.out,
     }
 
 
-class Tally:
-    """Count answers."""
-
-    def __init__(self) -> None:
-        self.photos = self.unknown = 0
-        self.rejected: Counter[str] = Counter()
-        self.labels: Counter[str] = Counter()
-
-    def add(self, batch: pa.RecordBatch) -> None:
-        """Count a batch of `ROWS`."""
-        self.photos += batch.num_rows
-        self.unknown += sum(bool(value) for value in batch["unknown"].to_pylist())
-        self.rejected.update(code for code in batch["error"].to_pylist() if code)
-        self.labels.update(label for label in batch["label"].to_pylist() if label)
-
-    def record(self) -> dict[str, Any]:
-        """Return the counts."""
-        return {
-            "photos": self.photos,
-            "unknown": self.unknown,
-            "rejected": dict(sorted(self.rejected.items())),
-            "labels": dict(self.labels.most_common()),
-        }
+def _count(
+    batches: Iterator[pa.RecordBatch], on_answers: Callable[[pa.RecordBatch], None] | None
+) -> dict[str, Any]:
+    """Count answers and hand them on."""
+    photos = unknown = 0
+    rejected: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
+    for batch in batches:
+        photos += batch.num_rows
+        unknown += batch["unknown"].to_pylist().count(True)
+        rejected.update(batch["error"].drop_null().to_pylist())
+        labels.update(batch["label"].drop_null().to_pylist())
+        if on_answers:
+            on_answers(batch)
+    return {
+        "photos": photos,
+        "unknown": unknown,
+        "rejected": dict(sorted(rejected.items())),
+        "labels": dict(labels.most_common()),
+    }
 
 
 def _answers(

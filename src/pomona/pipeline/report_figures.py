@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -161,21 +163,13 @@ def read_thumbnails(
         sizes.setdefault(path, set()).add(size)
     read = patient_reader(source)
 
-    def decode(path: str) -> tuple[dict[int, Pixels | None], bytes]:
-        if (content := read(path)) is None:
-            return {}, b""
-        pixels = {size: decoding.decode(content, size).pixels for size in sizes[path]}
-        return pixels, content if None in pixels.values() else b""
+    def scaled(path: str) -> list[tuple[tuple[str, int], Pixels | None]]:
+        content = read(path)
+        return [((path, size), _pixels(content, size)) for size in sizes[path] if content]
 
     with ThreadPoolExecutor(READ_AHEAD) as pool:
-        decoded = dict(zip(sizes, pool.map(decode, sizes), strict=True))
-    thumbnails = {
-        # On this thread alone, for Pillow's switch for damaged photos is one for all threads.
-        (path, size): _decode_damaged(content, size) if pixels is None else pixels
-        for path, (by_size, content) in decoded.items()
-        for size, pixels in by_size.items()
-    }
-    return {key: pixels for key, pixels in thumbnails.items() if pixels is not None}
+        thumbnails = itertools.chain.from_iterable(pool.map(scaled, sizes))
+        return {key: pixels for key, pixels in thumbnails if pixels is not None}
 
 
 def patient_reader(source: str) -> Callable[[str], bytes | None]:
@@ -203,18 +197,25 @@ def patient_reader(source: str) -> Callable[[str], bytes | None]:
     return read_patiently
 
 
-def _decode_damaged(content: bytes, size: int) -> Pixels | None:
-    """Return as much of a damaged photo as can be decoded."""
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
-    try:
-        with Image.open(io.BytesIO(content), formats=decoding.FORMATS) as image:
-            if image.size[0] * image.size[1] > decoding.MAX_DECODED:
-                return None
-            return np.asarray(image.convert("RGB").resize((size, size)))
-    except Exception:  # noqa: BLE001 - Pillow's readers raise nearly any type on damaged bytes
-        return None
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+_damaged = threading.Lock()
+"""Pillow's switch for damaged photos is one for all threads."""
+
+
+def _pixels(content: bytes, size: int) -> Pixels | None:
+    """Return a photo, or as much of a damaged one as can be decoded."""
+    if (pixels := decoding.decode(content, size).pixels) is not None:
+        return pixels
+    with _damaged:
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+        try:
+            with Image.open(io.BytesIO(content), formats=decoding.FORMATS) as image:
+                if image.size[0] * image.size[1] > decoding.MAX_DECODED:
+                    return None
+                return np.asarray(image.convert("RGB").resize((size, size)))
+        except Exception:  # noqa: BLE001 - Pillow's readers raise nearly any type on damaged bytes
+            return None
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def data_uri(pixels: Pixels, quality: int = 80) -> str:

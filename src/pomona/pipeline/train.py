@@ -19,7 +19,7 @@ from pomona.model.evaluation import headline, judge_leakage, judge_test
 from pomona.model.head import Head, make_head
 from pomona.model.pca_table import MAX_ROWS, groups_of, read_photos, unseen_by
 from pomona.model.projection import load_projection
-from pomona.model.sampling import make_sample, usable_groups
+from pomona.model.sampling import Sample, usable_groups
 from pomona.pipeline.status import stale_stages
 from pomona.workspace import feature_table, layout
 from pomona.workspace.layout import Out
@@ -120,7 +120,7 @@ def _train(
     photos = read_photos(out, "training_pca", options.max_rows)
     labels, y = cls.encode(photos.labels.tolist())
     groups = usable_groups(y, groups_of(photos) if made_from["label"] == "top" else None)
-    sample = make_sample(photos.z, y, labels, groups, unseen_by(photos, tuned_on))
+    sample = Sample(photos.z, y, labels, groups, unseen_by(photos, tuned_on))
     steps = Steps(on_tick, "train", len(cls.STRENGTHS) + len(unknown.left_out(y)) + 4)
     figures: dict[str, Any] = {"photos": len(y), "photos_in_table": photos.of, "labels": labels}
     with cls.one_thread_each():
