@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from pomona.backbone import extract
 from pomona.backbone.extract import features_of
-from pomona.model import artifact, classifier, metrics, unknown
+from pomona.model import artifact, classifier, metrics, sampling, unknown
 from pomona.model import projection as proj
-from pomona.model.classifier import Codes
+from pomona.model.sampling import Codes
 from pomona.photos import decoding, source
 from pomona.workspace import layout
 
@@ -81,8 +81,8 @@ def fit_projection(recipe: Recipe, x: Rows) -> proj.Projection:
 def judge(recipe: Recipe, x: Rows, y: Codes, groups: Codes | None, names: tuple[str, ...]) -> Any:
     """Return the best trial."""
     z = fit_projection(recipe, x).transform(x)
-    cut = classifier.folds(y, groups)
-    trials = [classifier.trial(z, y, names, cut, s, recipe.class_weight) for s in recipe.strengths]
+    sample, splits = sampling.Sample(z, y, names, groups), sampling.folds(y, groups)
+    trials = [classifier.trial(sample, splits, s, recipe.class_weight) for s in recipe.strengths]
     return max(trials, key=lambda trial: trial.accuracy)
 
 
@@ -144,16 +144,16 @@ def scores(train: Photos, test: Photos, away: Rows) -> Iterator[str]:
         best = judge(DEFAULT, train.x, y, groups, names)
         projection = fit_projection(DEFAULT, train.x)
         z, zt, za = (projection.transform(x) for x in (train.x, test.x, away))
-        cut = classifier.folds(y, groups)
+        splits = sampling.folds(y, groups)
         t = classifier.temperature(best.logits, y[best.rows])
-        how = {"strength": best.strength, "class_weight": "none", "temperature": t}
-        rows = (z, y, y if groups is None else groups)
-        compared = unknown.compare(rows, groups, names, lambda: None, **how)
+        settings = classifier.Settings("none", best.strength, t)
+        sample = sampling.Sample(z, y, names, groups)
+        compared = unknown.compare(sample, settings, lambda: None)
         fitted = classifier.calibrated(classifier.fit(z, y, names, best.strength), t)
         for method in unknown.METHODS:
-            held = unknown.held_out(method, rows, cut, names, **how)
+            held = unknown.held_out(method, sample, splits, settings)
             limit = unknown.threshold(held, 0.95)
-            detector = unknown.make(method, z, rows[2])
+            detector = unknown.make(method, z, sample.kinds)
             other = detector.score(za, fitted.logits(za))
             here = detector.score(zt, fitted.logits(zt))
             yield (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import io
 import os
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -34,6 +37,13 @@ def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
     # The tests' JVMs live for seconds to minutes, too short for the optimising compiler (C2), whose
     # threads compete with the workers for two cores.
     os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+    # BLAS threads wait for each other by spinning: on a busy machine that takes minutes. The limit
+    # is for NumPy's BLAS, which is loaded; the variable for SciPy's and for child processes.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    with contextlib.suppress(ImportError):  # of the extra train
+        import threadpoolctl
+
+        threadpoolctl.threadpool_limits(1, "blas")
     # For moto's server, which takes any; Spark's workers inherit them when the session starts.
     os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "test"
 
@@ -44,6 +54,7 @@ def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
+@functools.lru_cache(maxsize=4096)
 def photo(seed: int = 0, size: tuple[int, int] = (100, 100), kind: str = "JPEG") -> bytes:
     """A photo of coloured noise."""
     rng = np.random.default_rng(seed)
@@ -68,6 +79,35 @@ def fill(root: Path, labels: int = 3, each: int = 8) -> Path:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return fill(tmp_path / "source")
+
+
+@pytest.fixture(scope="session")
+def features() -> Any:
+    """Features of 36 photos by random weights, float32 [36, 1280], for `tests.small_model`."""
+    from pomona.backbone import extract, weights
+    from pomona.backbone.spec import make_spec
+    from tests.small_model import SIZE
+
+    spec = make_spec(weights.load_weights("random:0"), image_size=SIZE, device="cpu")
+    contents = [photo(1000 * (n % 3) + n) for n in range(36)]
+    batch = pa.record_batch({"content": pa.array(contents, pa.binary())})
+    rows = next(extract.extract(iter([batch]), spec))
+    return np.array(rows["features"].to_pylist(), np.float32)
+
+
+@pytest.fixture(scope="session")
+def small_model_once(features: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("sklearn")
+    from tests.small_model import save_small_model
+
+    return save_small_model(tmp_path_factory.mktemp("small") / "model", features, "random:0")
+
+
+@pytest.fixture
+def small_model(small_model_once: Path, tmp_path: Path) -> Path:
+    """A model's folder that a test may damage."""
+    shutil.copytree(small_model_once, tmp_path / "model")
+    return tmp_path / "model"
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from pomona.workspace import layout
 from tests.conftest import benchmark
 
 pytest.importorskip("sklearn")
-from tests.model.test_artifact import ABOUT, SIZE, small_head
+from tests.small_model import ABOUT, SIZE, small_head
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "mobile.md").read_text(encoding="utf-8")

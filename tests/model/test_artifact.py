@@ -12,48 +12,17 @@ import onnxruntime as ort
 import pyarrow as pa
 import pytest
 
-from pomona.backbone import extract, weights
+from pomona.backbone import weights
 from pomona.backbone.spec import make_spec
 from pomona.core.errors import MismatchError, RequestError
-from pomona.model import artifact, classifier, projection, unknown
-from pomona.model.head import OUTPUTS, Head, make_head, to_onnx
+from pomona.model import artifact, unknown
+from pomona.model.head import OUTPUTS, to_onnx
 from pomona.model.recogniser import ANSWERS, make_recogniser, recognise
 from pomona.photos import decoding
 from tests.conftest import photo
+from tests.small_model import SIZE, small_head
 
 pytest.importorskip("sklearn")
-
-SIZE = 32
-ABOUT = {
-    "weights": {"name": "random:0", "digest": "-", "trained": False},
-    "preprocessing": {"image_size": SIZE},
-    "unknown": {"keep": 0.95},
-}
-
-
-@pytest.fixture(scope="module")
-def features() -> Any:
-    spec = make_spec(weights.load_weights("random:0"), image_size=SIZE, device="cpu")
-    contents = [photo(1000 * (n % 3) + n) for n in range(36)]
-    batch = pa.record_batch({"content": pa.array(contents, pa.binary())})
-    rows = next(extract.extract(iter([batch]), spec))
-    return np.array(rows["features"].to_pylist(), np.float32)
-
-
-def small_head(features: Any, method: str = "distance", power: float = 0.5) -> Head:
-    moments = projection.Moments.of(projection.raised(features, power))
-    found = projection.fit(moments, 6, power=power)
-    z, y = found.transform(features), np.arange(len(features)) % 3
-    fitted = classifier.fit(z, y, ("a", "b", "ünknown"), 0.1)
-    detector = replace(unknown.make(method, z, y), threshold=-50.0)
-    return make_head(found, classifier.calibrated(fitted, 1.7), detector)
-
-
-@pytest.fixture
-def folder(features: Any, tmp_path: Path) -> Path:
-    spec = make_spec(weights.load_weights("random:0"), image_size=SIZE, device="cpu")
-    artifact.save_model(tmp_path / "model", spec.payload, small_head(features), ABOUT)
-    return tmp_path / "model"
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])
@@ -74,8 +43,8 @@ def test_the_file_and_numpy_agree(features: Any, method: str, power: float) -> N
     np.testing.assert_allclose(found[2], wanted["pca_features"], rtol=1e-3, atol=1e-3)
 
 
-def test_the_folder_comes_back(folder: Path, features: Any) -> None:
-    found = artifact.load_model(folder)
+def test_the_folder_comes_back(small_model: Path, features: Any) -> None:
+    found = artifact.load_model(small_model)
     assert found.labels == ("a", "b", "ünknown")
     again, made = found.head(), small_head(features)
     for name, value in made.apply(features).items():
@@ -84,7 +53,7 @@ def test_the_folder_comes_back(folder: Path, features: Any) -> None:
     (put,) = session.get_inputs()
     assert (put.name, put.type, put.shape) == ("image", "tensor(uint8)", ["n", SIZE, SIZE, 3])
     assert tuple(output.name for output in session.get_outputs()) == OUTPUTS
-    assert {path.name for path in folder.iterdir()} == {"model.json", *artifact.FILES}
+    assert {path.name for path in small_model.iterdir()} == {"model.json", *artifact.FILES}
 
 
 def flip(path: Path, place: int) -> None:
@@ -94,37 +63,37 @@ def flip(path: Path, place: int) -> None:
 
 
 @pytest.mark.parametrize("name", [*artifact.FILES, "model.json"])
-def test_a_changed_byte_is_found(folder: Path, name: str) -> None:
-    size = (folder / name).stat().st_size
+def test_a_changed_byte_is_found(small_model: Path, name: str) -> None:
+    size = (small_model / name).stat().st_size
     for place in (0, size // 3, size // 2, size - 2):
-        shutil.copytree(folder, folder.parent / "copy", dirs_exist_ok=True)
-        flip(folder.parent / "copy" / name, place)
+        shutil.copytree(small_model, small_model.parent / "copy", dirs_exist_ok=True)
+        flip(small_model.parent / "copy" / name, place)
         with pytest.raises(MismatchError, match=r"changed|damaged|format") as told:
-            artifact.load_model(folder.parent / "copy")
+            artifact.load_model(small_model.parent / "copy")
         assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("name", artifact.FILES)
-def test_a_missing_file(folder: Path, name: str) -> None:
-    (folder / name).unlink()
+def test_a_missing_file(small_model: Path, name: str) -> None:
+    (small_model / name).unlink()
     with pytest.raises(MismatchError, match=f"{name} is missing"):
-        artifact.load_model(folder)
+        artifact.load_model(small_model)
 
 
-def test_no_model_and_a_newer_one(folder: Path) -> None:
+def test_no_model_and_a_newer_one(small_model: Path) -> None:
     with pytest.raises(RequestError, match="there is no model in"):
-        artifact.load_model(folder / "nowhere")
-    about = json.loads((folder / "model.json").read_text())
-    (folder / "model.json").write_text(json.dumps({**about, "format": 99}))
+        artifact.load_model(small_model / "nowhere")
+    about = json.loads((small_model / "model.json").read_text())
+    (small_model / "model.json").write_text(json.dumps({**about, "format": 99}))
     with pytest.raises(MismatchError, match="has format 99, and this Pomona reads up to 1"):
-        artifact.load_model(folder)
-    (folder / "model.json").write_text("[1, 2]")
+        artifact.load_model(small_model)
+    (small_model / "model.json").write_text("[1, 2]")
     with pytest.raises(MismatchError, match="damaged"):
-        artifact.load_model(folder)
+        artifact.load_model(small_model)
 
 
-def test_answers(folder: Path) -> None:
-    found = make_recogniser(artifact.load_model(folder), top=2)
+def test_answers(small_model: Path) -> None:
+    found = make_recogniser(artifact.load_model(small_model), top=2)
     contents = [photo(0), None, b"", b"no photo", photo(5)[:300]]
     batch = pa.record_batch(
         {"path": pa.array(list("abcde")), "content": pa.array(contents, pa.binary())}
@@ -140,8 +109,8 @@ def test_answers(folder: Path) -> None:
     assert all(row["label"] is row["unknown"] is row["nearest"] is None for row in bad)
 
 
-def test_unknown_has_a_reason_and_the_nearest_labels(folder: Path) -> None:
-    found = replace(make_recogniser(artifact.load_model(folder)), threshold=1e9)
+def test_unknown_has_a_reason_and_the_nearest_labels(small_model: Path) -> None:
+    found = replace(make_recogniser(artifact.load_model(small_model)), threshold=1e9)
     batch = pa.record_batch({"content": pa.array([photo(0)], pa.binary())})
     (row,) = next(recognise(iter([batch]), found)).to_pylist()
     assert row["unknown"] is True
@@ -150,8 +119,8 @@ def test_unknown_has_a_reason_and_the_nearest_labels(folder: Path) -> None:
     assert len(row["nearest"]) == 3
 
 
-def test_batches_of_any_size_and_only_bad_photos(folder: Path) -> None:
-    found = make_recogniser(artifact.load_model(folder))
+def test_batches_of_any_size_and_only_bad_photos(small_model: Path) -> None:
+    found = make_recogniser(artifact.load_model(small_model))
     assert list(recognise(iter([]), found)) == []
     for count in (0, 1, found.spec.batch_size, found.spec.batch_size + 1):
         batch = pa.record_batch(

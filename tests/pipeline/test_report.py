@@ -11,18 +11,16 @@ from typing import Any
 import pytest
 
 from pomona.core.errors import RequestError
-from pomona.pipeline import report_figures, report_page, run, train
-from pomona.pipeline.extract import ExtractOptions
+from pomona.pipeline import report_figures, report_page, run
 from pomona.pipeline.reduce import ReduceOptions
 from pomona.pipeline.train import TrainOptions
 from pomona.workspace import layout
 from tests.conftest import fill, photo
-from tests.pipeline.test_train import varieties
+from tests.pipeline.conftest import QUICK, varieties
 
 for name in ("sklearn", "matplotlib", "jinja2"):
     pytest.importorskip(name)
 
-QUICK = ExtractOptions(weights="random:0", image_size=32, device="cpu")
 HOSTILE = """<script>alert("1")</script>'&}}"""
 
 
@@ -106,7 +104,7 @@ def test_counts_are_of_all_photos(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(out, tmp_path / "o")
-    monkeypatch.setattr(train, "SEARCH_ROWS", 20)
+    monkeypatch.setattr(run, "SEARCH_ROWS", 20)
     text = run.report(tmp_path / "o").read_text()
     assert re.search(r'<td>Fruit 0</td><td class="n">58</td>', text)  # 56, and two rejected ones
     told = re.search(r"(\d+) of (\d+) photos, of each label", text)
@@ -119,7 +117,7 @@ def test_names_in_rejected_stay_text(tmp_path: Path) -> None:
     place = layout.Out(tmp_path)
     rows = ['"007","Training","007","empty"', '"NA\n1","Training","NA","empty"']
     place.rejected.write_text("\n".join(['"path","split","label","error"', *rows, ""]))
-    found = report_page._rejected(place, lambda path, size: None)
+    found = report_page._rejected(place)
     assert [(row["path"], row["label"]) for row in found] == [("007", "007"), ("NA\n1", "NA")]
 
 
@@ -145,16 +143,16 @@ def test_a_source_out_of_reach_is_given_up(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(report_figures, "reader", lambda source: read)
     monkeypatch.setattr(report_figures, "PATIENCE", -1.0)
-    assert report_figures.looker(str(tmp_path))("1.jpg", 8) is None
+    assert report_figures.read_thumbnails(str(tmp_path), [("1.jpg", 8)]) == {}
     assert not asked
     monkeypatch.setattr(report_figures, "PATIENCE", 60.0)
-    look = report_figures.looker(str(tmp_path))
-    assert [look(f"{n}.jpg", 8) for n in range(3)] == [None] * 3
-    assert len(asked) == 3
+    wanted = [(f"{n}.jpg", size) for n in range(3) for size in (8, 16)]
+    assert report_figures.read_thumbnails(str(tmp_path), wanted) == {}
+    assert sorted(asked) == ["0.jpg", "1.jpg", "2.jpg"]
     clock = iter(range(0, 1000, 31))
     monkeypatch.setattr(report_figures, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    look = report_figures.looker(str(tmp_path))
-    assert [look(f"{n}.jpg", 8) for n in range(9)] == [None] * 9
+    patient = report_figures.patient_reader(str(tmp_path))
+    assert [patient(f"{n}.jpg") for n in range(9)] == [None] * 9
     assert len(asked) == 3 + 2  # 31 s each
 
 

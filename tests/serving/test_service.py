@@ -35,8 +35,8 @@ from pomona.serving import problem_details, server, uploads, worker_pool
 from pomona.serving.app import Settings, create
 from pomona.web import page
 from tests.conftest import Brake, photo
-from tests.model.test_artifact import ABOUT, SIZE, features, small_head  # noqa: F401 - a fixture
 from tests.service import running, until
+from tests.small_model import ABOUT, SIZE, small_head
 
 pytest.importorskip("sklearn")
 
@@ -45,7 +45,7 @@ JPEG = {"Content-Type": "image/jpeg"}
 
 
 @pytest.fixture(scope="module")
-def found(features: Any, tmp_path_factory: pytest.TempPathFactory) -> Model:  # noqa: F811
+def found(features: Any, tmp_path_factory: pytest.TempPathFactory) -> Model:
     from pomona.backbone import weights
     from pomona.backbone.spec import make_spec
 
@@ -584,7 +584,7 @@ def test_ready_means_that_a_photo_gets_an_answer(
 
 
 @pytest.fixture
-def two(found: Model, features: Any, tmp_path: Path) -> list[Model]:  # noqa: F811
+def two(found: Model, features: Any, tmp_path: Path) -> list[Model]:
     """The model, and another one that judges differently."""
     from pomona.backbone import weights
     from pomona.backbone.spec import make_spec

@@ -124,7 +124,9 @@ def run_python(*command: object) -> str:
 
 
 @pytest.mark.slow
-def test_everything_over_connect(spark: Any, server: str, tmp_path: Path) -> None:
+def test_everything_over_connect(
+    spark: Any, server: str, small_model: Path, tmp_path: Path
+) -> None:
     from pyspark.ml import PipelineModel
     from pyspark.ml.feature import Normalizer
 
@@ -137,12 +139,12 @@ def test_everything_over_connect(spark: Any, server: str, tmp_path: Path) -> Non
     pipeline = PipelineModel([stage, Normalizer(inputCol="features", outputCol="scaled")])
     pipeline.save(str(tmp_path / "saved"))
 
-    places = [source, tmp_path / "work", tmp_path / "saved"]
+    places = [source, tmp_path / "work", small_model, tmp_path / "saved"]
     results = json.loads(run_python("-m", "tests.spark.test_connect", server, *places))
     assert results["session"] == "pyspark.sql.connect.session"
     assert results["features"] == classic["digests"]["features"]
     assert results["rows"] == {"training_pca": 30, "test_pca": 30}
-    assert results["answers"] == answers(source)
+    assert results["answers"] == answers(source, small_model)
     assert results["vectors"] == vectors(pipeline.transform(images))
     assert results["uids"] == [stage.uid] * 2
 

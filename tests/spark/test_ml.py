@@ -30,8 +30,8 @@ from pomona.spark import dataframes
 from pomona.spark.dataframes import AddColumns
 from pomona.spark.ml import MobileNetV2Features
 from tests.conftest import fill, photo
-from tests.model.test_artifact import ABOUT, SIZE, features, small_head  # noqa: F401 - a fixture
 from tests.object_stores import upload
+from tests.small_model import ABOUT, SIZE, small_head
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = make_spec(weights.load_weights("fruits"), image_size=32, device="cpu")
@@ -311,7 +311,15 @@ def test_what_else_is_refused(saved: Path, old: str, new: str, said: str) -> Non
 # --- answers -----------------------------------------------------------------------------------
 
 
-def test_answers_beside_images(spark: Any, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(features: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    spec = make_spec(weights.load_weights("fruits"), image_size=SIZE, device="cpu")
+    artifact.save_model(folder, spec.payload, small_head(features), ABOUT)
+    return folder
+
+
+def test_answers_beside_images(spark: Any, trained: Path, tmp_path: Path) -> None:
     source = fill(tmp_path / "photos", each=3)
     (source / "Test" / "Fruit 0" / "bad.jpg").write_bytes(b"no photo")
     images = pomona.load_images(spark, str(source), "Test")

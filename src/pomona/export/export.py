@@ -26,7 +26,7 @@ from pomona.backbone import mobilenet
 from pomona.backbone.session import onnx_session
 from pomona.core.errors import MissingError, RequestError, SourceError
 from pomona.core.files import atomic_folder, read_json, write_json
-from pomona.core.progress import OnTick, Tick, quiet
+from pomona.core.progress import OnTick, Steps, Tick, quiet
 from pomona.core.provenance import versions
 from pomona.core.uris import local_path
 from pomona.export import quantization
@@ -231,18 +231,6 @@ class Variant:
     content: bytes
 
 
-class _Steps:
-    """Count what is done as ticks."""
-
-    def __init__(self, on_tick: OnTick, total: int) -> None:
-        self.on_tick, self.total, self.done = on_tick, total, 0
-        self(0)
-
-    def __call__(self, more: int = 1) -> None:
-        self.done += more
-        self.on_tick(Tick("export", self.done, self.total))
-
-
 def _make(
     out: Out, found: Model, options: ExportOptions, on_tick: OnTick
 ) -> tuple[Files, dict[str, Any]]:
@@ -256,7 +244,7 @@ def _make(
     total = len(judges.paths)
     if options.int8:
         total += len(calibration.paths) + 2 * quantization.steps()
-    steps = _Steps(on_tick, total)
+    steps = Steps(on_tick, "export", total)
     size = int(found.about["preprocessing"]["image_size"])
     variants: list[Variant] = []
     judged: dict[str, Any] = {}
@@ -277,7 +265,7 @@ def _make(
     return {PHONE: phone, **files}, judged
 
 
-def _pixels(out: Out, read: Reader, chosen: Chosen, size: int, steps: _Steps) -> Pixels:
+def _pixels(out: Out, read: Reader, chosen: Chosen, size: int, steps: Steps) -> Pixels:
     parts = []
     for pixels, _ in _read(read, chosen, size):
         parts.append(pixels)
@@ -287,7 +275,7 @@ def _pixels(out: Out, read: Reader, chosen: Chosen, size: int, steps: _Steps) ->
     return joined
 
 
-def _integers(phone: bytes, pixels: Pixels, steps: _Steps) -> list[Variant]:
+def _integers(phone: bytes, pixels: Pixels, steps: Steps) -> list[Variant]:
     return [
         Variant(
             "int8",
@@ -309,7 +297,7 @@ class _Answers:
 
 
 def _answers(
-    read: Reader, judges: Chosen, size: int, contents: list[bytes], steps: _Steps
+    read: Reader, judges: Chosen, size: int, contents: list[bytes], steps: Steps
 ) -> _Answers:
     sessions = [onnx_session(content) for content in contents]
     guesses: list[list[Codes]] = []

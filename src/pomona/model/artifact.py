@@ -1,7 +1,7 @@
-"""The model: one folder, from a photo to an answer, the same file wherever it runs.
+"""The model: one folder that takes a photo to an answer, with the same file wherever it runs.
 
 ``model.onnx`` holds everything from pixels to probabilities; ``classifier.safetensors`` holds what
-comes after the backbone once more, to be applied in NumPy; ``model.json`` says what they are.
+comes after the backbone, for NumPy; ``model.json`` says what they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pomona.model.unknown import Detector
 
 FORMAT = 1
 """Of the folder. Raise it when a reader of the old one would be wrong, and keep reading the old
-ones: add a branch to `load`, and a folder of the old format to tests/."""
+ones: add a branch to `load_model`, and a folder of the old format to tests/data/."""
 
 FILES = ("model.onnx", "classifier.safetensors")
 PACKAGED = Path(__file__).parents[1] / "data" / "model"
@@ -39,7 +39,7 @@ def save_model(folder: Path, backbone_file: bytes, top: Head, about: dict[str, A
     Parameters
     ----------
     about
-        What ``model.json`` holds beside labels, threshold, digests and the format.
+        The content of ``model.json`` beside labels, threshold, digests and the format.
     """
     from safetensors.numpy import save as to_bytes
 
@@ -76,12 +76,12 @@ def save_model(folder: Path, backbone_file: bytes, top: Head, about: dict[str, A
 def write_about(folder: Path, about: dict[str, Any]) -> None:
     """Write ``model.json`` with the digests of the files beside it."""
     digests = {name: sha256(folder / name) for name in FILES}
-    whole = {**about, "digests": digests}
-    write_json(folder / "model.json", {**whole, "digest": _own_digest(whole)})
+    about = {**about, "digests": digests}
+    write_json(folder / "model.json", {**about, "digest": _own_digest(about)})
 
 
 def _own_digest(about: dict[str, Any]) -> str:
-    """Return the digest of ``model.json`` less the digest itself: a changed label shows too."""
+    """Return the digest of ``model.json`` without its own, so that a changed label is noticed."""
     rest = {name: value for name, value in about.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -93,11 +93,11 @@ class Model:
     Attributes
     ----------
     folder
-        Where it lies.
+        From which it was read.
     about
-        What ``model.json`` holds.
+        The content of ``model.json``.
     content
-        ``model.onnx``.
+        The bytes of ``model.onnx``.
     """
 
     folder: Path
@@ -122,17 +122,17 @@ class Model:
         threads: int = 1,
         elsewhere: bool = False,
     ) -> BackboneSpec:
-        """Return what `pomona.extract` needs to run the model. Crosses to workers.
+        """Return what `pomona.extract` needs to run the model; it is sent to workers.
 
-        With ``elsewhere`` the GPUs are the workers'.
+        With ``elsewhere`` the GPUs are those of the workers, not of this machine.
         """
-        found = find_device("onnx", device, elsewhere=elsewhere)
+        device = find_device("onnx", device, elsewhere=elsewhere)
         return BackboneSpec(
             weights=str(self.about["weights"]["name"]),
             digest=self.about["digests"]["model.onnx"],
             image_size=int(self.about["preprocessing"]["image_size"]),
-            device=found,
-            batch_size=GPU_BATCH if found == "cuda" else CPU_BATCH,
+            device=device,
+            batch_size=GPU_BATCH if device == "cuda" else CPU_BATCH,
             threads=threads,
             outputs=outputs,
             payload=self.content,
@@ -143,13 +143,13 @@ class Model:
         from safetensors.numpy import load_file
 
         tensors: dict[str, Any] = load_file(self.folder / "classifier.safetensors")
-        parts = {
+        detector_tensors = {
             name.removeprefix("detector."): value
             for name, value in tensors.items()
             if name.startswith("detector.")
         }
         about = self.about["unknown"]
-        detector = Detector(about["method"], parts, about["threshold"])
+        detector = Detector(about["method"], detector_tensors, about["threshold"])
         classifier = Classifier(
             self.labels, tensors["weight"], tensors["bias"], self.about["temperature"]
         )
@@ -166,10 +166,10 @@ def load_model(folder: str | Path) -> Model:
     MismatchError
         If a file is missing or was changed, or the format is newer.
     """
-    place = Path(folder).expanduser()
-    about = _read_about(place)
+    folder = Path(folder).expanduser()
+    about = _read_about(folder)
     for name in FILES:
-        file = place / name
+        file = folder / name
         if not file.is_file():
             raise MismatchError(f"{file} is missing: copy the whole folder, or train again")
         if sha256(file) != about["digests"].get(name):
@@ -177,16 +177,16 @@ def load_model(folder: str | Path) -> Model:
                 f"{file} was changed or damaged: its digest isn't the one in model.json; copy the "
                 "folder again, or train again"
             )
-    return Model(place, about, (place / "model.onnx").read_bytes())
+    return Model(folder, about, (folder / "model.onnx").read_bytes())
 
 
-def _read_about(place: Path) -> dict[str, Any]:
-    file = place / "model.json"
+def _read_about(folder: Path) -> dict[str, Any]:
+    file = folder / "model.json"
     try:
         about = dict(json.loads(file.read_bytes()))
     except FileNotFoundError:
         raise RequestError(
-            f"there is no model in {place}: pomona train --out OUT makes one in OUT/model"
+            f"there is no model in {folder}: pomona train --out OUT makes one in OUT/model"
         ) from None
     except (ValueError, TypeError) as error:
         raise MismatchError(f"{file} is damaged: copy the folder again, or train again") from error

@@ -11,23 +11,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pomona.core.cpus import available_cpus
 from pomona.core.errors import MissingError, RequestError
+from pomona.model.sampling import Codes, Fold, Rows, Sample, judged
 
 Array = npt.NDArray[np.float64]
-Rows = npt.NDArray[np.floating[Any]]
-Codes = npt.NDArray[np.int64]
 
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """scikit-learn's C, strongest regularisation first."""
-
-FOLDS = 5
-SEED = 0
 
 
 def check_sklearn() -> None:
@@ -73,6 +68,15 @@ def softmax(logits: Array) -> Array:
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What is chosen for a classifier before it is fitted on all photos."""
+
+    class_weight: str = "none"  # or balanced: labels weigh the same however many photos they have
+    strength: float = 1e-2  # scikit-learn's C: the smaller, the stronger the penalty on weights
+    temperature: float = 1.0
+
+
 def fit(
     z: Rows, y: Codes, labels: tuple[str, ...], strength: float, class_weight: str = "none"
 ) -> Classifier:
@@ -84,10 +88,8 @@ def fit(
         float [n, k], and codes [n] of at least two labels.
     labels
         All labels, also those that don't occur in ``y``.
-    strength
-        scikit-learn's C: the smaller, the stronger the penalty on weights.
-    class_weight
-        ``none``, or ``balanced``: each label weighs the same however many photos it has.
+    strength, class_weight
+        As in `Settings`.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -105,65 +107,22 @@ def fit(
     weight = np.zeros((len(labels), z.shape[1]))
     bias = np.full(len(labels), -np.inf)
     seen, coef, intercept = estimator.classes_, estimator.coef_, estimator.intercept_
-    if len(seen) == 2:  # one row says it for both: half each makes softmax the same as sigmoid
+    if len(seen) == 2:  # scikit-learn has one row for both; half each makes softmax that sigmoid
         coef = np.concatenate([-coef, coef]) / 2
         intercept = np.concatenate([-intercept, intercept]) / 2
     weight[seen], bias[seen] = coef, intercept
     return Classifier(labels, weight, bias)
 
 
-# --- folds -------------------------------------------------------------------------------------
-
-Fold = tuple[Codes, Codes]
-"""(rows to fit, rows to judge)."""
-
-
-def usable_groups(y: Codes, groups: Codes | None) -> Codes | None:
-    """Return the groups, or None where they can't be left out: fewer than two labels have two."""
-    if groups is None:
-        return None
-    pairs = np.unique(np.stack([y, groups]), axis=1)
-    return groups if (np.bincount(pairs[0]) >= 2).sum() >= 2 else None
-
-
-def folds(y: Codes, groups: Codes | None, count: int = FOLDS) -> list[Fold]:
-    """Cut rows into folds, stratified by label; whole groups go into one fold.
-
-    Returns
-    -------
-    list
-        Empty where there are too few photos to hold any out: no label has two.
-    """
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
-    units = np.bincount(y) if groups is None else _groups_of_labels(y, groups)
-    count = min(count, int(units.max()))
-    if count < 2:
-        return []
-    maker = StratifiedKFold if groups is None else StratifiedGroupKFold
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a label with fewer photos than folds
-        cut = maker(count, shuffle=True, random_state=SEED).split(y, y, groups)
-        return [fold for fold in cut if len(np.unique(y[fold[0]])) >= 2 and len(fold[1])]
-
-
-def _groups_of_labels(y: Codes, groups: Codes) -> Codes:
-    pairs = np.unique(np.stack([y, groups]), axis=1)
-    return np.bincount(pairs[0])
-
-
-def judged(y: Codes, fold: Fold) -> Codes:
-    """Return the fold's rows whose label was there to be learned."""
-    train, test = fold
-    return test[np.isin(y[test], y[train])]
+# --- cross-validation --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
     """Keep BLAS to one thread: folds run side by side.
 
-    Threads of BLAS wait for each other by spinning. On a machine that does something else too, that
-    made a fit a hundred times slower (docs/log.md); and sums come out the same on any machine.
+    BLAS threads wait for each other by spinning, which made a fit a hundred times slower on a busy
+    machine (docs/log.md); and with one thread sums come out the same on any machine.
     """
     from threadpoolctl import threadpool_limits
 
@@ -193,33 +152,28 @@ class Trial:
     accuracy: float
 
 
-def trial(
-    z: Rows, y: Codes, labels: tuple[str, ...], cut: list[Fold], strength: float, class_weight: str
-) -> Trial:
-    """Fit on each fold and judge the rest of it."""
-    rows = [judged(y, fold) for fold in cut]
+def trial(sample: Sample, splits: list[Fold], strength: float, class_weight: str) -> Trial:
+    """Fit on the first part of each fold and judge the second."""
+    z, y = sample.z, sample.y
+    held_out = [judged(y, fold) for fold in splits]
 
-    def held_out(fold: Fold, held: Codes) -> Array:
-        return fit(z[fold[0]], y[fold[0]], labels, strength, class_weight).logits(z[held])
+    def fold_logits(fold: Fold, held: Codes) -> Array:
+        fitted = fit(z[fold[0]], y[fold[0]], sample.labels, strength, class_weight)
+        return fitted.logits(z[held])
 
     with one_thread_each(), ThreadPoolExecutor(available_cpus()) as pool:
-        logits = list(pool.map(held_out, cut, rows))
-    where, values = np.concatenate(rows), np.concatenate(logits)
-    right = values.argmax(axis=1) == y[where]
-    return Trial(strength, where, values, float(right.mean()) if len(where) else 0.0)
+        logits = np.concatenate(list(pool.map(fold_logits, splits, held_out)))
+    rows = np.concatenate(held_out)
+    right = logits.argmax(axis=1) == y[rows]
+    return Trial(strength, rows, logits, float(right.mean()) if len(rows) else 0.0)
 
 
 def search(
-    z: Rows,
-    y: Codes,
-    labels: tuple[str, ...],
-    cut: list[Fold],
-    class_weight: str,
-    on_done: Callable[[], None],
+    sample: Sample, splits: list[Fold], class_weight: str, on_done: Callable[[], None]
 ) -> Iterator[Trial]:
     """Yield a trial for each of `STRENGTHS`."""
     for strength in STRENGTHS:
-        yield trial(z, y, labels, cut, strength, class_weight)
+        yield trial(sample, splits, strength, class_weight)
         on_done()
 
 
@@ -229,9 +183,9 @@ def search(
 def temperature(logits: Array, y: Codes) -> float:
     """Return the temperature with the least Brier score, between 0.05 and 20.
 
-    Guo et al. 2017 take the log loss. Where whole groups are held out, some are wrong throughout,
-    and the log loss then pays any price for those few: it made the calibration error worse, and
-    the Brier score, which is a proper score too, halved it (docs/log.md).
+    Guo et al. 2017 minimise the log loss. Where whole groups are held out, some are wrong
+    throughout, and a few of these dominate the log loss: it made the calibration error larger,
+    while the Brier score, also a proper score, halved it (docs/log.md).
 
     Parameters
     ----------
@@ -248,8 +202,8 @@ def temperature(logits: Array, y: Codes) -> float:
         own = probabilities[np.arange(len(y)), y]
         return float(((probabilities**2).sum(axis=1) - 2 * own).mean())
 
-    found = minimize_scalar(brier, bounds=(np.log(0.05), np.log(20)), method="bounded")
-    return float(np.exp(found.x))
+    least = minimize_scalar(brier, bounds=(np.log(0.05), np.log(20)), method="bounded")
+    return float(np.exp(least.x))
 
 
 def calibrated(classifier: Classifier, value: float) -> Classifier:

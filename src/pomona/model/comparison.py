@@ -52,28 +52,30 @@ def compare(out: Out, new: Model, champion: Model, on_tick: OnTick = quiet) -> d
         raise RequestError("there are no Test photos with a label that one of the models knows")
     by_group = read_json(out.table_file)["label"] == "top"
     units = pca_table.groups_of(photos) if by_group else np.arange(len(photos.labels))
-    a, b = (_guesses(out, one, photos.paths, on_tick) == photos.labels for one in (new, champion))
+    new_right, old_right = (
+        _guesses(out, model, photos.paths, on_tick) == photos.labels for model in (new, champion)
+    )
     return {
-        "photos": len(a),
+        "photos": len(new_right),
         "by": "group" if by_group else "photo",
         "units": len(np.unique(units)),
-        "accuracy": float(a.mean()),
-        "accuracy_champion": float(b.mean()),
-        "only_new_right": int((a & ~b).sum()),
-        "only_champion_right": int((b & ~a).sum()),
-        "p_value": metrics.paired_test(a, b, units),
+        "accuracy": float(new_right.mean()),
+        "accuracy_champion": float(old_right.mean()),
+        "only_new_right": int((new_right & ~old_right).sum()),
+        "only_champion_right": int((old_right & ~new_right).sum()),
+        "p_value": metrics.paired_test(new_right, old_right, units),
     }
 
 
-def _guesses(out: Out, found: Model, paths: Strings, on_tick: OnTick) -> Strings:
-    """Return a model's most probable label for each photo."""
+def _guesses(out: Out, model: Model, paths: Strings, on_tick: OnTick) -> Strings:
+    """Return a model's most probable label for each photo, from features where they fit it."""
     table = read_json(out.table_file)
     spec = table["spec"]
-    same_weights = found.about["weights"]["digest"] == spec["weights_digest"]
-    if same_weights and found.about["preprocessing"] == spec["preprocessing"]:
-        guesses = dict(_from_features(out, found, on_tick))
+    same_weights = model.about["weights"]["digest"] == spec["weights_digest"]
+    if same_weights and model.about["preprocessing"] == spec["preprocessing"]:
+        guesses = dict(_from_features(out, model, on_tick))
     else:
-        guesses = dict(_from_photos(table["source"], found, paths, on_tick))
+        guesses = dict(_from_photos(table["source"], model, paths, on_tick))
     if missing := [path for path in paths if path not in guesses]:
         raise RequestError(
             f"{len(missing):,} Test photos have no features any more (first: {missing[0]}): run "
@@ -82,9 +84,9 @@ def _guesses(out: Out, found: Model, paths: Strings, on_tick: OnTick) -> Strings
     return np.array([guesses[path] for path in paths], object)
 
 
-def _from_features(out: Out, found: Model, on_tick: OnTick) -> Iterator[tuple[str, str]]:
+def _from_features(out: Out, model: Model, on_tick: OnTick) -> Iterator[tuple[str, str]]:
     """Apply what comes after the backbone to ``OUT/features``, a row group at a time."""
-    head, done = found.head(), 0
+    head, done = model.head(), 0
     files = read_json(out.table_file)["files"]
     names = sorted(name for name in files if name.startswith("split=Test/"))
     total = sum(files[name]["rows"] for name in names)
@@ -92,22 +94,22 @@ def _from_features(out: Out, found: Model, on_tick: OnTick) -> Iterator[tuple[st
         with pq.ParquetFile(out.features / name) as file:
             for batch in file.iter_batches(columns=["path", "features"]):
                 rows = batch.filter(pc.is_valid(batch["features"]))
-                best = head.apply(features_of(rows["features"]))["probabilities"]
-                guessed = [found.labels[n] for n in best.argmax(axis=1)]
-                yield from zip(rows["path"].to_pylist(), guessed, strict=True)
+                probabilities = head.apply(features_of(rows["features"]))["probabilities"]
+                guesses = [model.labels[n] for n in probabilities.argmax(axis=1)]
+                yield from zip(rows["path"].to_pylist(), guesses, strict=True)
                 done += batch.num_rows
                 on_tick(Tick("publish", done, total))
 
 
 def _from_photos(
-    place: str, found: Model, paths: Strings, on_tick: OnTick
+    source_name: str, model: Model, paths: Strings, on_tick: OnTick
 ) -> Iterator[tuple[str, str]]:
-    """Let a model of other weights or another image size see the photos themselves."""
+    """Run a model on the photos themselves: its weights or image size aren't those of OUT."""
     try:
-        source = open_readable(place)
+        source = open_readable(source_name)
     except SourceError as error:
         raise SourceError(f"it needs the photos, and {error}") from error
-    recogniser = make_recogniser(found, 1, threads=available_cpus())
+    recogniser = make_recogniser(model, 1, threads=available_cpus())
     photos = pa.record_batch({"path": pa.array(paths, pa.string())})
     batches = sliced([photos], recogniser.spec.batch_size)  # before reading: it bounds the bytes
     done = 0

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pomona.model import classifier as cls
 from pomona.model import leakage, metrics
-from pomona.model.classifier import Codes
+from pomona.model.classifier import softmax
 from pomona.model.head import Head
-from pomona.model.pca_table import Photos, groups_of, new_to, read_photos
+from pomona.model.pca_table import Photos, groups_of, read_photos, unseen_by
+from pomona.model.sampling import Codes
 from pomona.workspace.layout import Out
 
 LISTED = 1000
@@ -21,7 +21,7 @@ LISTED = 1000
 
 def calibration(logits: npt.NDArray[np.float64], temperature: float, y: Codes) -> dict[str, Any]:
     """Return the calibration error before the temperature, and both reliability tables."""
-    before, after = cls.softmax(logits), cls.softmax(logits / temperature)
+    before, after = softmax(logits), softmax(logits / temperature)
     return {
         "calibration_error_before": metrics.calibration_error(before, y),
         "reliability_before": metrics.reliability(before, y),
@@ -32,42 +32,46 @@ def calibration(logits: npt.NDArray[np.float64], temperature: float, y: Codes) -
 def judge_test(
     out: Out, head: Head, max_rows: int, tuned_on: list[str], *, by_group: bool
 ) -> tuple[dict[str, Any] | None, dict[str, bool]]:
-    """Judge Test. Returns the figures, and for each photo of a known label whether it was right."""
+    """Return the figures on Test, and by path whether a photo of a known label was named right."""
+    from sklearn.metrics import confusion_matrix
+
     photos = read_photos(out, "test_pca", max_rows)
     if not len(photos.labels):
         return None, {}
     classifier, detector = head.classifier, head.detector
-    place = {label: n for n, label in enumerate(classifier.labels)}
-    seen = np.array([label in place for label in photos.labels])
+    codes = {label: n for n, label in enumerate(classifier.labels)}
+    seen = np.array([label in codes for label in photos.labels])
     logits = classifier.logits(photos.z)
     scores = detector.score(photos.z, logits)
     kept = scores >= detector.threshold
-    strange = sorted(set(photos.labels[~seen]))
+    never_seen: dict[str, Any] = {
+        "labels": sorted(set(photos.labels[~seen])),
+        "photos": int((~seen).sum()),
+    }
+    if not seen.all():
+        never_seen["called_unknown"] = float((~kept[~seen]).mean())
     figures: dict[str, Any] = {
         "photos": int(seen.sum()),
         "photos_in_table": photos.of,
-        "labels_never_seen": {"labels": strange, "photos": int((~seen).sum())},
+        "labels_never_seen": never_seen,
     }
-    if strange:
-        figures["labels_never_seen"]["called_unknown"] = float((~kept[~seen]).mean())
     if not seen.any():
         return figures, {}
-    if strange:
-        figures["labels_never_seen"]["auroc"] = metrics.auroc(scores[seen], scores[~seen])
+    if not seen.all():
+        never_seen["auroc"] = metrics.auroc(scores[seen], scores[~seen])
     known = photos.take(seen)
-    y = np.array([place[label] for label in known.labels], np.int64)
+    y = np.array([codes[label] for label in known.labels], np.int64)
     units = groups_of(known) if by_group else np.arange(len(y))
-    probabilities = cls.softmax(logits[seen])
-    figures |= metrics.measure(probabilities, y, units)
+    probabilities = softmax(logits[seen])
     guess = probabilities.argmax(axis=1)
-    table = metrics.confusion(guess, y, len(classifier.labels))
+    figures |= metrics.measure(probabilities, y, units)
     figures |= {
         "by": "group" if by_group else "photo",
-        "weights_saw": not new_to(known, tuned_on).all(),
+        "weights_saw": not unseen_by(known, tuned_on).all(),
         **calibration(logits[seen] * classifier.temperature, classifier.temperature, y),
         "kept": float(kept[seen].mean()),
-        "per_label": metrics.per_label(table, classifier.labels),
-        "confusion": table.tolist(),
+        "per_label": metrics.per_label(guess, y, classifier.labels),
+        "confusion": confusion_matrix(y, guess, labels=range(len(codes))).tolist(),
         "mistakes": _mistakes(known, probabilities, y, classifier.labels),
     }
     return figures, dict(zip(known.paths, (guess == y).tolist(), strict=True))
@@ -81,15 +85,15 @@ def _mistakes(
     most: int = 24,
 ) -> list[dict[str, Any]]:
     """Return the wrong answers that were given with the highest probability."""
-    guess, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    guess, best = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = np.flatnonzero(guess != y)
-    wrong = wrong[np.argsort(-sure[wrong], kind="stable")][:most]
+    wrong = wrong[np.argsort(-best[wrong], kind="stable")][:most]
     return [
         {
             "path": str(photos.paths[n]),
             "label": labels[y[n]],
             "predicted": labels[guess[n]],
-            "probability": float(sure[n]),
+            "probability": float(best[n]),
         }
         for n in wrong
     ]
@@ -101,31 +105,30 @@ def judge_leakage(
     """Count near-copies between the splits, and give the accuracy with and without them."""
     if not right:
         return None
-    found = leakage.near_copies(out, lambda: None)
+    nearest = leakage.near_copies(out)
     on_done()
-    pairs = found["pairs"]
-    copies = {pair["path"] for pair in pairs}
-    looked = [path for path in found["looked_at"] if path in right]
-    rest = [right[path] for path in looked if path not in copies]
+    copies = {pair["path"] for pair in nearest["pairs"]}
+    looked_at = [path for path in nearest["looked_at"] if path in right]
+    rest = [right[path] for path in looked_at if path not in copies]
     return {
-        "cosine": found["cosine"],
-        "looked_at": len(looked),
+        "cosine": nearest["cosine"],
+        "looked_at": len(looked_at),
         "of": len(right),
-        "near_copies": len(copies & set(looked)),
-        "accuracy_with": float(np.mean([right[path] for path in looked])) if looked else None,
+        "near_copies": len(copies & set(looked_at)),
+        "accuracy_with": float(np.mean([right[path] for path in looked_at])) if looked_at else None,
         "accuracy_without": float(np.mean(rest)) if rest else None,
-        "pairs": pairs[:LISTED],
+        "pairs": nearest["pairs"][:LISTED],
     }
 
 
 def headline(figures: dict[str, Any]) -> dict[str, Any]:
-    """Return the few figures that stand for all: by split of the data, value and interval."""
+    """Return the main figures with their intervals, by how they were measured."""
     names = ("accuracy", "macro_f1", f"top_{metrics.TOP}", "calibration_error")
-    found = {}
+    main: dict[str, Any] = {}
     for part in ("cross_validation", "test"):
         rows = figures.get(part) or {}
         if "accuracy" in rows:
-            found[part] = {name: rows[name] for name in (*names, "photos", "units", "by")}
+            main[part] = {name: rows[name] for name in (*names, "photos", "units", "by")}
             if rows.get("weights_saw"):
-                found[part]["weights_saw"] = True
-    return found
+                main[part]["weights_saw"] = True
+    return main

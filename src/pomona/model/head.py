@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pomona.backbone import mobilenet
-from pomona.model.classifier import Classifier, Rows, softmax
+from pomona.model.classifier import Classifier, softmax
 from pomona.model.projection import Projection, raised
+from pomona.model.sampling import Rows
 from pomona.model.unknown import Detector
 
 OUTPUTS = ("probabilities", "score", "pca_features", "features")
@@ -43,8 +44,8 @@ class Head:
         z = (raised(features, self.power) - self.mean) @ self.linear.T
         logits = self.classifier.logits(z)
         score = self.detector.score(z, logits)
-        found = (softmax(logits), score, z, features.astype(np.float64))
-        return dict(zip(OUTPUTS, found, strict=True))
+        values = (softmax(logits), score, z, features.astype(np.float64))
+        return dict(zip(OUTPUTS, values, strict=True))
 
 
 def make_head(projection: Projection, classifier: Classifier, detector: Detector) -> Head:
@@ -52,11 +53,29 @@ def make_head(projection: Projection, classifier: Classifier, detector: Detector
     return Head(projection.power, projection.mean, projection.linear(), classifier, detector)
 
 
-# --- the graph ---------------------------------------------------------------------------------
+# --- the ONNX graph ----------------------------------------------------------------------------
+
+
+class _Graph:
+    """Nodes and constants to append to a backbone's graph."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+        self.constants: dict[str, npt.NDArray[Any]] = {}
+
+    def node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def constant(self, name: str, value: npt.ArrayLike) -> str:
+        self.constants[name] = np.asarray(value, np.float32)
+        return name
 
 
 def to_onnx(backbone_file: bytes, top: Head, outputs: tuple[str, ...] = OUTPUTS) -> bytes:
-    """Set a head onto a backbone's ONNX file.
+    """Append a head to a backbone's ONNX file.
 
     Parameters
     ----------
@@ -65,53 +84,16 @@ def to_onnx(backbone_file: bytes, top: Head, outputs: tuple[str, ...] = OUTPUTS)
     outputs
         Which of `OUTPUTS` the file gives: a phone needs only `ANSWER`.
     """
-    from onnx import TensorProto, checker, helper, numpy_helper
-    from onnx import load_from_string as load_onnx
+    from onnx import TensorProto, checker, helper, load_from_string, numpy_helper
 
-    proto = load_onnx(backbone_file)
-    nodes: list[Any] = []
-    constants: dict[str, npt.NDArray[Any]] = {}
-
-    def node(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(kind, inputs, [output], **attributes))
-        return output
-
-    def constant(name: str, value: npt.ArrayLike) -> str:
-        constants[name] = np.asarray(value, np.float32)
-        return name
-
-    here = mobilenet.OUTPUT
-    if top.power != 1:
-        size = node("Abs", [here], "head.size")
-        grown = node("Pow", [size, constant("head.power", top.power)], "head.grown")
-        here = node("Mul", [node("Sign", [here], "head.sign"), grown], "head.raised")
-    here = node("Sub", [here, constant("head.mean", top.mean)], "head.centred")
-    z = node("MatMul", [here, constant("head.linear", top.linear.T)], "pca_features")
-    t = top.classifier.temperature
-    weight = constant("head.weight", top.classifier.weight.T / t)
-    bias = constant("head.bias", top.classifier.bias / t)
-    logits = node("Add", [node("MatMul", [z, weight], "head.product"), bias], "head.logits")
-    node("Softmax", [logits], "probabilities", axis=1)
-    if top.detector.method == "max_probability":
-        node("ReduceMax", ["probabilities"], "score", axes=[1], keepdims=0)
-    elif top.detector.method == "energy":
-        node("ReduceLogSumExp", [logits], "score", axes=[1], keepdims=0)
-    else:
-        tensors = top.detector.tensors
-        white = node("MatMul", [z, constant("head.whitening", tensors["whitening"])], "head.white")
-        centres = tensors["centres"]
-        cross = node("MatMul", [white, constant("head.centres", 2 * centres.T)], "head.cross")
-        own = constant("head.squares", (centres**2).sum(axis=1))
-        near = node("ReduceMax", [node("Sub", [cross, own], "head.near")], "head.nearest", axes=[1])
-        far = node("ReduceSumSquare", [white], "head.far", axes=[1])
-        column = node("Sub", [near, far], "head.column")
-        proto.graph.initializer.append(
-            numpy_helper.from_array(np.array([1], np.int64), "head.axis")
-        )
-        node("Squeeze", [column, "head.axis"], "score")
-    proto.graph.node.extend(nodes)
+    graph = _Graph()
+    z = _add_projection(graph, top)
+    logits = _add_classifier(graph, z, top.classifier)
+    _add_score(graph, z, logits, top.detector)
+    proto = load_from_string(backbone_file)
+    proto.graph.node.extend(graph.nodes)
     proto.graph.initializer.extend(
-        numpy_helper.from_array(value, name) for name, value in constants.items()
+        numpy_helper.from_array(value, name) for name, value in graph.constants.items()
     )
     widths = {
         "probabilities": [len(top.classifier.labels)],
@@ -126,3 +108,45 @@ def to_onnx(backbone_file: bytes, top: Head, outputs: tuple[str, ...] = OUTPUTS)
     )
     checker.check_model(proto)
     return bytes(proto.SerializeToString())
+
+
+def _add_projection(graph: _Graph, top: Head) -> str:
+    features = mobilenet.OUTPUT
+    if top.power != 1:
+        size = graph.node("Abs", [features], "head.size")
+        grown = graph.node("Pow", [size, graph.constant("head.power", top.power)], "head.grown")
+        sign = graph.node("Sign", [features], "head.sign")
+        features = graph.node("Mul", [sign, grown], "head.raised")
+    centred = graph.node("Sub", [features, graph.constant("head.mean", top.mean)], "head.centred")
+    return graph.node(
+        "MatMul", [centred, graph.constant("head.linear", top.linear.T)], "pca_features"
+    )
+
+
+def _add_classifier(graph: _Graph, z: str, classifier: Classifier) -> str:
+    weight = graph.constant("head.weight", classifier.weight.T / classifier.temperature)
+    bias = graph.constant("head.bias", classifier.bias / classifier.temperature)
+    product = graph.node("MatMul", [z, weight], "head.product")
+    logits = graph.node("Add", [product, bias], "head.logits")
+    graph.node("Softmax", [logits], "probabilities", axis=1)
+    return logits
+
+
+def _add_score(graph: _Graph, z: str, logits: str, detector: Detector) -> None:
+    if detector.method == "max_probability":
+        graph.node("ReduceMax", ["probabilities"], "score", axes=[1], keepdims=0)
+    elif detector.method == "energy":
+        graph.node("ReduceLogSumExp", [logits], "score", axes=[1], keepdims=0)
+    else:  # -min ‖z − c‖² = max (2 z·c − ‖c‖²) − ‖z‖²
+        centres = detector.tensors["centres"]
+        graph.constants = {"head.axis": np.array([1], np.int64), **graph.constants}
+        whitening = graph.constant("head.whitening", detector.tensors["whitening"])
+        white = graph.node("MatMul", [z, whitening], "head.white")
+        doubled = graph.constant("head.centres", 2 * centres.T)
+        cross = graph.node("MatMul", [white, doubled], "head.cross")
+        squares = graph.constant("head.squares", (centres**2).sum(axis=1))
+        near = graph.node("Sub", [cross, squares], "head.near")
+        nearest = graph.node("ReduceMax", [near], "head.nearest", axes=[1])
+        norm = graph.node("ReduceSumSquare", [white], "head.far", axes=[1])
+        column = graph.node("Sub", [nearest, norm], "head.column")
+        graph.node("Squeeze", [column, "head.axis"], "score")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ MOST_PAIRS = 2_000_000_000
 """About two minutes on two cores."""
 
 
-def near_copies(out: Out, on_done: Callable[[], None]) -> dict[str, Any]:
+def near_copies(out: Out) -> dict[str, Any]:
     """Find for each Test photo the Training photo with the highest cosine of features.
 
     Returns
@@ -34,37 +34,35 @@ def near_copies(out: Out, on_done: Callable[[], None]) -> dict[str, Any]:
         ``cosine`` (the limit, `ALIKE`), ``looked_at`` (Test photos), ``of``, and ``pairs``: for
         each near-copy its ``path``, the Training photo ``like``, and their ``cosine``.
     """
-    groups = {split: list(_row_groups(out, split)) for split in ("Training", "Test")}
-    counts = {split: sum(n for _, _, n in found) for split, found in groups.items()}
-    most = min(MOST_TEST, MOST_PAIRS // max(1, counts["Training"]))
-    share = min(1.0, most / max(1, counts["Test"]))
-    rng = np.random.default_rng(0)
-    paths, test = _sample(out, groups["Test"], share, rng)
+    training, test_groups = (list(_row_groups(out, split)) for split in ("Training", "Test"))
+    count = sum(rows for _, _, rows in test_groups)
+    most = min(MOST_TEST, MOST_PAIRS // max(1, sum(rows for _, _, rows in training)))
+    paths, test = _sample(out, test_groups, min(1.0, most / max(1, count)))
     best = np.full(len(test), -1.0, np.float32)
     like = np.empty(len(test), object)
     if len(test):
-        for group in groups["Training"]:
+        for group in training:
             names, rows = _read(out, group)
             if len(rows):
                 _keep_best(test, rows, names, best, like)
-            on_done()
     close = np.flatnonzero(best >= ALIKE)
     pairs = [
         {"path": paths[n], "like": like[n], "cosine": round(float(min(best[n], 1)), 4)}
         for n in close[np.argsort(-best[close], kind="stable")]
     ]
-    return {"cosine": ALIKE, "looked_at": paths, "of": counts["Test"], "pairs": pairs}
+    return {"cosine": ALIKE, "looked_at": paths, "of": count, "pairs": pairs}
 
 
 def _keep_best(test: Rows, rows: Rows, names: list[str], best: Rows, like: Any) -> None:
+    """Put rows that are nearer than the best so far into ``best`` and ``like``."""
     for start in range(0, len(test), 4096):
-        here = slice(start, start + 4096)
-        cosines = test[here] @ rows.T
-        found = cosines.argmax(axis=1)
-        value = cosines[np.arange(len(found)), found]
-        better = value > best[here]
-        best[here][better] = value[better]
-        like[here][better] = np.array(names, object)[found[better]]
+        block = slice(start, start + 4096)
+        cosines = test[block] @ rows.T
+        nearest = cosines.argmax(axis=1)
+        cosine = cosines[np.arange(len(nearest)), nearest]
+        better = cosine > best[block]
+        best[block][better] = cosine[better]
+        like[block][better] = np.array(names, object)[nearest[better]]
 
 
 Group = tuple[str, int, int]
@@ -74,13 +72,13 @@ Group = tuple[str, int, int]
 def _row_groups(out: Out, split: str) -> Iterator[Group]:
     for name in sorted(read_json(out.table_file)["files"]):
         if name.startswith(f"split={split}/"):
-            about = pq.ParquetFile(out.features / name).metadata
-            for number in range(about.num_row_groups):
-                yield name, number, about.row_group(number).num_rows
+            metadata = pq.ParquetFile(out.features / name).metadata
+            for number in range(metadata.num_row_groups):
+                yield name, number, metadata.row_group(number).num_rows
 
 
 def _read(out: Out, group: Group) -> tuple[list[str], Rows]:
-    """Return the paths and the features, of length 1, of the photos that have some."""
+    """Return the paths and the features, scaled to length 1, of the photos that have features."""
     file = pq.ParquetFile(out.features / group[0])
     table: pa.Table = file.read_row_group(group[1], columns=["path", "features"])
     table = table.filter(table["features"].is_valid())
@@ -89,9 +87,8 @@ def _read(out: Out, group: Group) -> tuple[list[str], Rows]:
     return table["path"].to_pylist(), rows / np.maximum(length, 1e-12)
 
 
-def _sample(
-    out: Out, groups: list[Group], share: float, rng: np.random.Generator
-) -> tuple[list[str], Rows]:
+def _sample(out: Out, groups: list[Group], share: float) -> tuple[list[str], Rows]:
+    rng = np.random.default_rng(0)
     paths: list[str] = []
     parts: list[Rows] = []
     for group in groups:

@@ -1,4 +1,8 @@
-"""Figures about predictions, each with an interval: NumPy, no files."""
+"""Figures about predictions, the main ones with intervals. No files.
+
+Needs scikit-learn (extra ``train``), which is imported where it is called: `unknown`, and with it
+all that applies a model, imports this module.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pomona.model.sampling import Codes, Flags
+
 Array = npt.NDArray[np.float64]
-Codes = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
 
 BINS = 15
 """Of the expected calibration error, as in Guo et al. 2017."""
 DRAWS = 1000
 TOP = 3
+RATIOS = ("precision", "recall", "f1")
 
 
 def measure(probabilities: Array, y: Codes, units: Codes, draws: int = DRAWS) -> dict[str, Any]:
@@ -55,11 +60,10 @@ def measure(probabilities: Array, y: Codes, units: Codes, draws: int = DRAWS) ->
         )
 
     names = ("accuracy", "macro_f1", f"top_{TOP}", "calibration_error")
-    found = _with_intervals(figures, units, draws)
     return {
         "photos": len(y),
         "units": len(np.unique(units)),
-        **dict(zip(names, found, strict=True)),
+        **dict(zip(names, _with_intervals(figures, units, draws), strict=True)),
     }
 
 
@@ -89,12 +93,6 @@ def top_k(probabilities: Array, y: Codes, k: int = TOP) -> Flags:
     return np.asarray((probabilities > own[:, None]).sum(axis=1) < k)
 
 
-def confusion(guess: Codes, y: Codes, labels: int) -> Codes:
-    """Return counts [labels, labels]: row the true label, column the predicted one."""
-    counts: Codes = np.bincount(y * labels + guess, minlength=labels * labels)
-    return counts.reshape(labels, labels)
-
-
 def f1(table: npt.NDArray[Any]) -> Array:
     """Return F1 [labels] of a confusion matrix; 0 where nothing was right."""
     hits = np.diagonal(table).astype(np.float64)
@@ -102,19 +100,22 @@ def f1(table: npt.NDArray[Any]) -> Array:
     return np.asarray(2 * hits / np.where(both, both, 1))
 
 
-def per_label(table: Codes, labels: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return precision, recall, F1 and number of photos of each label."""
-    hits = np.diagonal(table)
-    guessed, true = table.sum(axis=0), table.sum(axis=1)
+def per_label(guess: Codes, y: Codes, labels: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return number of photos, precision, recall and F1 of each label; None for 0/0."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    *ratios, photos = precision_recall_fscore_support(
+        y, guess, labels=np.arange(len(labels)), zero_division=np.nan
+    )
     return [
         {
             "label": label,
-            "photos": int(true[n]),
-            "precision": float(hits[n] / guessed[n]) if guessed[n] else None,
-            "recall": float(hits[n] / true[n]) if true[n] else None,
-            "f1": float(f) if true[n] or guessed[n] else None,
+            "photos": int(count),
+            **{
+                name: None if np.isnan(r) else float(r) for name, r in zip(RATIOS, row, strict=True)
+            },
         }
-        for n, (label, f) in enumerate(zip(labels, f1(table), strict=True))
+        for label, count, *row in zip(labels, photos, *ratios, strict=True)
     ]
 
 
@@ -151,22 +152,24 @@ def auroc(known: Array, unknown: Array) -> float:
     from scipy.stats import rankdata
 
     ranks = rankdata(np.concatenate([known, unknown]))[: len(known)]
-    most = len(known) * len(unknown)
-    return float((ranks.sum() - len(known) * (len(known) + 1) / 2) / most)
+    pairs = len(known) * len(unknown)
+    return float((ranks.sum() - len(known) * (len(known) + 1) / 2) / pairs)
 
 
 def paired_test(new: Flags, old: Flags, units: Codes, draws: int = 20_000) -> float:
     """Return the one-sided p-value of "new is right no more often than old" on the same photos.
 
-    The differences of whole units change sign at random (Fisher's permutation test for pairs; with
-    one photo a unit it is McNemar's test).
+    A paired permutation test (Fisher): the differences of whole units change sign at random. With
+    one photo a unit it is McNemar's test.
     """
     _, unit = np.unique(units, return_inverse=True)
     differences = np.bincount(unit, new.astype(float) - old.astype(float))
     differences = differences[differences != 0]
-    seen = differences.sum()
+    observed = differences.sum()
     rng = np.random.default_rng(0)
     above = 0
     for _ in range(draws):
-        above += bool((rng.integers(0, 2, len(differences)) * 2 - 1) @ differences >= seen - 1e-9)
+        above += bool(
+            (rng.integers(0, 2, len(differences)) * 2 - 1) @ differences >= observed - 1e-9
+        )
     return (above + 1) / (draws + 1)

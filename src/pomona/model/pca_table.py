@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 
 from pomona.backbone.weights import mark
 from pomona.core.errors import RequestError
-from pomona.model.classifier import SEED, Codes
-from pomona.model.metrics import Flags
+from pomona.model.sampling import SEED, Codes, Flags
 from pomona.photos.source import folder_of
 from pomona.workspace.layout import Out
 
@@ -59,27 +58,27 @@ def read_photos(out: Out, table: str, max_rows: int) -> Photos:
     RequestError
         If numbers in it aren't finite.
     """
-    place = out.root / table
-    files = sorted(place.rglob("*.parquet")) if place.is_dir() else []
+    folder = out.root / table
+    files = sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
     counts = [pq.ParquetFile(file).metadata.num_rows for file in files]
     share = min(1.0, max_rows / max(1, sum(counts)))
     rng = np.random.default_rng(SEED)
-    parts = [_read_some(file, place, share, rng) for file in files]
+    parts = [_read_some(file, folder, share, rng) for file in files]
     joined = pa.concat_tables(parts) if parts else pa.table({"path": [], "label": []})
     z = _matrix(joined) if parts else np.zeros((0, 0), np.float32)
     paths = joined["path"].to_numpy(zero_copy_only=False)
     bad = ~np.isfinite(z).all(axis=1)
     if bad.any():
         raise RequestError(
-            f"{place} holds numbers that are not finite for {bad.sum()} photos (first: "
+            f"{folder} holds numbers that are not finite for {bad.sum()} photos (first: "
             f"{paths[bad][0]}): run pomona reduce again"
         )
     return Photos(paths, joined["label"].to_numpy(zero_copy_only=False), z, sum(counts))
 
 
-def _read_some(file: Path, place: Path, share: float, rng: np.random.Generator) -> pa.Table:
+def _read_some(file: Path, folder: Path, share: float, rng: np.random.Generator) -> pa.Table:
     columns = ["path", "label", "pca_features"]
-    rows = ds.dataset(str(file), partitioning=_LABELS, partition_base_dir=str(place)).to_table(
+    rows = ds.dataset(str(file), partitioning=_LABELS, partition_base_dir=str(folder)).to_table(
         columns
     )
     if share == 1:
@@ -100,11 +99,17 @@ def groups_of(photos: Photos) -> Codes:
     return np.unique(folders, return_inverse=True)[1].astype(np.int64)
 
 
-def new_to(photos: Photos, tuned_on: Collection[str]) -> Flags:
-    """Return which photos lie in no folder that the weights were tuned on, bool [n]."""
+def unseen_by(photos: Photos, tuned_on: Collection[str]) -> Flags:
+    """Return which photos lie in no folder that the weights were tuned on, bool [n].
+
+    Parameters
+    ----------
+    tuned_on
+        Those folders, as `pomona.backbone.weights.mark` gives them.
+    """
     if not tuned_on:
         return np.ones(len(photos.paths), bool)
-    seen = set(tuned_on)
+    tuned = set(tuned_on)
     folders = [folder_of(path) for path in photos.paths]
-    new = {folder: mark(folder) not in seen for folder in set(folders)}
-    return np.array([new[folder] for folder in folders], bool)
+    unseen = {folder: mark(folder) not in tuned for folder in set(folders)}
+    return np.array([unseen[folder] for folder in folders], bool)

@@ -134,15 +134,13 @@ def parse_components(text: str | int | float) -> int | float:
     >>> parse_components("50"), parse_components("0.95")
     (50, 0.95)
     """
-    words = str(text).strip()
+    number = str(text).strip()
     try:
-        wanted = float(words) if "." in words or "e" in words.lower() else int(words)
+        value = float(number) if "." in number or "e" in number.lower() else int(number)
     except ValueError:
-        wanted = -1
-    if isinstance(wanted, int) and wanted >= 1:
-        return wanted
-    if isinstance(wanted, float) and 0 < wanted <= 1:
-        return wanted
+        value = -1
+    if value >= 1 if isinstance(value, int) else 0 < value <= 1:
+        return value
     raise RequestError(
         f"--components is a count such as 50 or a share of the variance such as 0.95, not {text}"
     )
@@ -176,20 +174,14 @@ def fit(
     RequestError
         If there are too few photos, or nothing varies.
     """
-    n = moments.count
-    if n < 2:
-        raise RequestError(f"PCA needs at least 2 Training photos with features; there are {n}")
-    covariance = moments.scatter / (n - 1)
-    variance = np.diagonal(covariance)
-    varies = variance > CONSTANT * (moments.mean**2 + variance)
-    most = min(n - 1, int(varies.sum()))
-    if most == 0:
-        raise RequestError("all Training photos have the same features: there is nothing to reduce")
+    covariance, varies = _covariance(moments)
+    most = min(moments.count - 1, int(varies.sum()))
     if isinstance(components, int) and components > most:
         raise RequestError(
-            f"--components {components} is more than {n} Training photos with {varies.sum()} "
-            f"features that vary can have: {most} at most"
+            f"--components {components} is more than {moments.count} Training photos with "
+            f"{varies.sum()} features that vary can have: {most} at most"
         )
+    variance = np.diagonal(covariance)
     scales = np.where(varies & scale, np.sqrt(np.where(varies, variance, 1.0)), 1.0)
     covariance = (covariance / np.outer(scales, scales))[np.ix_(varies, varies)]
     values, vectors = _descending(covariance)
@@ -200,7 +192,23 @@ def fit(
         raise RequestError(f"--whiten: only {len(ratio)} components have variance, not {k}")
     rows = np.zeros((k, len(varies)))
     rows[:, varies] = vectors[:k]
-    return Projection(moments.mean, scales, rows, values[:k], ratio, n, scale, whiten, power)
+    return Projection(
+        moments.mean, scales, rows, values[:k], ratio, moments.count, scale, whiten, power
+    )
+
+
+def _covariance(moments: Moments) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """Return the covariance [d, d] of the features, and which of them vary."""
+    if moments.count < 2:
+        raise RequestError(
+            f"PCA needs at least 2 Training photos with features; there are {moments.count}"
+        )
+    covariance = moments.scatter / (moments.count - 1)
+    variance = np.diagonal(covariance)
+    varies = variance > CONSTANT * (moments.mean**2 + variance)
+    if not varies.any():
+        raise RequestError("all Training photos have the same features: there is nothing to reduce")
+    return covariance, varies
 
 
 def _descending(covariance: Array) -> tuple[Array, Array]:
@@ -221,7 +229,7 @@ def count_for(ratio: Array, share: float) -> int:
     3
     """
     kept = np.cumsum(ratio)
-    # Rounding may keep the sum of all below 1: then it takes all of them (argmax would say one).
+    # Rounding may leave the sum of all below 1: then all are needed (argmax would say one).
     return min(int(np.searchsorted(kept, share - 1e-12)) + 1, len(ratio))
 
 
@@ -253,7 +261,7 @@ def save_projection(projection: Projection, folder: Path, made_from: dict[str, A
 
 
 def load_projection(folder: Path) -> Projection:
-    """Read what `save` wrote. Runs no code from the files.
+    """Read what `save_projection` wrote. Runs no code from the files.
 
     Raises
     ------
@@ -270,9 +278,9 @@ def load_projection(folder: Path) -> Projection:
         raise RequestError(f"there is no projection in {folder}: pomona reduce makes it")
     if sha256(file) != about["sha256"]:
         raise MismatchError(f"{file} was changed or damaged: run pomona reduce again")
-    tensors: dict[str, Any] = {name: load_file(file)[name] for name in _TENSORS}
+    tensors: dict[str, Any] = load_file(file)
     return Projection(
-        **tensors,
+        **{name: tensors[name] for name in _TENSORS},
         count=about["photos"],
         scaled=about["scaled"],
         whiten=about["whiten"],

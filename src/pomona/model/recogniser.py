@@ -35,7 +35,7 @@ ANSWERS = pa.schema(
 
 @dataclass(frozen=True)
 class Recogniser:
-    """A model as it crosses to workers: what to run and how to read the outcome."""
+    """What workers need to answer: the network to run, and how to read its outputs. Picklable."""
 
     spec: BackboneSpec
     labels: tuple[str, ...]
@@ -54,12 +54,14 @@ def make_recogniser(model: Model, top: int = 3, **options: Any) -> Recogniser:
     return Recogniser(model.spec(**options), model.labels, threshold, method, top)
 
 
-def with_threads(found: Recogniser, threads: int) -> Recogniser:
+def with_threads(recogniser: Recogniser, threads: int) -> Recogniser:
     """Return the recogniser with another number of CPU threads."""
-    return replace(found, spec=replace(found.spec, threads=threads))
+    return replace(recogniser, spec=replace(recogniser.spec, threads=threads))
 
 
-def recognise(batches: Iterator[pa.RecordBatch], found: Recogniser) -> Iterator[pa.RecordBatch]:
+def recognise(
+    batches: Iterator[pa.RecordBatch], recogniser: Recogniser
+) -> Iterator[pa.RecordBatch]:
     """Answer for photos; calls `pomona.extract`. Runs on workers.
 
     Parameters
@@ -72,24 +74,25 @@ def recognise(batches: Iterator[pa.RecordBatch], found: Recogniser) -> Iterator[
     pa.RecordBatch
         One for each that came in: its columns less ``content``, then `ANSWERS`.
     """
-    for batch in extract.extract(batches, found.spec):
-        yield _answers(batch, found)
+    for batch in extract.extract(batches, recogniser.spec):
+        yield _answers(batch, recogniser)
 
 
-def _answers(batch: pa.RecordBatch, found: Recogniser) -> pa.RecordBatch:
+def _answers(batch: pa.RecordBatch, recogniser: Recogniser) -> pa.RecordBatch:
     kept = batch.drop_columns(["width", "height", *ANSWER, "error"])
-    rows = answers(batch, found)
+    rows = answers(batch, recogniser)
     columns = [pa.array([row[f.name] for row in rows], f.type) for f in ANSWERS]
     return pa.RecordBatch.from_arrays(
         [*kept.columns, *columns], schema=pa.schema([*kept.schema, *ANSWERS])
     )
 
 
-def answers(batch: pa.RecordBatch, found: Recogniser) -> list[dict[str, Any]]:
+def answers(batch: pa.RecordBatch, recogniser: Recogniser) -> list[dict[str, Any]]:
     """Return the answers, as `ANSWERS`, for a batch that `pomona.extract` gave with `ANSWER`."""
     scores, errors = batch["score"].to_pylist(), batch["error"].to_pylist()
     rows = [
-        answer(p, s, found) for p, s in zip(_vectors(batch["probabilities"]), scores, strict=True)
+        answer(p, s, recogniser)
+        for p, s in zip(_vectors(batch["probabilities"]), scores, strict=True)
     ]
     for row, error in zip(rows, errors, strict=True):
         row["error"] = error
@@ -102,19 +105,19 @@ def _vectors(column: pa.Array) -> Iterator[npt.NDArray[np.float32] | None]:
 
 
 def answer(
-    probabilities: npt.NDArray[np.float32] | None, score: float | None, found: Recogniser
+    probabilities: npt.NDArray[np.float32] | None, score: float | None, recogniser: Recogniser
 ) -> dict[str, Any]:
     """Return one photo's answer, as `ANSWERS`; all null for a photo that can't be used."""
     if probabilities is None or score is None:
         return dict.fromkeys(ANSWERS.names)
-    order = np.argsort(-probabilities, kind="stable")[: found.top]
-    nearest = [found.labels[n] for n in order]
-    unknown = score < found.threshold
+    order = np.argsort(-probabilities, kind="stable")[: recogniser.top]
+    nearest = [recogniser.labels[n] for n in order]
+    unknown = score < recogniser.threshold
     return {
         "label": None if unknown else nearest[0],
         "probability": float(probabilities[order[0]]),
         "unknown": unknown,
-        "reason": why(found.method) if unknown else None,
+        "reason": why(recogniser.method) if unknown else None,
         "score": score,
         "nearest": nearest,
         "probabilities": [float(probabilities[n]) for n in order],

@@ -1,7 +1,7 @@
 """Scores that tell photos of known labels from photos of something else. NumPy to apply.
 
 All scores are higher for photos that look known. Which one is best depends on the data, so
-`compare` leaves whole labels out and looks.
+`compare` leaves whole labels out and measures.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from pomona.model.classifier import Array, Codes, Fold, Rows, fit, judged, softmax
+from pomona.model.classifier import Array, Settings, fit, softmax
 from pomona.model.metrics import auroc
+from pomona.model.sampling import Codes, Fold, Rows, Sample, folds, judged, pick_evenly
 
 METHODS = ("max_probability", "energy", "distance", "neighbours")
 REFERENCES = 2000
 """Photos that ``neighbours`` keeps, evenly of all kinds: 400 kB with 50 components."""
-LEFT_OUT = 5
-"""Rounds of leaving labels out."""
+ROUNDS = 5
+"""How often some of the labels are left out."""
 DEFAULT = "distance"
 """Where there are too few labels to compare."""
 
@@ -34,8 +35,8 @@ class Detector:
     method
         One of `METHODS`.
     tensors
-        For ``distance`` and ``neighbours``: ``whitening`` [k, k], which makes the scatter within
-        kinds a unit ball, and ``centres`` [m, k], whitened.
+        For ``distance`` and ``neighbours``: ``whitening`` [k, k], after which the covariance within
+        kinds is the identity, and ``centres`` [m, k], whitened.
     threshold
         A photo with a lower score is unknown.
     """
@@ -55,6 +56,12 @@ class Detector:
         return _SCORES[self.method](z.astype(np.float64), logits, self.tensors)
 
 
+def squared_distances(z: Array, centres: Array) -> Array:
+    """Return the squared Euclidean distances [n, m] between rows of z [n, k] and centres [m, k]."""
+    squares = (z**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1)
+    return np.asarray(squares - 2 * z @ centres.T)
+
+
 def _max_probability(z: Array, logits: Array, _: dict[str, Array]) -> Array:
     """Return the highest probability (Hendrycks and Gimpel 2017)."""
     return np.asarray(softmax(logits).max(axis=1))
@@ -70,10 +77,9 @@ def _nearest(z: Array, _: Array, tensors: dict[str, Array]) -> Array:
     """Return minus the squared Mahalanobis distance to the nearest centre.
 
     The centres are the means of the kinds (Lee et al. 2018), or photos (after Sun et al. 2022,
-    whose cosine accepts photos that show something else altogether; see docs/log.md).
+    who take the cosine; that accepts photos of something else altogether, see docs/log.md).
     """
-    white, centres = z @ tensors["whitening"], tensors["centres"]
-    squares = (white**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1) - 2 * white @ centres.T
+    squares = squared_distances(z @ tensors["whitening"], tensors["centres"])
     return np.asarray(-squares.min(axis=1))
 
 
@@ -98,13 +104,14 @@ def make(method: str, z: Rows, kinds: Codes) -> Detector:
     if method in ("max_probability", "energy"):
         return Detector(method)
     rows = z.astype(np.float64)
-    means, whitening = _within(rows, kinds)
-    centres = means if method == "distance" else rows[_references(kinds)]
+    centres, whitening = _within(rows, kinds)
+    if method == "neighbours":
+        centres = rows[pick_evenly(kinds, max(REFERENCES, len(centres)))]
     return Detector(method, {"whitening": whitening, "centres": centres @ whitening})
 
 
 def _within(z: Array, kinds: Codes) -> tuple[Array, Array]:
-    """Return the means of the kinds [m, k], and W [k, k] that whitens what differs within them."""
+    """Return the means of the kinds [m, k], and W [k, k] that whitens the deviations from them."""
     from sklearn.covariance import ledoit_wolf
 
     _, codes = np.unique(kinds, return_inverse=True)
@@ -112,19 +119,8 @@ def _within(z: Array, kinds: Codes) -> tuple[Array, Array]:
     means = np.stack([np.bincount(codes, column) / counts for column in z.T], axis=1)
     within, _ = ledoit_wolf(z - means[codes], assume_centered=True)
     values, vectors = np.linalg.eigh(within)
-    most = values[-1] if values[-1] > 0 else 1.0  # one photo of each kind: nothing differs within
+    most = values[-1] if values[-1] > 0 else 1.0  # one photo of each kind: no deviations
     return means, vectors / np.sqrt(np.maximum(values, most * 1e-6))
-
-
-def _references(kinds: Codes) -> Codes:
-    """Choose up to `REFERENCES` rows, of each kind as many as there is room for, at least one."""
-    rng = np.random.default_rng(0)
-    order = rng.permutation(len(kinds))
-    order = order[np.argsort(kinds[order], kind="stable")]
-    _, starts, counts = np.unique(kinds[order], return_index=True, return_counts=True)
-    turn = np.arange(len(order)) - np.repeat(starts, counts)  # the how-manieth of its kind
-    most = max(REFERENCES, len(starts))
-    return np.sort(order[np.argsort(turn, kind="stable")][:most])
 
 
 def threshold(scores: Array, keep: float) -> float:
@@ -134,36 +130,19 @@ def threshold(scores: Array, keep: float) -> float:
 
 # --- held-out scores ---------------------------------------------------------------------------
 
-Sample = tuple[Rows, Codes, Codes]
-"""(z, y, kinds) of the same rows."""
+
+def held_out(method: str, sample: Sample, splits: list[Fold], settings: Settings) -> Array:
+    """Return the scores of the judged rows, each from a detector that wasn't fitted on it."""
+    scores = [
+        _scores(sample, fold[0], [held], (method,), settings)[method][0]
+        for fold in splits
+        if len(held := judged(sample.y, fold))
+    ]
+    return np.concatenate(scores) if scores else np.zeros(0)
 
 
-def held_out(
-    method: str, rows: Sample, cut: list[Fold], labels: tuple[str, ...], **how: Any
-) -> Array:
-    """Return the scores of judged rows, each from a detector that didn't see it.
-
-    Parameters
-    ----------
-    how
-        ``strength``, ``class_weight`` of `fit`, and ``temperature``.
-    """
-    found = []
-    for fold in cut:
-        held = judged(rows[1], fold)
-        if len(held):
-            found.append(_scores(rows, fold[0], [held], labels, (method,), **how)[method][0])
-    return np.concatenate(found) if found else np.zeros(0)
-
-
-def compare(
-    rows: Sample,
-    groups: Codes | None,
-    labels: tuple[str, ...],
-    on_done: Callable[[], None],
-    **how: Any,
-) -> dict[str, Any]:
-    """Leave whole labels out and see which score tells their photos from held-out known ones.
+def compare(sample: Sample, settings: Settings, on_done: Callable[[], None]) -> dict[str, Any]:
+    """Leave whole labels out and measure which score tells their photos from held-out known ones.
 
     Returns
     -------
@@ -171,23 +150,22 @@ def compare(
         ``auroc`` by method, mean over the rounds, and ``rounds`` (the labels left out in each);
         empty where there are fewer than three labels.
     """
-    from pomona.model.classifier import folds
-
-    y = rows[1]
     rounds: list[list[str]] = []
     areas: dict[str, list[float]] = {method: [] for method in METHODS}
-    for gone in left_out(y):
+    for away in left_out(sample.y):
         on_done()
-        stay = np.flatnonzero(~np.isin(y, gone))
-        cut = folds(y[stay], None if groups is None else groups[stay])
-        if not cut or not len(known := judged(y[stay], cut[0])):
+        is_away = np.isin(sample.y, away)
+        stay = np.flatnonzero(~is_away)
+        y = sample.y[stay]
+        splits = folds(y, None if sample.groups is None else sample.groups[stay])
+        if not splits or not len(known := judged(y, splits[0])):
             continue
-        fitted, known = stay[cut[0][0]], stay[known]
-        away = np.flatnonzero(np.isin(y, gone))
-        found = _scores(rows, fitted, [known, away], labels, METHODS, **how)
-        for method, (inside, outside) in found.items():
+        scores = _scores(
+            sample, stay[splits[0][0]], [stay[known], np.flatnonzero(is_away)], METHODS, settings
+        )
+        for method, (inside, outside) in scores.items():
             areas[method].append(auroc(inside, outside))
-        rounds.append([labels[code] for code in gone])
+        rounds.append([sample.labels[code] for code in away])
     if not rounds:
         return {}
     means = {method: float(np.mean(values)) for method, values in areas.items()}
@@ -195,28 +173,27 @@ def compare(
 
 
 def left_out(y: Codes) -> list[Codes]:
-    """Cut the labels into rounds, such that at least two stay each time."""
+    """Share the labels out among rounds, such that at least two stay each time."""
     present = np.unique(y)
     if len(present) < 3:
         return []
     order = np.random.default_rng(0).permutation(present)
-    return [np.sort(part) for part in np.array_split(order, min(LEFT_OUT, len(present)))]
+    return [np.sort(part) for part in np.array_split(order, min(ROUNDS, len(present)))]
 
 
 def _scores(
-    rows: Sample,
+    sample: Sample,
     fitted: Codes,
     wanted: list[Codes],
-    labels: tuple[str, ...],
     methods: tuple[str, ...],
-    **how: Any,
+    settings: Settings,
 ) -> dict[str, list[Array]]:
-    """Fit classifier and detectors on some rows; return the scores of others."""
-    z, y, kinds = rows
-    classifier = fit(z[fitted], y[fitted], labels, how["strength"], how["class_weight"])
-    logits = functools.cache(lambda n: classifier.logits(z[wanted[n]]) / how["temperature"])
-    found = {}
+    """Fit classifier and detectors on some rows; return the scores of others, by method."""
+    z, y = sample.z, sample.y
+    classifier = fit(z[fitted], y[fitted], sample.labels, settings.strength, settings.class_weight)
+    logits = functools.cache(lambda n: classifier.logits(z[wanted[n]]) / settings.temperature)
+    scores = {}
     for method in methods:
-        detector = make(method, z[fitted], kinds[fitted])
-        found[method] = [detector.score(z[w], logits(n)) for n, w in enumerate(wanted)]
-    return found
+        detector = make(method, z[fitted], sample.kinds[fitted])
+        scores[method] = [detector.score(z[rows], logits(n)) for n, rows in enumerate(wanted)]
+    return scores

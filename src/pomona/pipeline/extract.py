@@ -25,7 +25,7 @@ from pomona.core.uris import local_path
 from pomona.photos.listing import Listing, list_files
 from pomona.photos.source import SUFFIXES, Source, arrange, open_source
 from pomona.pipeline.extract_hadoop import add_missing, run_hadoop
-from pomona.pipeline.extract_task import ExtractTask
+from pomona.pipeline.extract_task import ExtractTask, photos_per_task
 from pomona.spark import binary_files, executors, resources, tasks
 from pomona.spark.session import Cluster, lazy_session
 from pomona.workspace import feature_table, layout, tombstones
@@ -54,8 +54,8 @@ class ExtractOptions:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the steps of one extract share."""
+class Extraction:
+    """One call of `extract`: what its steps share."""
 
     out: Out
     source: Source
@@ -86,42 +86,42 @@ def extract(
         If Spark gave up. What is done is kept.
     """
     options = options or ExtractOptions()
-    where = open_source(source)
-    _refuse_nesting(where, str(out))
+    opened = open_source(source)
+    _refuse_nesting(opened, str(out))
     if options.reader == "spark":
-        where = replace(where, kind="hadoop")
+        opened = replace(opened, kind="hadoop")
     cluster = cluster or Cluster()
     weights = load_weights(
         options.weights, lambda done, total: on_tick(Tick("weights", done, total))
     )
     spec = _spec(weights, options, cluster)
     folder = layout.open_out(out)
-    cluster = replace(cluster, log_file=folder.log)
-    cluster = replace(cluster, master=resources.local_master(cluster.master, spec.device))
+    master = resources.local_master(cluster.master, spec.device)
+    cluster = replace(cluster, log_file=folder.log, master=master)
     with layout.lock(folder), contextlib.ExitStack() as mine:
         tombstones.refuse_erasing(folder)
         spark = (keep or mine).enter_context(lazy_session(cluster))
-        job = Job(folder, where, spec, weights.tuned_on, options, spark, on_tick)
-        table = _table(job)
+        stage = Extraction(folder, opened, spec, weights.tuned_on, options, spark, on_tick)
+        table = _table(stage)
         started = time.time()
-        photos, forgotten = tombstones.leave_out(folder, _list(job))
+        photos, forgotten = tombstones.leave_out(folder, _list(stage))
         if not photos.num_rows:
-            raise SourceError(f"all {forgotten} photos of {where.name} are forgotten")
+            raise SourceError(f"all {forgotten} photos of {opened.name} are forgotten")
         if not folder.table_file.exists():
             write_json(folder.table_file, table)
         if not folder.backbone.exists():
             with atomic_file(folder.backbone) as part:
                 part.write_bytes(onnx_file(spec))
-        return _extract(job, photos, table, {"list": time.time() - started}, forgotten)
+        return _extract(stage, photos, table, {"list": time.time() - started}, forgotten)
 
 
-def _refuse_nesting(where: Source, out: str) -> None:
-    if where.kind != "local" or ("://" in out and not out.startswith("file://")):
+def _refuse_nesting(source: Source, out: str) -> None:
+    if source.kind != "local" or ("://" in out and not out.startswith("file://")):
         return
-    place = local_path(out)
-    if place.is_relative_to(where.root):
+    folder = local_path(out)
+    if folder.is_relative_to(source.root):
         raise RequestError(f"--out {out} lies inside the source: choose a folder outside it")
-    if Path(where.root).is_relative_to(place):
+    if Path(source.root).is_relative_to(folder):
         raise RequestError(f"the source lies inside --out {out}: choose another folder")
 
 
@@ -136,15 +136,15 @@ def _spec(weights: Weights, options: ExtractOptions, cluster: Cluster) -> Backbo
     )
 
 
-def _table(job: Job) -> dict[str, Any]:
-    """Return what made the table, checked against what is asked for."""
-    out, source, spec, options = job.out, job.source, job.spec, job.options
+def _table(stage: Extraction) -> dict[str, Any]:
+    """Return the content of ``_table.json``; refuse what doesn't fit the table that is there."""
+    out, source, spec, options = stage.out, stage.source, stage.spec, stage.options
     table = read_json(out.table_file)
     asked = {
         "format": FORMAT,
         "spec": spec.fingerprint(),
         "weights": spec.weights,
-        "tuned_on": list(job.tuned_on),
+        "tuned_on": list(stage.tuned_on),
         "source": source.name,
         "label": options.label,
         "test_fraction": options.test_fraction,
@@ -172,15 +172,15 @@ def _short(value: object) -> str:
     return str(value)[:12]
 
 
-def _list(job: Job) -> pa.Table:
-    listing = list_source(job.source, job.spark, job.on_tick)
+def _list(stage: Extraction) -> pa.Table:
+    listing = list_source(stage.source, stage.spark, stage.on_tick)
     photos = arrange(
-        listing.files, job.options.label, job.options.test_fraction, root=job.source.folder
+        listing.files, stage.options.label, stage.options.test_fraction, root=stage.source.folder
     )
     if not photos.num_rows:
         others = sum(listing.others.values())
         raise SourceError(
-            f"{job.source.name} holds no photos ({others} other files): photos end in "
+            f"{stage.source.name} holds no photos ({others} other files): photos end in "
             f"{' '.join(SUFFIXES)}"
         )
     return photos
@@ -195,93 +195,78 @@ def list_source(source: Source, spark: GetSpark, on_tick: OnTick = quiet) -> Lis
 
 
 def _extract(
-    job: Job, photos: pa.Table, table: dict[str, Any], seconds: dict[str, float], forgotten: int
+    stage: Extraction,
+    photos: pa.Table,
+    table: dict[str, Any],
+    seconds: dict[str, float],
+    forgotten: int,
 ) -> dict[str, Any]:
-    parts = feature_table.parts_folder(job.out, job.spec.fingerprint())
-    found = feature_table.index(job.out, parts)
-    if job.options.keep_deleted:
-        deleted, _ = tombstones.leave_out(job.out, feature_table.deleted(photos, found))
+    parts = feature_table.parts_folder(stage.out, stage.spec.fingerprint())
+    index = feature_table.index(stage.out, parts)
+    if stage.options.keep_deleted:
+        deleted, _ = tombstones.leave_out(stage.out, feature_table.deleted(photos, index))
         photos = pa.concat_tables([photos, deleted])
         photos = photos.sort_by([("split", "ascending"), ("path", "ascending")])
-    rows = feature_table.match(photos, found)
-    # A photo that couldn't be read may have been out of reach: it is tried again.
+    rows = feature_table.match(photos, index)
+    # A photo that couldn't be read may have been out of reach for a while: it is tried again.
     unread = pc.equal(pc.fill_null(rows["error"], ""), UNREADABLE)
     todo = rows.filter(pc.or_(pc.is_null(rows["file"]), unread)).select(photos.column_names)
     start = time.time()
     if todo.num_rows:
-        job.on_tick(Tick("spark", photos.num_rows - todo.num_rows, photos.num_rows))
-        job.spark()
+        stage.on_tick(Tick("spark", photos.num_rows - todo.num_rows, photos.num_rows))
+        stage.spark()
         seconds["spark"], start = time.time() - start, time.time()
-        _compute(job, todo, parts, photos.num_rows)
-        found = feature_table.index(job.out, parts)
-        rows = feature_table.match(photos, found)
+        _compute(stage, todo, parts, photos.num_rows)
+        index = feature_table.index(stage.out, parts)
+        rows = feature_table.match(photos, index)
     seconds["extract"], start = time.time() - start, time.time()
-    _compact(job, rows, found, table)
+    _compact(stage, rows, index, table)
     seconds["table"] = time.time() - start
-    record = {**_record(job, photos), "forgotten": forgotten}
+    record = {**_record(stage, photos), "forgotten": forgotten}
     record["times"] = {
         "finished": utc_now(),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "computed": todo.num_rows,
         "photos_per_second": round(todo.num_rows / max(seconds["extract"], 1e-9), 1),
     }
-    layout.update(job.out, "extract", record)
+    layout.update(stage.out, "extract", record)
     return record
 
 
-PHOTOS_PER_TASK = 512
-"""About five seconds of work: what a killed task loses, and the grain of the progress shown. The
-gap between tasks is 0.08 s, for the weights travel with each."""
-MOST_TASKS = 50_000
-"""What Spark's scheduler takes without effort; above it tasks grow."""
-
-
-def photos_per_task(todo: int, slots: int) -> int:
-    """Cut work so that tasks are short, not too many, and that all slots end together.
-
-    >>> photos_per_task(100, 2), photos_per_task(16_525, 2), photos_per_task(100_000_000, 64)
-    (8, 487, 1999)
-    """
-    share = -(-todo // (8 * slots))
-    most = max(8, min(PHOTOS_PER_TASK, share), -(-todo // MOST_TASKS))
-    rounds = -(-todo // (most * slots))
-    return max(8, -(-todo // (rounds * slots)))
-
-
-def _compute(job: Job, todo: pa.Table, parts: Path, total: int) -> None:
+def _compute(stage: Extraction, todo: pa.Table, parts: Path, total: int) -> None:
     before = total - todo.num_rows
     run = feature_table.new_run()
     parts.mkdir(parents=True, exist_ok=True)
-    write_json(job.out.work / "plan.json", {"photos": total, "before": before, "run": run})
+    write_json(stage.out.work / "plan.json", {"photos": total, "before": before, "run": run})
 
     def poll() -> None:
         done = feature_table.count_parts(parts, run)
-        job.on_tick(Tick("extract", before + done.done, total, done.rejected))
+        stage.on_tick(Tick("extract", before + done.done, total, done.rejected))
 
     poll()
-    session = job.spark()
-    executors.check(session, job.spec.backend, job.source, todo["path"][:5].to_pylist())
-    fitted = resources.fit_spec(job.spec, session)
+    session = stage.spark()
+    executors.check(session, stage.spec.backend, stage.source, todo["path"][:5].to_pylist())
+    fitted = resources.fit_spec(stage.spec, session)
     part = feature_table.PartFile(str(parts), run)
     per_task = photos_per_task(todo.num_rows, resources.slots(session))
-    if job.source.kind == "hadoop":
-        if not executors.share(session, job.out.root):
+    if stage.source.kind == "hadoop":
+        if not executors.share(session, stage.out.root):
             raise RequestError(
-                f"the executors don't see {job.out.root}, and photos of {job.source.name} need "
+                f"the executors don't see {stage.out.root}, and photos of {stage.source.name} need "
                 "that: choose an --out on storage that driver and executors share"
             )
-        _run_hadoop(job, session, todo, per_task, fitted, part, poll)
+        _run_hadoop(stage, session, todo, per_task, fitted, part, poll)
     else:
         bounds = even_bounds(todo.num_rows, per_task)
-        chunks = job.out.work / "todo.arrow"
+        chunks = stage.out.work / "todo.arrow"
         write_chunks(chunks, todo, bounds)
-        task = ExtractTask(str(chunks), job.source, fitted, part)
-        executors.run_chunks(session, task, range(len(bounds) - 1), job.out.root, poll)
+        task = ExtractTask(str(chunks), stage.source, fitted, part)
+        executors.run_chunks(session, task, range(len(bounds) - 1), stage.out.root, poll)
     poll()
 
 
 def _run_hadoop(
-    job: Job,
+    stage: Extraction,
     session: Any,
     todo: pa.Table,
     per_task: int,
@@ -290,56 +275,58 @@ def _run_hadoop(
     poll: tasks.Poll,
 ) -> None:
     def missing() -> pa.Table:
-        found = feature_table.match(todo, feature_table.index(job.out, Path(part.folder)))
-        return found.filter(pc.is_null(found["file"])).select(todo.column_names)
+        rows = feature_table.match(todo, feature_table.index(stage.out, Path(part.folder)))
+        return rows.filter(pc.is_null(rows["file"])).select(todo.column_names)
 
     try:
-        photos = binary_files.HadoopPhotos(job.source.root, todo)
+        photos = binary_files.HadoopPhotos(stage.source.root, todo)
         run_hadoop(session, photos, per_task, spec, part, poll)
-    except CrashError:  # where a task has one try: the rest once more, in child processes
-        photos = binary_files.HadoopPhotos(job.source.root, missing())
-        again = part._replace(run=feature_table.new_run())  # the numbers of its parts start anew
+    except CrashError:  # where a task has one try: the rest again, in child processes
+        photos = binary_files.HadoopPhotos(stage.source.root, missing())
+        again = part._replace(run=feature_table.new_run())  # its parts are numbered from 0 again
         run_hadoop(session, photos, per_task, replace(spec, guard="child"), again, poll)
     add_missing(missing(), spec, part, todo.num_rows)
 
 
-def _compact(job: Job, rows: pa.Table, found: feature_table.Index, table: dict[str, Any]) -> None:
-    plan = plan_compaction(rows, found)
-    staged = job.out.work / f"features-{feature_table.new_run()}"
+def _compact(
+    stage: Extraction, rows: pa.Table, index: feature_table.Index, table: dict[str, Any]
+) -> None:
+    plan = plan_compaction(rows, index)
+    staged = stage.out.work / f"features-{feature_table.new_run()}"
     results: list[dict[str, Any]] = []
     if plan.names:
-        job.on_tick(Tick("table", 0, plan.plan.num_rows))
-        chunks = job.out.work / "compact.arrow"
+        stage.on_tick(Tick("table", 0, plan.plan.num_rows))
+        chunks = stage.out.work / "compact.arrow"
         write_chunks(chunks, plan.plan, plan.bounds)
         task = WriteFile(
-            str(chunks), str(job.out.root), tuple(found.files), tuple(plan.names), str(staged)
+            str(chunks), str(stage.out.root), tuple(index.files), tuple(plan.names), str(staged)
         )
-        run_tasks = executors.runner(job.spark(), job.out.root)
+        run_tasks = executors.runner(stage.spark(), stage.out.root)
         results = run_tasks(task, len(plan.names))
-        job.on_tick(Tick("table", plan.plan.num_rows, plan.plan.num_rows))
-    commit_compaction(job.out, plan, results, staged, table)
+        stage.on_tick(Tick("table", plan.plan.num_rows, plan.plan.num_rows))
+    commit_compaction(stage.out, plan, results, staged, table)
 
 
-def _record(job: Job, photos: pa.Table) -> dict[str, Any]:
-    codes = feature_table.write_rejected(job.out)
+def _record(stage: Extraction, photos: pa.Table) -> dict[str, Any]:
+    codes = feature_table.write_rejected(stage.out)
     in_split = {split: pc.equal(photos["split"], split) for split in SPLITS}
     return {
-        "source": job.source.name,
+        "source": stage.source.name,
         "settings": {
-            "label": job.options.label,
-            "test_fraction": job.options.test_fraction,
-            "device": job.spec.device,
-            "batch_size": job.spec.batch_size,
-            "weights": job.spec.weights,
-            **job.spec.fingerprint(),
+            "label": stage.options.label,
+            "test_fraction": stage.options.test_fraction,
+            "device": stage.spec.device,
+            "batch_size": stage.spec.batch_size,
+            "weights": stage.spec.weights,
+            **stage.spec.fingerprint(),
         },
         "photos": photos.num_rows,
         "splits": {split: pc.sum(mask).as_py() or 0 for split, mask in in_split.items()},
         "labels": pc.count_distinct(photos["label"]).as_py(),
         "rejected": codes,
         "digests": {
-            "features": feature_table.digest(job.out),
-            "rejected.csv": sha256(job.out.rejected),
+            "features": feature_table.digest(stage.out),
+            "rejected.csv": sha256(stage.out.rejected),
         },
     }
 

@@ -29,17 +29,17 @@ def run_hadoop(
     part: PartFile,
     poll: Poll | None = None,
 ) -> list[Answer]:
-    """Extract photos of a source that only Hadoop reads; partitions hold about ``per_task``.
+    """Extract photos of a source that only Hadoop reads, about ``per_task`` in each partition.
 
-    Spark counts a file as at least ``openCostInBytes``, 4 MiB by default, which puts 32 small
-    photos into a partition; here it is what puts ``per_task`` there. A run that goes on after a
-    kill reads again the bytes of photos that are done, and doesn't compute them again.
+    Spark counts a file as at least ``openCostInBytes``. Its default of 4 MiB puts 32 small photos
+    into a partition; here it is set so that ``per_task`` fit. A run that goes on after a kill reads
+    the bytes of photos that are done again, but doesn't compute their features again.
     """
     settings = {
         "spark.sql.files.maxPartitionBytes": str(PARTITION_BYTES),
         "spark.sql.files.openCostInBytes": str(PARTITION_BYTES // max(1, per_task)),
         "spark.sql.files.minPartitionNum": str(min(slots(spark), photos.photos.num_rows)),
-        # Contents travel in the batches: few rows, so that a worker stays small.
+        # The batches hold the photos' bytes: few rows, so that a worker needs little memory.
         "spark.sql.execution.arrow.maxRecordsPerBatch": str(spec.batch_size),
     }
     on_worker = functools.partial(_hadoop_on_worker, photos, spec, part)
@@ -51,12 +51,13 @@ def run_hadoop(
 def _hadoop_on_worker(
     photos: HadoopPhotos, spec: BackboneSpec, part: PartFile, batches: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
+    """Write a partition's part and yield its counts. Runs on workers."""
     rows = extract(photos(batches), at_task(spec))
     yield answer(write_part(part, partition(), rows)._asdict())
 
 
 def add_missing(missing: pa.Table, spec: BackboneSpec, part: PartFile, task: int) -> None:
-    """Write a part for photos that ``binaryFile`` gave no row: empty, or unreadable."""
+    """Write a part for photos for which ``binaryFile`` gave no row: empty or unreadable ones."""
     for photos in missing.combine_chunks().to_batches():
         contents = [None if size else b"" for size in photos["size"].to_pylist()]
         write_part(part, task, extract(iter([reading.with_content(photos, contents)]), spec))

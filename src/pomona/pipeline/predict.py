@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,26 +17,30 @@ import pyarrow.parquet as pq
 
 from pomona.core.cpus import available_cpus
 from pomona.core.errors import MismatchError, RequestError, SourceError
-from pomona.core.files import FORMAT, atomic_file, read_json, write_json
-from pomona.core.parquet import even_bounds, read_chunk, sliced, write_chunks
+from pomona.core.files import FORMAT, read_json, write_json
+from pomona.core.parquet import even_bounds, read_chunk, write_chunks
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.uris import local_path
 from pomona.model.artifact import Model
-from pomona.model.recogniser import ANSWERS, Recogniser, make_recogniser, recognise, with_threads
+from pomona.model.recogniser import Recogniser, make_recogniser, with_threads
 from pomona.photos.listing import list_files
-from pomona.photos.reading import read, with_content
-from pomona.photos.source import MAX_BYTES, SUFFIXES, Source, is_photo, open_source
+from pomona.photos.source import SUFFIXES, Source, is_photo, open_source
+from pomona.pipeline.predict_task import ROWS, PredictTask, answers, part_name
+from pomona.spark import executors
+from pomona.spark.resources import fit_spec, gpus_elsewhere
+from pomona.spark.session import Cluster, session
+
+__all__ = ["ROWS", "SPARK_ABOVE", "PredictOptions", "predict"]
 
 STDIN = "-"
 SPARK_ABOVE = 2000
 """Photos: below, Spark's start costs more than it gains."""
 PER_TASK = 256
-WORTH_TELLING = 100
+SHOW_PROGRESS_ABOVE = 100
 """Photos: fewer are answered before a progress bar is read."""
-ROWS = pa.schema([("path", pa.string()), *ANSWERS])
-"""An answer of `predict`; ``path`` is the argument, with the rest of the way for a folder."""
 
-TODO = pa.schema([("path", pa.string()), ("shown", pa.string())])
+PHOTOS = pa.schema([("path", pa.string()), ("shown", pa.string())])
+"""The path in the source, and the path that is shown with the answer."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,16 @@ class PredictOptions:
     master: str | None = None
     spark_conf: tuple[tuple[str, str], ...] = ()
 
+    def cluster(self, log_file: Path | None = None) -> Cluster:
+        """Return where Spark runs."""
+        return Cluster(self.master or "local[*]", self.spark_conf, log_file)
+
+
+# --- the photos --------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
-class Wanted:
+class PhotoSet:
     """The photos of one argument.
 
     Attributes
@@ -60,14 +71,14 @@ class Wanted:
     source
         Where they lie; None: standard input.
     photos
-        As `TODO`: the path in the source, and as it is shown.
+        As `PHOTOS`.
     """
 
     source: Source | None
     photos: pa.Table
 
 
-def find(arguments: list[str], on_tick: OnTick = quiet) -> list[Wanted]:
+def find_photos(arguments: list[str], on_tick: OnTick = quiet) -> list[PhotoSet]:
     """Find the photos of the arguments.
 
     Raises
@@ -79,101 +90,54 @@ def find(arguments: list[str], on_tick: OnTick = quiet) -> list[Wanted]:
         raise RequestError("predict takes photos, folders, URIs, or - for standard input")
     if arguments.count(STDIN) > 1:
         raise RequestError("standard input can be read once: give - once")
-    return [_find(argument, on_tick) for argument in arguments]
+    return [_find_photos(argument, on_tick) for argument in arguments]
 
 
-def _find(argument: str, on_tick: OnTick) -> Wanted:
+def _find_photos(argument: str, on_tick: OnTick) -> PhotoSet:
     if argument == STDIN:
-        return Wanted(None, pa.table([[STDIN], [STDIN]], schema=TODO))
+        return _one_photo(None, STDIN, STDIN)
     path = local_path(argument)
     if "://" not in argument or argument.startswith("file://"):
         if path.is_file():
-            return _one(open_source(path.parent), path.name, argument)
+            return _one_photo(open_source(path.parent), path.name, argument)
         if not path.exists():
             raise SourceError(f"there is no {argument}: give a photo, a folder or a URI")
     source = open_source(argument)
     if source.kind == "object" and is_photo(source.root):
         folder, _, name = source.root.rpartition("/")
-        return _one(replace(source, root=folder), name, source.name)
+        return _one_photo(replace(source, root=folder), name, source.name)
     if source.kind == "hadoop":
         raise SourceError(
             f"{argument}: predict reads local folders, s3:// and gs://; for other URIs make "
             "features with pomona extract first"
         )
-    told = lambda n: on_tick(Tick("list", n)) if n > WORTH_TELLING else None  # noqa: E731
-    files = list_files(source, told).files
+    return _photos_in(source, argument, on_tick)
+
+
+def _one_photo(source: Source | None, name: str, shown: str) -> PhotoSet:
+    return PhotoSet(source, pa.table([[name], [shown]], schema=PHOTOS))
+
+
+def _photos_in(source: Source, argument: str, on_tick: OnTick) -> PhotoSet:
+    def tick(count: int) -> None:
+        if count > SHOW_PROGRESS_ABOVE:
+            on_tick(Tick("list", count))
+
+    files = list_files(source, tick).files
     if not files.num_rows:
         raise SourceError(f"{argument} holds no photos: they end in {' '.join(SUFFIXES)}")
     paths = files.sort_by("path")["path"]
     start = source.name if source.kind == "object" else argument.rstrip("/")
     shown = pa.array([f"{start}/{path}" for path in paths.to_pylist()], pa.string())
-    return Wanted(source, pa.table([paths, shown], schema=TODO))
+    return PhotoSet(source, pa.table([paths, shown], schema=PHOTOS))
 
 
-def _one(source: Source, name: str, shown: str) -> Wanted:
-    return Wanted(source, pa.table([[name], [shown]], schema=TODO))
-
-
-# --- answering ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PredictTask:
-    """Answer chunks of photos into Parquet files. A `pomona.spark.tasks.ChunkTask`."""
-
-    chunks: str
-    sources: tuple[Source | None, ...]
-    recogniser: Recogniser
-    folder: str
-
-    def write(self, photos: pa.RecordBatch, number: int, folder: str) -> dict[str, Any]:
-        """Write the answers of chunk ``number``."""
-        from pomona.spark.tasks import at_task
-
-        fitted = replace(self.recogniser, spec=at_task(self.recogniser.spec))
-        path = Path(folder, part_name(number))
-        with atomic_file(path) as part, pq.ParquetWriter(part, ROWS) as writer:
-            for batch in answers(photos, self.sources[number], fitted):
-                writer.write_batch(batch)
-        return {}
-
-    def done(self) -> set[int]:
-        """Return the chunks whose answers are in place."""
-        names = {path.name for path in Path(self.folder).glob("part-*.parquet")}
-        return {number for number in range(len(self.sources)) if part_name(number) in names}
-
-    def careful(self) -> PredictTask:
-        """Return the task as it decodes photos in child processes."""
-        spec = replace(self.recogniser.spec, guard="child")
-        return replace(self, recogniser=replace(self.recogniser, spec=spec))
-
-
-def part_name(number: int) -> str:
-    """Return the name of a chunk's answers."""
-    return f"part-{number:05d}.parquet"
-
-
-def answers(
-    photos: pa.RecordBatch, source: Source | None, found: Recogniser
-) -> Iterator[pa.RecordBatch]:
-    """Yield the answers for photos of one source, as `ROWS`, a few at a time. Runs on workers."""
-    batches = sliced([photos], found.spec.batch_size)  # before reading: it bounds the bytes held
-    with_bytes = _standard_input(batches) if source is None else read(batches, source)
-    for batch in recognise(with_bytes, found):
-        shown = batch["shown"]
-        columns = [batch[name] for name in ANSWERS.names]
-        yield pa.RecordBatch.from_arrays([shown, *columns], schema=ROWS)
-
-
-def _standard_input(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        content = sys.stdin.buffer.read(MAX_BYTES + 1)
-        yield with_content(batch, [content] * batch.num_rows)
+# --- answers -----------------------------------------------------------------------------------
 
 
 def predict(
     arguments: list[str],
-    found: Model,
+    model: Model,
     options: PredictOptions | None = None,
     on_tick: OnTick = quiet,
     on_answers: Callable[[pa.RecordBatch], None] | None = None,
@@ -200,138 +164,141 @@ def predict(
         If Spark gave up. What is done is kept, with ``options.out``.
     """
     options = options or PredictOptions()
-    elsewhere = options.master is not None and _gpus_elsewhere(options)
-    recogniser = make_recogniser(found, options.top, device=options.device, elsewhere=elsewhere)
-    wanted = find(arguments, on_tick)
-    count = sum(part.photos.num_rows for part in wanted)
+    elsewhere = options.master is not None and gpus_elsewhere(options.cluster(), options.device)
+    recogniser = make_recogniser(model, options.top, device=options.device, elsewhere=elsewhere)
+    photo_sets = find_photos(arguments, on_tick)
+    count = sum(part.photos.num_rows for part in photo_sets)
     if options.most and count > options.most and options.out is None:
         raise RequestError(
             f"{count:,} photos are too many for a table: add --out FOLDER (Parquet), --csv or "
             "--json"
         )
     start = time.time()
-    tally = Tally()
-    by_spark = options.master is not None or count > SPARK_ABOVE
-    if options.out is None and not by_spark:
-        recogniser = with_threads(recogniser, available_cpus())
-        for batch in _directly(wanted, recogniser):
-            tally.add(batch)
-            if count > WORTH_TELLING:
-                on_tick(Tick("predict", tally.photos, count, sum(tally.rejected.values())))
-            if on_answers:
-                on_answers(batch)
-    else:
-        with tempfile.TemporaryDirectory() as spare:
-            folder = Path(options.out or spare).expanduser().resolve()
-            parts = _to_files(wanted, recogniser, folder, found, options, on_tick, by_spark)
-            for part in parts:
-                for batch in pq.ParquetFile(part).iter_batches():
-                    tally.add(batch)
-                    if on_answers and options.out is None:
-                        on_answers(batch)
+    with contextlib.closing(_answers(photo_sets, recogniser, model, options, on_tick)) as batches:
+        counts = _count(batches, None if options.out else on_answers)
     return {
-        **tally.record(),
+        **counts,
         "seconds": round(time.time() - start, 2),
-        "model": found.version,
+        "model": model.version,
         "out": options.out,
     }
 
 
-def _gpus_elsewhere(options: PredictOptions) -> bool:
-    from pomona.spark.resources import gpus_elsewhere
-    from pomona.spark.session import Cluster
+def _count(
+    batches: Iterator[pa.RecordBatch], on_answers: Callable[[pa.RecordBatch], None] | None
+) -> dict[str, Any]:
+    """Count answers and hand them on."""
+    photos = unknown = 0
+    rejected: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
+    for batch in batches:
+        photos += batch.num_rows
+        unknown += batch["unknown"].to_pylist().count(True)
+        rejected.update(batch["error"].drop_null().to_pylist())
+        labels.update(batch["label"].drop_null().to_pylist())
+        if on_answers:
+            on_answers(batch)
+    return {
+        "photos": photos,
+        "unknown": unknown,
+        "rejected": dict(sorted(rejected.items())),
+        "labels": dict(labels.most_common()),
+    }
 
-    cluster = Cluster(options.master or "local[*]", options.spark_conf)
-    return gpus_elsewhere(cluster, options.device)
+
+def _answers(
+    photo_sets: list[PhotoSet],
+    recogniser: Recogniser,
+    model: Model,
+    options: PredictOptions,
+    on_tick: OnTick,
+) -> Generator[pa.RecordBatch, None, None]:
+    """Yield the answers as `ROWS`, whoever computes them: this process, or Spark through files."""
+    count = sum(part.photos.num_rows for part in photo_sets)
+    by_spark = options.master is not None or count > SPARK_ABOVE
+    if options.out is None and not by_spark:
+        yield from _answer_here(photo_sets, count, recogniser, on_tick)
+        return
+    with tempfile.TemporaryDirectory() as spare:
+        folder = Path(options.out or spare).expanduser().resolve()
+        for part in _write_files(photo_sets, recogniser, folder, model, options, on_tick, by_spark):
+            yield from pq.ParquetFile(part).iter_batches()
 
 
-def _directly(wanted: list[Wanted], recogniser: Recogniser) -> Iterator[pa.RecordBatch]:
-    for part in wanted:
+def _answer_here(
+    photo_sets: list[PhotoSet], count: int, recogniser: Recogniser, on_tick: OnTick
+) -> Iterator[pa.RecordBatch]:
+    recogniser = with_threads(recogniser, available_cpus())
+    done = rejected = 0
+    for part in photo_sets:
         for photos in part.photos.to_batches():
-            yield from answers(photos, part.source, recogniser)
-
-
-class Tally:
-    """Count answers."""
-
-    def __init__(self) -> None:
-        self.photos = self.unknown = 0
-        self.rejected: Counter[str] = Counter()
-        self.labels: Counter[str] = Counter()
-
-    def add(self, batch: pa.RecordBatch) -> None:
-        """Count a batch of `ROWS`."""
-        self.photos += batch.num_rows
-        self.unknown += sum(bool(value) for value in batch["unknown"].to_pylist())
-        self.rejected.update(code for code in batch["error"].to_pylist() if code)
-        self.labels.update(label for label in batch["label"].to_pylist() if label)
-
-    def record(self) -> dict[str, Any]:
-        """Return the counts."""
-        return {
-            "photos": self.photos,
-            "unknown": self.unknown,
-            "rejected": dict(sorted(self.rejected.items())),
-            "labels": dict(self.labels.most_common()),
-        }
+            for batch in answers(photos, part.source, recogniser):
+                done += batch.num_rows
+                rejected += batch.num_rows - batch["error"].null_count
+                if count > SHOW_PROGRESS_ABOVE:
+                    on_tick(Tick("predict", done, count, rejected))
+                yield batch
 
 
 # --- into files --------------------------------------------------------------------------------
 
 
-def _to_files(
-    wanted: list[Wanted],
+def _write_files(
+    photo_sets: list[PhotoSet],
     recogniser: Recogniser,
     folder: Path,
-    found: Model,
+    model: Model,
     options: PredictOptions,
     on_tick: OnTick,
     by_spark: bool,
 ) -> list[Path]:
     """Answer into Parquet files; what an earlier run of the same request did isn't done again."""
-    if any(part.source is None for part in wanted):
+    if any(part.source is None for part in photo_sets):
         raise RequestError("standard input is one photo: leave --out and --master out")
-    bounds, places = _cut(wanted)
-    photos = pa.concat_tables([part.photos for part in wanted])
-    _claim(folder, _request(photos, found, options))
-    todo = [n for n in range(len(places)) if not (folder / part_name(n)).exists()]
-    total = photos.num_rows
+    bounds, sources = _cut(photo_sets)
+    photos = pa.concat_tables([part.photos for part in photo_sets])
+    _claim(folder, _request(photos, model, options))
+    chunks = folder / "_todo.arrow"
+    task = PredictTask(str(chunks), tuple(sources), recogniser, str(folder))
 
     def poll() -> None:
-        there = {path.name for path in folder.glob("part-*.parquet")}
-        done = sum(bounds[n + 1] - bounds[n] for n in range(len(places)) if part_name(n) in there)
-        on_tick(Tick("predict", done, total))
+        done = sum(bounds[number + 1] - bounds[number] for number in task.done())
+        on_tick(Tick("predict", done, photos.num_rows))
 
-    if todo:
-        chunks = folder / "_todo.arrow"
+    if todo := sorted(set(range(len(sources))) - task.done()):
         write_chunks(chunks, photos, bounds)
-        task = PredictTask(str(chunks), tuple(places), recogniser, str(folder))
-        _run(task, todo, folder, options, on_tick, poll, by_spark)
+        if by_spark:
+            on_tick(Tick("spark"))
+            _run_on_spark(task, todo, options.cluster(folder / "_spark.log"), poll)
+        else:
+            _run_here(task, todo, poll)
         chunks.unlink()
     poll()
-    return [folder / part_name(n) for n in range(len(places))]
+    return [folder / part_name(number) for number in range(len(sources))]
 
 
-def _cut(wanted: list[Wanted]) -> tuple[list[int], list[Source | None]]:
+def _cut(photo_sets: list[PhotoSet]) -> tuple[list[int], list[Source | None]]:
     """Cut photos into chunks of one source each: bounds, and the source of each chunk."""
-    bounds, places = [0], []
-    for part in wanted:
-        cuts = even_bounds(part.photos.num_rows, PER_TASK)[1:]
+    bounds: list[int] = [0]
+    sources: list[Source | None] = []
+    for part in photo_sets:
         first = bounds[-1]
-        bounds += [first + cut for cut in cuts]
-        places += [part.source] * len(cuts)
-    return bounds, places
+        ends = [first + end for end in even_bounds(part.photos.num_rows, PER_TASK)[1:]]
+        bounds += ends
+        sources += [part.source] * len(ends)
+    return bounds, sources
 
 
-def _request(photos: pa.Table, found: Model, options: PredictOptions) -> dict[str, Any]:
+def _request(photos: pa.Table, model: Model, options: PredictOptions) -> dict[str, Any]:
+    """Return what must agree for a later run to go on with the files of an earlier one."""
     sha = hashlib.sha256("\0".join(photos["shown"].to_pylist()).encode())
     return {
         "format": FORMAT,
-        "model": found.about["digests"]["model.onnx"],
+        "model": model.about["digests"]["model.onnx"],
         "photos_digest": sha.hexdigest(),
         "photos": photos.num_rows,
         "top": options.top,
-        "threshold": found.about["unknown"]["threshold"],
+        "threshold": model.about["unknown"]["threshold"],
     }
 
 
@@ -351,32 +318,22 @@ def _claim(folder: Path, request: dict[str, Any]) -> None:
         raise RequestError(f"--out {folder} can't be written: {error.strerror}") from error
 
 
-def _run(
-    task: PredictTask,
-    todo: list[int],
-    folder: Path,
-    options: PredictOptions,
-    on_tick: OnTick,
-    poll: Callable[[], None],
-    by_spark: bool,
-) -> None:
-    if not by_spark:
-        fitted = with_threads(task.recogniser, available_cpus())
-        for number in todo:
-            poll()
-            photos = read_chunk(task.chunks, number)
-            replace(task, recogniser=fitted).write(photos, number, task.folder)
-        return
-    from pomona.spark import executors
-    from pomona.spark.resources import fit_spec
-    from pomona.spark.session import Cluster, session
+def _run_here(task: PredictTask, todo: list[int], poll: Callable[[], None]) -> None:
+    task = replace(task, recogniser=with_threads(task.recogniser, available_cpus()))
+    for number in todo:
+        poll()
+        task.write(read_chunk(task.chunks, number), number, task.folder)
 
-    on_tick(Tick("spark"))
-    cluster = Cluster(options.master or "local[*]", options.spark_conf, folder / "_spark.log")
+
+def _run_on_spark(
+    task: PredictTask, todo: list[int], cluster: Cluster, poll: Callable[[], None]
+) -> None:
     with session(cluster) as spark:
-        fitted = replace(task.recogniser, spec=fit_spec(task.recogniser.spec, spark))
-        for source, number in {task.sources[n]: n for n in reversed(todo)}.items():
+        spec = fit_spec(task.recogniser.spec, spark)
+        task = replace(task, recogniser=replace(task.recogniser, spec=spec))
+        first_chunks = {task.sources[number]: number for number in reversed(todo)}
+        for source, number in first_chunks.items():
             if source is not None:
-                few = read_chunk(task.chunks, number)["path"][:5].to_pylist()
-                executors.check(spark, fitted.spec.backend, source, few)
-        executors.run_chunks(spark, replace(task, recogniser=fitted), todo, folder, poll)
+                some = read_chunk(task.chunks, number)["path"][:5].to_pylist()
+                executors.check(spark, spec.backend, source, some)
+        executors.run_chunks(spark, task, todo, Path(task.folder), poll)

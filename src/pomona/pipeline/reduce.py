@@ -11,7 +11,7 @@ from pomona.core.errors import RequestError
 from pomona.core.files import read_json
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import utc_now
-from pomona.model import projection as proj
+from pomona.model.projection import Projection, count_for, fit, load_projection
 from pomona.pipeline import reduce_tasks
 from pomona.pipeline.extract import GetSpark
 from pomona.spark import executors
@@ -57,17 +57,13 @@ def reduce(
     cluster = replace(cluster or Cluster(), log_file=folder.log)
     with layout.lock(folder), lazy_session(cluster) as spark:
         _refuse_unfinished(folder)
-        settings = {
-            "components": options.components,
-            "scale": options.scale,
-            "whiten": options.whiten,
-            "power": options.power,
-        }
+        names = ("components", "scale", "whiten", "power")
+        settings = {name: getattr(options, name) for name in names}
         made_from = {"features": feature_table.digest(folder), "settings": settings}
         old = read_json(folder.manifest).get("stages", {}).get("reduce", {})
         if old.get("made_from") == made_from and reduce_tasks.is_whole(folder, old):
             if options.plots and not (folder.report / "pca_variance.png").exists():
-                _plot(proj.load_projection(folder.projection), folder.report)
+                _plot(load_projection(folder.projection), folder.report)
             return dict(old)
         return _reduce(folder, options, made_from, spark, on_tick)
 
@@ -96,42 +92,51 @@ def _reduce(
     tick(0)
     run_tasks = executors.runner(spark(), out.root)
     moments = reduce_tasks.moments(out, groups, options.power, run_tasks, tick)
-    projection = proj.fit(
+    fitted = fit(
         moments,
         options.components,
         scale=options.scale,
         whiten=options.whiten,
         power=options.power,
     )
-    fitted = time.time()
+    seconds = {"fit": time.time() - start}
     tick(len(groups))
-    digests, rows = reduce_tasks.write(out, projection, made_from, run_tasks)
+    digests, rows = reduce_tasks.write(out, fitted, made_from, run_tasks)
     if options.plots:
-        _plot(projection, out.report)
+        _plot(fitted, out.report)
     tick(steps)
-    record = {
+    seconds["transform"] = time.time() - start - seconds["fit"]
+    record = _record(fitted, made_from, digests, rows, seconds)
+    layout.update(out, "reduce", record)
+    return record
+
+
+def _record(
+    projection: Projection,
+    made_from: dict[str, Any],
+    digests: dict[str, str],
+    rows: dict[str, int],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    ratio = projection.explained_variance_ratio
+    return {
         "made_from": made_from,
         "photos_fitted": projection.count,
         "rows": rows,
         "components": projection.k,
         "variance_kept": projection.kept,
-        "components_for_95": proj.count_for(projection.explained_variance_ratio, 0.95),
-        "first_components": [float(r) for r in projection.explained_variance_ratio[:10]],
+        "components_for_95": count_for(ratio, 0.95),
+        "first_components": [float(r) for r in ratio[:10]],
         "compression_ratio": len(projection.mean) / projection.k,
         "digests": digests,
         "times": {
             "finished": utc_now(),
-            "seconds": {
-                "fit": round(fitted - start, 2),
-                "transform": round(time.time() - fitted, 2),
-            },
+            "seconds": {name: round(value, 2) for name, value in seconds.items()},
         },
     }
-    layout.update(out, "reduce", record)
-    return record
 
 
-def _plot(projection: proj.Projection, folder: Path) -> None:
+def _plot(projection: Projection, folder: Path) -> None:
     from pomona.pipeline.report_figures import plot_variance
 
     plot_variance(projection, folder / "pca_variance.png")

@@ -24,8 +24,7 @@ from pomona.backbone.extract import features_of
 from pomona.core.files import atomic_file, read_json, sha256, tree_digest
 from pomona.core.parquet import even_bounds, gather, read_chunk, write_chunks
 from pomona.core.schema import PCA_TABLE, without
-from pomona.model import projection
-from pomona.model.projection import Moments, Projection
+from pomona.model.projection import Moments, Projection, merge, raised, save_projection
 from pomona.workspace import feature_table, layout
 from pomona.workspace.compaction import cut_by_split
 from pomona.workspace.layout import Move, Out
@@ -36,9 +35,9 @@ RunTasks = Callable[..., list[dict[str, Any]]]
 FOLDERS = {"Training": "training_pca", "Test": "test_pca"}
 
 GROUPS_PER_TASK = 4
-"""20 MB of features: a second of work for the moments."""
+"""20 MB of features: a second of work."""
 MOST_MOMENTS = 64
-"""Partial moments are 13 MB each; above so many, tasks grow."""
+"""Partial moments take 13 MB each; above so many, tasks grow."""
 
 ROWS_PER_TASK = 100_000
 VALUES_PER_TASK = 32_000_000
@@ -75,15 +74,15 @@ class MomentsTask:
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Write ``to/NUMBER.npz``."""
-        found = projection.merge(self._group(*group) for group in self.groups[number])
+        total = merge(self._group(*group) for group in self.groups[number])
         with atomic_file(Path(self.to, f"{number}.npz")) as part, part.open("wb") as file:
-            np.savez(file, count=found.count, mean=found.mean, scatter=found.scatter)
+            np.savez(file, count=total.count, mean=total.mean, scatter=total.scatter)
         return {}
 
     def _group(self, name: str, group: int) -> Moments:
         file = pq.ParquetFile(Path(self.root, name))
         column = file.read_row_group(group, ["features"], use_threads=False)["features"]
-        return Moments.of(projection.raised(features_of(column.drop_null()), self.power))
+        return Moments.of(raised(features_of(column.drop_null()), self.power))
 
 
 def moments(
@@ -93,14 +92,14 @@ def moments(
     run_tasks: RunTasks,
     on_done: Callable[[int], None],
 ) -> Moments:
-    """Return the moments of the Training photos. The driver holds two of them at a time."""
+    """Return the moments of the Training photos. The driver holds two partial moments at a time."""
     folder = out.work / f"moments-{feature_table.new_run()}"
     folder.mkdir(parents=True)
     task = MomentsTask(str(out.root), tuple(tuple(group) for group in groups), str(folder), power)
     run_tasks(task, len(groups), lambda: on_done(len(list(folder.glob("[0-9]*.npz")))))
-    found = projection.merge(_load(folder / f"{number}.npz") for number in range(len(groups)))
+    total = merge(_load(folder / f"{number}.npz") for number in range(len(groups)))
     shutil.rmtree(folder)
-    return found
+    return total
 
 
 def _load(path: Path) -> Moments:
@@ -112,7 +111,7 @@ def _load(path: Path) -> Moments:
 
 
 def partition(label: str) -> str:
-    """Name a label's folder as Spark and Hive do; pandas, pyarrow and DuckDB read it back.
+    """Name a label's folder as Spark and Hive do, so that pandas, pyarrow and DuckDB read it back.
 
     >>> partition("Apple 10"), partition("50% = half"), partition("Pêche")
     ('label=Apple 10', 'label=50%25 %3D half', 'label=Pêche')
@@ -181,7 +180,7 @@ def _write_csv(
 
 
 def write(
-    out: Out, found: Projection, made_from: dict[str, Any], run_tasks: RunTasks
+    out: Out, projection: Projection, made_from: dict[str, Any], run_tasks: RunTasks
 ) -> tuple[dict[str, str], dict[str, int]]:
     """Write the PCA tables and the projection, whole or not at all.
 
@@ -190,14 +189,14 @@ def write(
     (dict, dict)
         Digests by output, and rows by table.
     """
-    # A name of its own: a task that outlives a killed driver can't reach this run's files.
+    # A new name, so that a task that outlives a killed driver can't write into this run's files.
     staged = out.work / f"reduce-{feature_table.new_run()}"
-    plan, files, bounds = _plan(out, found.k)
+    plan, files, bounds = _plan(out, projection.k)
     chunks = out.work / "project.arrow"
     write_chunks(chunks, plan, bounds)
-    task = ProjectTask(str(chunks), str(out.root), files, found, str(staged))
+    task = ProjectTask(str(chunks), str(out.root), files, projection, str(staged))
     answers = run_tasks(task, len(bounds) - 1)
-    projection.save_projection(found, staged / "projection", made_from)
+    save_projection(projection, staged / "projection", made_from)
     names = [f"{name}{kind}" for name in FOLDERS.values() for kind in ("", "_csv")]
     moves: list[Move] = []
     for name in (*names, "projection"):
@@ -211,7 +210,10 @@ def write(
 
 
 def _plan(out: Out, k: int) -> tuple[pa.Table, tuple[str, ...], list[int]]:
-    """Rows with features by split and label, cut so that a task holds rows of one split."""
+    """Return rows with features sorted by split and label, their files, and the tasks' bounds.
+
+    A task holds rows of one split.
+    """
     index = feature_table.index(out, out.work / "none")
     rows = index.rows.filter(pc.is_null(index.rows["error"]))
     rows = rows.sort_by([(name, "ascending") for name in ("split", "label", "path")])
@@ -240,7 +242,7 @@ def _digests(out: Out, answers: list[dict[str, Any]], names: list[str]) -> dict[
 
 
 def is_whole(out: Out, record: dict[str, Any]) -> bool:
-    """Tell whether the outputs that a record names are there, and are those and no later ones."""
+    """Tell whether the outputs that a record names are there, made as it says and not later."""
     about = read_json(out.projection / "projection.json")
     if about.get("made_from") != record["made_from"]:
         return False

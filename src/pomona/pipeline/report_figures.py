@@ -1,11 +1,14 @@
-"""Pictures: curves by matplotlib, thumbnails by Pillow. Needs the extra ``report``."""
+"""The report's pictures: curves by matplotlib, thumbnails by Pillow. Needs the extra ``report``."""
 
 from __future__ import annotations
 
 import base64
 import io
+import itertools
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile
 
 from pomona.core.errors import MissingError, SourceError
+from pomona.core.object_store import READ_AHEAD
 from pomona.model.projection import Projection, count_for
 from pomona.photos import decoding
 from pomona.photos.reading import reader
@@ -37,7 +41,7 @@ def check_matplotlib() -> None:
 
 
 def plot_variance(projection: Projection, path: Path) -> None:
-    """Draw the variance of each component and of the first so many, with lines at 95 % and 99 %."""
+    """Draw each component's variance and the cumulative curve, with lines at 95 % and 99 %."""
     figure = variance(projection)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
@@ -47,20 +51,29 @@ def variance(projection: Projection) -> Any:
     """Return the figure of `plot_variance`."""
     from matplotlib.figure import Figure
 
-    ratio = projection.explained_variance_ratio
-    kept = np.cumsum(ratio)
-    k = projection.k
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    each, together = figure.subplots(1, 2)
-    shown = min(len(ratio), max(k, 10))
+    each, cumulative = figure.subplots(1, 2)
+    ratio = projection.explained_variance_ratio
+    shown = min(len(ratio), max(projection.k, 10))
     each.bar(np.arange(1, shown + 1), 100 * ratio[:shown], color=GREEN)
     each.set(xlabel="component", ylabel="% of variance", title=f"Each of the first {shown}")
-    together.plot(np.arange(1, len(kept) + 1), 100 * kept, color=RED, lw=2)
+    _plot_cumulative(cumulative, projection)
+    for axes in (each, cumulative):
+        axes.spines[["top", "right"]].set_visible(False)
+    kind = "standardised" if projection.scaled else "unscaled"
+    figure.suptitle(f"Variance kept by PCA ({kind} features, {projection.count:,} Training photos)")
+    return figure
+
+
+def _plot_cumulative(axes: Any, projection: Projection) -> None:
+    ratio, k = projection.explained_variance_ratio, projection.k
+    kept = np.cumsum(ratio)
+    axes.plot(np.arange(1, len(kept) + 1), 100 * kept, color=RED, lw=2)
     for share, below in ((0.95, -11), (0.99, 3)):
         needs = count_for(ratio, share)
-        together.axhline(100 * share, color="grey", lw=0.8, ls="--")
+        axes.axhline(100 * share, color="grey", lw=0.8, ls="--")
         note = f"{share:.0%}: {needs} components"
-        together.annotate(
+        axes.annotate(
             note,
             (len(kept), 100 * share),
             (0, below),
@@ -68,20 +81,15 @@ def variance(projection: Projection) -> Any:
             ha="right",
             size=9,
         )
-    together.plot(k, 100 * projection.kept, "o", color=BLUE)
-    together.annotate(
+    axes.plot(k, 100 * projection.kept, "o", color=BLUE)
+    axes.annotate(
         f"{k} components: {projection.kept:.1%}",
         (k, 100 * projection.kept),
         (10, -14),
         textcoords="offset points",
         color=BLUE,
     )
-    together.set(xlabel="components", ylabel="% of variance", ylim=(0, 106), title="Cumulative")
-    for axes in (each, together):
-        axes.spines[["top", "right"]].set_visible(False)
-    kind = "standardised" if projection.scaled else "unscaled"
-    figure.suptitle(f"Variance kept by PCA ({kind} features, {projection.count:,} Training photos)")
-    return figure
+    axes.set(xlabel="components", ylabel="% of variance", ylim=(0, 106), title="Cumulative")
 
 
 def reliability(parts: dict[str, dict[str, Any]]) -> Any:
@@ -129,65 +137,97 @@ def svg(figure: Any) -> str:
 
 Pixels = npt.NDArray[np.uint8]
 PATIENCE = 15.0
-"""Seconds that photos which don't come may cost in all: an object store out of reach takes six for
-each."""
-Look = Callable[[str, int], "Pixels | None"]
-"""``look(path, size)``: a photo's pixels [size, size, 3], or None where it can't be shown."""
+"""Seconds that photos which can't be read may cost in all: an object store out of reach takes six
+for each."""
 
 
-def looker(source: str) -> Look:
-    """Return a function that reads photos of a source for the page; the source may be gone."""
+def read_thumbnails(
+    source: str, wanted: Iterable[tuple[str, int]]
+) -> dict[tuple[str, int], Pixels]:
+    """Read photos, each once, and scale them.
+
+    Parameters
+    ----------
+    source
+        The source's URI; it may be gone.
+    wanted
+        Paths in the source, and the side of the square to scale to, in pixels.
+
+    Returns
+    -------
+    dict
+        uint8 [size, size, 3] by path and size, without photos that can't be shown.
+    """
+    sizes: dict[str, set[int]] = {}
+    for path, size in wanted:
+        sizes.setdefault(path, set()).add(size)
+    read = patient_reader(source)
+
+    def scaled(path: str) -> list[tuple[tuple[str, int], Pixels | None]]:
+        content = read(path)
+        return [((path, size), _pixels(content, size)) for size in sizes[path] if content]
+
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        thumbnails = itertools.chain.from_iterable(pool.map(scaled, sizes))
+        return {key: pixels for key, pixels in thumbnails if pixels is not None}
+
+
+def patient_reader(source: str) -> Callable[[str], bytes | None]:
+    """Return a function that reads photos, and gives up once failures have cost `PATIENCE`."""
     try:
         read = reader(open_readable(source))
     except SourceError:
-        return lambda path, size: None
+        return lambda path: None
     waited = 0.0
 
-    def look(path: str, size: int) -> Pixels | None:
+    def read_patiently(path: str) -> bytes | None:
         nonlocal waited
         if waited > PATIENCE:
             return None
         start = time.monotonic()
         try:
-            content = read(path)
+            return read(path)
         except (OSError, SourceError):
             waited += time.monotonic() - start
             return None
-        found = decoding.decode(content, size).pixels
-        return found if found is not None else _what_is_there(content, size)
 
-    return look
+    return read_patiently
 
 
-def _what_is_there(content: bytes, size: int) -> Pixels | None:
-    """Return as much of a damaged photo as can be decoded."""
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
-    try:
-        with Image.open(io.BytesIO(content), formats=decoding.FORMATS) as image:
-            if image.size[0] * image.size[1] > decoding.MAX_DECODED:
-                return None
-            return np.asarray(image.convert("RGB").resize((size, size)))
-    except Exception:  # noqa: BLE001 - Pillow's readers raise nearly any type on damaged bytes
-        return None
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+_damaged = threading.Lock()
+"""Pillow's switch for damaged photos is one for all threads."""
 
 
-def data_uri(pixels: Pixels | None, quality: int = 80) -> str | None:
+def _pixels(content: bytes, size: int) -> Pixels | None:
+    """Return a photo, or as much of a damaged one as can be decoded."""
+    if (pixels := decoding.decode(content, size).pixels) is not None:
+        return pixels
+    with _damaged:
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+        try:
+            with Image.open(io.BytesIO(content), formats=decoding.FORMATS) as image:
+                if image.size[0] * image.size[1] > decoding.MAX_DECODED:
+                    return None
+                return np.asarray(image.convert("RGB").resize((size, size)))
+        except Exception:  # noqa: BLE001 - Pillow's readers raise nearly any type on damaged bytes
+            return None
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def data_uri(pixels: Pixels, quality: int = 80) -> str:
     """Return pixels as a JPEG in a ``data:`` URI."""
-    if pixels is None:
-        return None
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def sprite(thumbnails: Sequence[Pixels | None], count: int, size: int, columns: int) -> str | None:
+def sprite(thumbnails: Sequence[Pixels | None], size: int, columns: int) -> str:
     """Return one picture of many thumbnails, row by row; grey where one is missing."""
-    rows = -(-count // columns)
+    rows = -(-len(thumbnails) // columns)
     sheet = np.full((rows * size, columns * size, 3), 200, np.uint8)
     for n, pixels in enumerate(thumbnails):
         if pixels is not None:
             y, x = size * (n // columns), size * (n % columns)
             sheet[y : y + size, x : x + size] = pixels
-    return data_uri(sheet, 65) if count else None
+    return data_uri(sheet, 65)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import colorsys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pomona.core.files import read_json, write_text
-from pomona.core.object_store import READ_AHEAD
-from pomona.model import projection
+from pomona.model.pca_table import Photos
+from pomona.model.projection import load_projection
+from pomona.model.sampling import pick_evenly
 from pomona.pipeline import report_figures
-from pomona.pipeline.report_figures import Look
+from pomona.pipeline.status import stale_stages
 from pomona.workspace import feature_table
 from pomona.workspace.layout import Out
 
@@ -25,19 +25,18 @@ PICTURE = 100
 REJECTED_SHOWN = 24
 PAIRS_SHOWN = 12
 LABELS_SHOWN = 30
-"""Above, tables show the worst, and the rest folded."""
+"""Above, tables show the worst labels, and the rest folded."""
 
 
-def write(out: Out, *photos: Any, source: str | None = None) -> Path:
+def write(out: Out, training: Photos, test: Photos, source: str | None = None) -> Path:
     """Write the page from what there is in OUT, and return its path.
 
     Parameters
     ----------
-    photos
-        Training and Test, or samples, with ``paths``, ``labels``, ``z`` and ``of``
-        (`pomona.pipeline.train.Photos`).
+    training, test
+        The PCA tables, or samples of them.
     source
-        The source's URI with its options, if it is known: OUT knows it without them.
+        The source's URI with its options, where it is known; OUT holds it without them.
     """
     from jinja2 import Environment, PackageLoader
 
@@ -48,45 +47,54 @@ def write(out: Out, *photos: Any, source: str | None = None) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"pc": lambda x: "–" if x is None else f"{100 * x:.1f} %"}
-    page = environment.get_template("report.html").render(facts(out, source, *photos))
+    page = environment.get_template("report.html").render(facts(out, training, test, source))
     path = out.report / "report.html"
     write_text(path, page)
     return path
 
 
-def facts(out: Out, source: str | None, *photos: Any) -> dict[str, Any]:
+def facts(out: Out, training: Photos, test: Photos, source: str | None) -> dict[str, Any]:
     """Return all that the template shows."""
     table = read_json(out.table_file)
     stages = read_json(out.manifest).get("stages", {})
-    look = report_figures.looker(source or table["source"])
     metrics = read_json(out.metrics)
-    about = read_json(out.model / "model.json") if metrics else {}
-    found = projection.load_projection(out.projection)
-    return {
+    projection = load_projection(out.projection)
+    shown = {
         "source": Path(table["source"]).name,
         "untrained": table["weights"].startswith("random:"),
         "fruits_360": "fruits" in table["source"].lower() and "360" in table["source"],
         "table": table,
         "stages": stages,
-        "stale": _stale(out, stages),
+        "stale": next(iter(stale_stages(out, stages)), None),
         "labels": _labels(out),
-        "rejected": _rejected(out, look),
-        "variance": report_figures.svg(report_figures.variance(found)),
-        "projection": found,
-        "map": _map(photos, look),
+        "rejected": _rejected(out),
+        "variance": report_figures.svg(report_figures.variance(projection)),
+        "projection": projection,
+        "map": _map([part for part in (training, test) if len(part.labels)]),
         "metrics": metrics,
-        "model": about,
-        **(_of_model(metrics, look) if metrics else {}),
+        "model": read_json(out.model / "model.json") if metrics else {},
+        **(_of_model(metrics) if metrics else {}),
     }
+    _add_pictures(shown, source or table["source"])
+    return shown
 
 
-def _stale(out: Out, stages: dict[str, Any]) -> str | None:
-    """Return the first command whose result is older than what it was made from."""
-    reduced = stages.get("reduce", {})
-    if reduced.get("made_from", {}).get("features") != feature_table.digest(out):
-        return "reduce"
-    inputs = stages.get("train", {}).get("made_from", {}).get("digests", {})
-    return "train" if any(reduced["digests"].get(n) != d for n, d in inputs.items()) else None
+def _add_pictures(shown: dict[str, Any], source: str) -> None:
+    """Read each photo that is shown once; add ``pictures`` (URIs by path) and the map's sprite."""
+    rows = [*shown["rejected"], *shown.get("mistakes", []), *shown.get("pairs", [])]
+    paths = [row[side] for row in rows for side in ("path", "like") if side in row]
+    on_map = [point[-1] for point in shown["map"]["data"]["points"]] if shown["map"] else []
+    wanted = [*((path, PICTURE) for path in paths), *((path, THUMBNAIL) for path in on_map)]
+    thumbnails = report_figures.read_thumbnails(source, wanted)
+    shown["pictures"] = {
+        path: report_figures.data_uri(thumbnails[path, PICTURE])
+        for path in paths
+        if (path, PICTURE) in thumbnails
+    }
+    if on_map:
+        shown["map"]["sprite"] = report_figures.sprite(
+            [thumbnails.get((path, THUMBNAIL)) for path in on_map], THUMBNAIL, COLUMNS
+        )
 
 
 def _labels(out: Out) -> list[tuple[str, int]]:
@@ -96,49 +104,35 @@ def _labels(out: Out) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
-def _rejected(out: Out, look: Look) -> list[dict[str, Any]]:
+def _rejected(out: Out) -> list[dict[str, Any]]:
     if not out.rejected.exists():
         return []
-    rows = feature_table.read_rejected(out.rejected).slice(0, REJECTED_SHOWN).to_pylist()
-    return [{**row, "picture": report_figures.data_uri(look(row["path"], PICTURE))} for row in rows]
+    rows: list[dict[str, Any]] = feature_table.read_rejected(out.rejected).to_pylist()
+    return rows[:REJECTED_SHOWN]
 
 
 # --- the map -----------------------------------------------------------------------------------
 
 
-def _map(photos: tuple[Any, ...], look: Look) -> dict[str, Any] | None:
+def _map(parts: list[Photos]) -> dict[str, Any] | None:
     """Return t-SNE's places (van der Maaten and Hinton 2008) of some photos of each label."""
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
-
-    parts = [p for p in photos if len(p.labels)]
-    labels = np.concatenate([p.labels for p in parts])
-    chosen = _evenly(labels, ON_MAP)
+    labels = np.concatenate([part.labels for part in parts]).astype(str)
+    chosen = pick_evenly(np.unique(labels, return_inverse=True)[1], ON_MAP)
     if len(chosen) < 5:
         return None
-    z = np.concatenate([p.z for p in parts])[chosen]
-    paths = np.concatenate([p.paths for p in parts])[chosen]
-    split = np.concatenate([np.full(len(p.labels), n) for n, p in enumerate(parts)])[chosen]
-    with threadpool_limits(1):  # see pomona.model.classifier.one_thread_each
-        places = TSNE(
-            init="pca" if z.shape[1] >= 2 else "random",
-            perplexity=min(30, (len(z) - 1) / 3),
-            random_state=0,
-        ).fit_transform(z)
-    low, high = places.min(axis=0), places.max(axis=0)
-    places = (places - low) / np.maximum(high - low, 1e-9)
-    names, codes = np.unique(labels[chosen].astype(str), return_inverse=True)
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
-        thumbnails = list(pool.map(lambda path: look(str(path), THUMBNAIL), paths))
+    places = _tsne(np.concatenate([part.z for part in parts])[chosen])
+    paths = np.concatenate([part.paths for part in parts])[chosen]
+    split = np.concatenate([np.full(len(part.labels), n) for n, part in enumerate(parts)])[chosen]
+    names, codes = np.unique(labels[chosen], return_inverse=True)
+    colours = [_colour(n, len(names)) for n in range(len(names))]
     return {
-        "sprite": report_figures.sprite(thumbnails, len(chosen), THUMBNAIL, COLUMNS),
-        "legend": [(str(name), _colour(n, len(names))) for n, name in enumerate(names)],
-        "photos": sum(p.of for p in parts),
+        "legend": list(zip(names.tolist(), colours, strict=True)),
+        "photos": sum(part.of for part in parts),
         "data": {
             "size": THUMBNAIL,
             "columns": COLUMNS,
             "names": names.tolist(),
-            "colours": [_colour(n, len(names)) for n in range(len(names))],
+            "colours": colours,
             "points": [
                 [round(float(x), 4), round(float(y), 4), int(code), int(s), str(path)]
                 for (x, y), code, s, path in zip(places, codes, split, paths, strict=True)
@@ -147,14 +141,19 @@ def _map(photos: tuple[Any, ...], look: Look) -> dict[str, Any] | None:
     }
 
 
-def _evenly(labels: Any, most: int) -> Any:
-    """Choose up to so many rows, of each label as many as there is room for."""
-    rng = np.random.default_rng(0)
-    order = rng.permutation(len(labels))
-    order = order[np.argsort(labels[order].astype(str), kind="stable")]
-    _, starts, counts = np.unique(labels[order].astype(str), return_index=True, return_counts=True)
-    turn = np.arange(len(order)) - np.repeat(starts, counts)
-    return np.sort(order[np.argsort(turn, kind="stable")][:most])
+def _tsne(z: Any) -> Any:
+    """Return places [n, 2] between 0 and 1."""
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):  # see pomona.model.classifier.one_thread_each
+        places = TSNE(
+            init="pca" if z.shape[1] >= 2 else "random",
+            perplexity=min(30, (len(z) - 1) / 3),
+            random_state=0,
+        ).fit_transform(z)
+    low, high = places.min(axis=0), places.max(axis=0)
+    return (places - low) / np.maximum(high - low, 1e-9)
 
 
 def _colour(n: int, of: int) -> str:
@@ -180,32 +179,20 @@ def _luminance(rgb: tuple[float, float, float]) -> float:
 # --- the model ---------------------------------------------------------------------------------
 
 
-def _of_model(metrics: dict[str, Any], look: Look) -> dict[str, Any]:
+def _of_model(metrics: dict[str, Any]) -> dict[str, Any]:
     test, cross = metrics.get("test") or {}, metrics.get("cross_validation") or {}
     judged = {"Test": test, "cross-validation": cross}
     judged = {name: part for name, part in judged.items() if "accuracy" in part}
-    leakage = metrics.get("leakage")
     return {
         "judged": judged,
         "reliability": report_figures.svg(report_figures.reliability(judged)) if judged else None,
-        "mistakes": [
-            {**row, "picture": report_figures.data_uri(look(row["path"], PICTURE))}
-            for row in test.get("mistakes", [])
-        ],
+        "mistakes": test.get("mistakes", []),
         "per_label": sorted(
             test.get("per_label", []), key=lambda r: 2 if r["f1"] is None else r["f1"]
         ),
         "labels_shown": LABELS_SHOWN,
         "confusion": _confusion(test, metrics["labels"]),
-        "pairs": [
-            {
-                **pair,
-                "pictures": [
-                    report_figures.data_uri(look(pair[side], PICTURE)) for side in ("path", "like")
-                ],
-            }
-            for pair in (leakage or {}).get("pairs", [])[:PAIRS_SHOWN]
-        ],
+        "pairs": (metrics.get("leakage") or {}).get("pairs", [])[:PAIRS_SHOWN],
     }
 
 

@@ -1,4 +1,4 @@
-"""The stages: each reads a table and writes a table, and computes only what isn't there."""
+"""``run``: all stages, one after the other; and what comes after them: report, MLflow."""
 
 from __future__ import annotations
 
@@ -8,31 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pomona.core.progress import OnTick, Tick, quiet
-from pomona.model import pca_table
-from pomona.pipeline.extract import ExtractOptions, extract, rejected_share
+from pomona.model.pca_table import read_photos
+from pomona.model.selection import SEARCH_ROWS
+from pomona.pipeline.extract import ExtractOptions, extract
 from pomona.pipeline.reduce import ReduceOptions, reduce
-from pomona.pipeline.status import status
-from pomona.pipeline.train import SEARCH_ROWS, TrainOptions, check, train
+from pomona.pipeline.train import TrainOptions, check, train
 from pomona.spark.session import Cluster
 from pomona.workspace import layout
-
-__all__ = [
-    "ExtractOptions",
-    "ReduceOptions",
-    "Tick",
-    "TrainOptions",
-    "extract",
-    "reduce",
-    "rejected_share",
-    "report",
-    "run",
-    "status",
-    "track",
-    "train",
-]
-
-
-# --- run, status -------------------------------------------------------------------------------
 
 
 def run(
@@ -45,7 +27,7 @@ def run(
     train_options: TrainOptions | None = TrainOptions(),  # noqa: B008 - frozen
     after: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Do every stage; without ``train_options`` there is no training.
+    """Run every stage; without ``train_options`` there is no training.
 
     Parameters
     ----------
@@ -66,11 +48,11 @@ def run(
     if train_options:
         check(train_options)
     with contextlib.ExitStack() as keep:  # one session for all stages: reduce finds it active
-        first = extract(source, out, extract_options, cluster, on_tick, keep)
+        records = {"extract": extract(source, out, extract_options, cluster, on_tick, keep)}
         after("extract")
-        records = {"extract": first, "reduce": reduce(out, reduce_options, cluster, on_tick)}
+        records["reduce"] = reduce(out, reduce_options, cluster, on_tick)
         after("reduce")
-    if train_options and first["labels"] < 2:
+    if train_options and records["extract"]["labels"] < 2:
         records["train"] = {"skipped": "all photos have the same label"}
     elif train_options:
         records["train"] = train(out, train_options, on_tick)
@@ -81,7 +63,7 @@ def run(
 
 
 def report(out: str | Path, on_tick: OnTick = quiet, source: str | None = None) -> Path:
-    """Write ``OUT/report/report.html`` about what there is in OUT, and return its path.
+    """Write ``OUT/report/report.html`` from what there is in OUT, and return its path.
 
     Thumbnails come from the source, by default the one that OUT names.
     """
@@ -89,10 +71,10 @@ def report(out: str | Path, on_tick: OnTick = quiet, source: str | None = None) 
 
     folder = layout.open_out(out, must_exist=True)
     on_tick(Tick("report"))
-    some = [
-        pca_table.read_photos(folder, name, SEARCH_ROWS) for name in ("training_pca", "test_pca")
-    ]
-    return report_page.write(folder, *some, source=source)
+    training, test = (
+        read_photos(folder, table, SEARCH_ROWS) for table in ("training_pca", "test_pca")
+    )
+    return report_page.write(folder, training, test, source)
 
 
 def track(out: str | Path, records: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from pomona.core.errors import first_line
 from pomona.core.files import read_json
 from pomona.core.uris import local_path
 from pomona.model import projection
+from pomona.model.unknown import squared_distances
 from pomona.registry import publish, tracking
 from pomona.workspace import feature_table
 from pomona.workspace.layout import Out
@@ -78,8 +79,7 @@ class Lineage:
         z = (raised - tensors["mean"]) @ tensors["linear"].T @ tensors["detector.whitening"]
         centres = tensors["detector.centres"]
         norms = (z**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1)
-        distances = norms - 2 * z @ centres.T  # squared
-        return bool((distances < 1e-6 * norms).any())
+        return bool((squared_distances(z, centres) < 1e-6 * norms).any())
 
 
 def of(out: Out, *, in_pca: bool, unseen: bool, vectors: npt.NDArray[np.float32]) -> Lineage:
