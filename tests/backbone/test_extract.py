@@ -12,10 +12,11 @@ import pyarrow as pa
 import pytest
 
 from pomona import MobileNetV2Extractor
+from pomona.backbone import extract as extract_module
 from pomona.backbone import mobilenet, weights
 from pomona.backbone import session as session_module
 from pomona.backbone import spec as spec_module
-from pomona.backbone.extract import extract, feature_column, load_network
+from pomona.backbone.extract import extract, extract_photos, feature_column, load_network
 from pomona.backbone.session import onnx_session
 from pomona.backbone.spec import BackboneSpec, make_spec
 from pomona.core.errors import MissingError, RequestError
@@ -261,8 +262,26 @@ def test_the_extractor_tells_why() -> None:
     assert info["features"] == 1280
 
 
-def test_features_that_are_not_finite_are_a_bug() -> None:
+def test_features_that_are_not_finite_are_a_bug(
+    spec: BackboneSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.full((1, 1280), np.nan, np.float32)
+    monkeypatch.setattr(extract_module, "load_network", lambda _: lambda _: [rows])
     with pytest.raises(ValueError, match="not finite"):
-        feature_column([np.full((1, 1280), np.nan, np.float32)], [False])
+        extract_photos([photo(1)], spec)
     with pytest.raises(ValueError, match="shape"):
-        feature_column([np.zeros((1, 7), np.float32)], [False])
+        feature_column(np.zeros((1, 7), np.float32), np.ones(1, bool))
+
+
+def test_bytes_and_tables_give_the_same_values(spec: BackboneSpec) -> None:
+    """Of every output, to the bit; the rows are those of the photos that can be used."""
+    contents = [photo(1, (120, 90)), None, b"text", photo(2)]
+    photos = extract_photos(contents, spec)
+    (rows,) = extract(iter([batch(*contents)]), spec)
+    assert photos.widths == rows["width"].to_pylist() == [120, None, None, 100]
+    assert photos.heights == rows["height"].to_pylist() == [90, None, None, 100]
+    assert photos.errors == rows["error"].to_pylist() == [None, "unreadable", "not_an_image", None]
+    assert photos.outputs["features"].shape == (2, 1280)
+    in_place = [None if row is None else row.tolist() for row in photos.by_photo("features")]
+    assert in_place == rows["features"].to_pylist()
+    assert extract_photos([], spec).outputs["features"].shape == (0, 1280)

@@ -17,14 +17,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-import pyarrow as pa
-
-from pomona.backbone import extract
+from pomona.backbone.extract import extract_photos
 from pomona.backbone.mobilenet import OUTPUT
 from pomona.backbone.spec import BackboneSpec
 from pomona.core.cpus import available_cpus
 from pomona.model.artifact import Model
-from pomona.model.recogniser import Recogniser, answers, make_recogniser
+from pomona.model.recogniser import Recogniser, answer_photos, make_recogniser
 from pomona.photos import synthetic
 from pomona.photos.decoding import MAX_DECODED
 from pomona.photos.isolation import Guard
@@ -73,12 +71,19 @@ class Loaded:
         As `pomona.model.recogniser.ANSWERS`, or with ``features``, ``width`` and ``height``
         (pixels, as the file says) and ``error``.
         """
-        column = pa.array(contents, pa.binary())
-        batch = iter([pa.RecordBatch.from_arrays([column], names=["content"])])
         if kind == "predict":
-            found = next(extract.extract(batch, self.recogniser.spec))
-            return answers(found, self.recogniser)
-        return list(next(extract.extract(batch, self.features)).to_pylist())
+            return answer_photos(contents, self.recogniser)
+        photos = extract_photos(contents, self.features)
+        sizes = zip(photos.widths, photos.heights, photos.errors, strict=True)
+        return [
+            {
+                "width": width,
+                "height": height,
+                "features": None if features is None else features.tolist(),
+                "error": error,
+            }
+            for features, (width, height, error) in zip(photos.by_photo(OUTPUT), sizes, strict=True)
+        ]
 
 
 def load(
