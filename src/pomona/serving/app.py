@@ -34,7 +34,7 @@ from starlette.types import Receive, Scope, Send
 import pomona
 from pomona.core.cpus import available_cpus
 from pomona.core.errors import PomonaError
-from pomona.export import quantization
+from pomona.export.phone import page_files
 from pomona.model.artifact import Model
 from pomona.photos.isolation import Guard
 from pomona.serving import openapi, problem_details, prometheus, uploads, worker_pool
@@ -184,8 +184,7 @@ def _load(found: Model, settings: Settings) -> Loaded:
 
 
 def _site(loaded: Loaded, settings: Settings) -> page.Site:
-    phone = quantization.phone(loaded.model.content)
-    return page.site(loaded.model, phone, service=True, needs_key=bool(settings.keys))
+    return page_files(loaded.model, service=True, needs_key=bool(settings.keys))
 
 
 @contextlib.asynccontextmanager
