@@ -1,4 +1,4 @@
-"""What goes wrong with a request, as problem details (RFC 9457)."""
+"""Errors of the service as problem details (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PHOTOS = {
 
 
 class Problem(Exception):  # noqa: N818 - RFC 9457's own word
-    """A request that gets no answer. ``code`` is for programs, ``detail`` for people."""
+    """A request that can't be answered. ``code`` is for programs, ``detail`` for people."""
 
     def __init__(
         self, status: int, code: str, detail: str, headers: dict[str, str] | None = None
@@ -34,7 +34,7 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
         self.headers = headers or {}
 
     def response(self) -> Response:
-        """Return what the client gets."""
+        """Return the HTTP response."""
         body = {
             "type": "about:blank",
             "title": HTTPStatus(self.status).phrase,
