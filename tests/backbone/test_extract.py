@@ -154,8 +154,8 @@ def test_canonical_features(name: str, real_photos: Path, real_weights: Path) ->
         pytest.importorskip("torch")
     extractor = MobileNetV2Extractor(weights=str(real_weights), backend=name, device="cpu")
     wanted = json.loads(CANONICAL.read_text())["images"]
-    found = extractor.extract_batch([(real_photos / w["path"]).read_bytes() for w in wanted])
-    for row, want in zip(found.astype(np.float64), wanted, strict=True):
+    rows = extractor.extract_batch([(real_photos / w["path"]).read_bytes() for w in wanted])
+    for row, want in zip(rows.astype(np.float64), wanted, strict=True):
         first = np.array(want["first8"])
         assert np.abs(row[:8] - first).max() <= 1e-3
         assert row[:8] @ first / np.linalg.norm(row[:8]) / np.linalg.norm(first) >= 0.99999
@@ -211,8 +211,8 @@ def test_a_gpu_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(spec_module, "_sees_cuda", lambda name: True)
     monkeypatch.setattr(session_module, "gpu_memory", lambda: 8 << 30)
-    found = make_spec(weights.load_weights("fruits"), backend="torch")
-    assert (found.device, found.precision) == ("cuda", "mixed")
+    spec = make_spec(weights.load_weights("fruits"), backend="torch")
+    assert (spec.device, spec.precision) == ("cuda", "mixed")
     assert local_master("local[*]", "cuda") in ("local[1]", "local[2]")
     assert local_master("local[4]", "cuda") == "local[4]"
     assert local_master("local[*]", "cpu") == "local[*]"
@@ -242,14 +242,14 @@ def test_a_gpu_worker_takes_its_share(conf: dict[str, str], threads: int, share:
 
     from pomona.spark.resources import fit_spec
 
-    found = BackboneSpec("w", "d", device="cuda")
+    spec = BackboneSpec("w", "d", device="cuda")
     spark: Any = SimpleNamespace(conf=conf)
-    fitted = fit_spec(found, spark)
+    fitted = fit_spec(spec, spark)
     assert fitted.threads == threads
     assert fitted.memory_share == pytest.approx(share)
     conf = {"spark.master": "local[2]", "spark.task.cpus": "1"}
     spark = SimpleNamespace(conf=conf)
-    assert fit_spec(replace(found, device="cpu"), spark).threads == 1
+    assert fit_spec(replace(spec, device="cpu"), spark).threads == 1
 
 
 def test_the_extractor_tells_why() -> None:

@@ -107,9 +107,9 @@ def test_a_refusal_has_both_figures_and_writes_nothing(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judgement, "MOST_DROP", -1000)
-    with pytest.raises(RequestError) as told:
+    with pytest.raises(RequestError) as refused:
         export(out, ALL)
-    line = str(told.value)
+    line = str(refused.value)
     for words in ("half is refused", "int8 is refused", "per channel: accuracy", "per tensor: acc"):
         assert words in line
     assert line.count("labels agree on") == 3
@@ -122,9 +122,9 @@ def test_the_gate() -> None:
     wrong[:4] = 1
     assert judgement.judge(right, wrong, y)["passed"] is True  # 0.4 points, 99.6 %
     wrong[:6] = 1
-    found = judgement.judge(right, wrong, y)
-    assert found["passed"] is False
-    assert found["drop_points"] == pytest.approx(0.6)
+    figures = judgement.judge(right, wrong, y)
+    assert figures["passed"] is False
+    assert figures["drop_points"] == pytest.approx(0.6)
     other = np.arange(1000) % 50 // 49  # 2 % differ, half of them to the better
     y[::2] = other[::2]
     assert judgement.judge(right, other, y)["agreement"] == pytest.approx(0.98)

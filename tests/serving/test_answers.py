@@ -110,9 +110,9 @@ def test_other_sites_may_ask_only_if_named(model: Model, url: str) -> None:
         reply = httpx.options(other + "/v1/predict", headers=asks)
         assert reply.headers["access-control-allow-origin"] == "https://fruits.example"
         for headers, status in (({"X-API-Key": KEY}, 200), ({}, 401)):
-            told = send(other, photo(1), Origin="https://fruits.example", **headers)
-            assert told.status_code == status
-            assert told.headers["access-control-allow-origin"] == "https://fruits.example"
+            reply = send(other, photo(1), Origin="https://fruits.example", **headers)
+            assert reply.status_code == status
+            assert reply.headers["access-control-allow-origin"] == "https://fruits.example"
         evil = asks | {"Origin": "https://evil.example"}
         reply = httpx.options(other + "/v1/predict", headers=evil)
         assert "access-control-allow-origin" not in reply.headers

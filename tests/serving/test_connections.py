@@ -211,5 +211,5 @@ def test_what_is_no_http_is_a_problem(url: str) -> None:
                 reply += more
         head, _, body = reply.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 400 ")
-        assert problem_details.MEDIA_TYPE.enproblem_code() in head
+        assert problem_details.MEDIA_TYPE.encode() in head
         assert json.loads(body)["code"] == "malformed"

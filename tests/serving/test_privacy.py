@@ -31,9 +31,9 @@ def test_logs_and_metrics_tell_nothing_of_who_asked(
     assert lines[0].startswith("POST /v1/predict 200 ")
     assert lines[1].startswith("GET other 404 ")
     ours = "\n".join(r.getMessage() for r in caplog.records if not r.name.startswith("http"))
-    for told in (ours, figures):
-        assert "ann" not in told.replace("channel", "")
-        assert "127.0.0.1" not in told
+    for text in (ours, figures):
+        assert "ann" not in text.replace("channel", "")
+        assert "127.0.0.1" not in text
     assert 'pomona_request_seconds_count{route="/v1/predict"} 1.0' in figures
     assert "pomona_queue_photos 0.0" in figures
     assert "process_resident_memory_bytes" in figures

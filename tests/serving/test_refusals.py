@@ -121,7 +121,7 @@ def test_wrong_methods_and_paths(url: str) -> None:
         assert problem_code(httpx.get(url + path), 404) == "not_found"
     for path in ("/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/runtime/..%2f..%2fservice.py"):
         with socket.create_connection(place(url), 10) as raw:
-            raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".enproblem_code())
+            raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             assert raw.recv(1000).startswith(b"HTTP/1.1 404 ")
 
 
@@ -166,7 +166,7 @@ def test_keys(model: Model, caplog: pytest.LogCaptureFixture) -> None:
             assert reply.headers["www-authenticate"] == "Bearer"
         assert problem_code(send(url, photo(1)), 401) == "unauthorized"
         for wrong in (KEY[:-1], KEY + "x", "ü", "another-key"):
-            reply = send(url, photo(1), Authorization=f"Bearer {wrong}".enproblem_code("latin-1"))  # type: ignore[arg-type]
+            reply = send(url, photo(1), Authorization=f"Bearer {wrong}".encode("latin-1"))  # type: ignore[arg-type]
             assert problem_code(reply, 401) == "unauthorized"
         assert send(url, photo(1), Authorization=f"Bearer {KEY}").status_code == 200
         assert send(url, photo(1), **{"X-API-Key": KEY}).status_code == 200

@@ -35,8 +35,8 @@ def test_every_address_leads_to_a_file(small: Model) -> None:
     for name, file in files.items():
         if file.media_type.startswith("text/javascript") and "/" not in name:
             source = file.read().decode()
-            found = re.findall(r"from '([^']+)'|new URL\('([^']+)', import", source)
-            named += [either or other for either, other in found]
+            imports = re.findall(r"from '([^']+)'|new URL\('([^']+)', import", source)
+            named += [either or other for either, other in imports]
     named += [icon["src"] for icon in json.loads(text(files, "manifest.webmanifest"))["icons"]]
     assert len(named) > 15
     for name in named:

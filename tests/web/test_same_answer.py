@@ -60,11 +60,11 @@ def kinds() -> dict[str, tuple[bytes, int]]:
 def test_pixels_are_pythons(served: Served, visit: Any) -> None:
     visitor = visit(served.url)
     for name, (content, most) in kinds().items():
-        told = visitor.page.evaluate(PIXELS, [base64.b64encode(content).decode(), 224])
-        found = np.frombuffer(base64.b64decode(told), np.uint8).reshape(224, 224, 3)
+        encoded_pixels = visitor.page.evaluate(PIXELS, [base64.b64encode(content).decode(), 224])
+        pixels = np.frombuffer(base64.b64decode(encoded_pixels), np.uint8).reshape(224, 224, 3)
         wanted = decoding.decode(content, 224).pixels
         assert wanted is not None
-        assert np.abs(found.astype(int) - wanted).max() <= most, name
+        assert np.abs(pixels.astype(int) - wanted).max() <= most, name
 
 
 @pytest.fixture(scope="module")
@@ -93,26 +93,26 @@ SAYS = """async ([kind, contents]) => {
 
 def test_same_photo_same_answer(real: tuple[Model, list[bytes]], visit: Any) -> None:
     needs_runtime()
-    found, contents = real
+    model, contents = real
     sent = [base64.b64encode(content).decode() for content in contents]
-    with serve(found) as served:
+    with serve(model) as served:
         visitor = visit(served.url)
         visitor.on_device()
         answers = {
             kind: visitor.page.evaluate(SAYS, [kind, sent]) for kind in ("device", "service")
         }
-    told = python_says(found, contents)
+    rows = python_says(model, contents)
     differences = {}
     for kind, said in answers.items():
-        assert len(said) == len(told) == 200
-        for ours, theirs in zip(told, said, strict=True):
+        assert len(said) == len(rows) == 200
+        for ours, theirs in zip(rows, said, strict=True):
             for name in ("label", "unknown", "reason", "error"):
                 assert theirs[name] == ours[name], kind
             assert [near["label"] for near in theirs["nearest"]] == ours["nearest"], kind
         differences[kind] = max(
             abs(p - near["probability"])
-            for ours, theirs in zip(told, said, strict=True)
+            for ours, theirs in zip(rows, said, strict=True)
             for p, near in zip(ours["probabilities"], theirs["nearest"], strict=True)
         )
     assert max(differences.values()) < 0.02
-    assert len({row["label"] for row in told}) == 4  # three fruit, and unknown ones
+    assert len({row["label"] for row in rows}) == 4  # three fruit, and unknown ones

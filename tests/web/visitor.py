@@ -44,8 +44,8 @@ STRANGE = encoded(
 """Noise of all colours: no fruit."""
 
 
-def python_says(found: Model, contents: list[bytes], top: int = 5) -> list[dict[str, Any]]:
-    return answer_photos(contents, make_recogniser(found, top=top))
+def python_says(model: Model, contents: list[bytes], top: int = 5) -> list[dict[str, Any]]:
+    return answer_photos(contents, make_recogniser(model, top=top))
 
 
 def needs_runtime() -> None:
@@ -62,7 +62,7 @@ class Visitor:
     def __init__(self, browser: Any, url: str, **options: Any) -> None:
         self.context = browser.new_context(**{"viewport": {"width": 390, "height": 844}} | options)
         self.url = url
-        self.told: list[str] = []
+        self.console: list[str] = []
         self.asked: list[str] = []
         self.expected: tuple[str, ...] = ("Service Worker registration blocked by Playwright",)
         self.context.on("request", lambda request: self.asked.append(request.url))
@@ -70,8 +70,8 @@ class Visitor:
 
     def open(self) -> None:
         self.page = self.context.new_page()
-        self.page.on("console", lambda message: self.told.append(message.text))
-        self.page.on("pageerror", lambda error: self.told.append(str(error)))
+        self.page.on("console", lambda message: self.console.append(message.text))
+        self.page.on("pageerror", lambda error: self.console.append(str(error)))
         self.page.goto(self.url)
         self.until(lambda: self("where") != "")
 
@@ -129,7 +129,7 @@ class Visitor:
 
     def close(self) -> None:
         self.context.close()
-        assert [line for line in self.told if not line.startswith(self.expected)] == []
+        assert [line for line in self.console if not line.startswith(self.expected)] == []
 
 
 REFUSED = "Failed to load resource: the server responded with a status of"
@@ -149,11 +149,11 @@ class Served:
 
 
 @contextlib.contextmanager
-def serve(found: Model, **settings: Any) -> Iterator[Served]:
+def serve(model: Model, **settings: Any) -> Iterator[Served]:
     service = pytest.importorskip("pomona.serving.app", reason="needs the extra serve")
     from tests.service import running
 
-    served = Served(service.create(lambda: found, service.Settings(workers=1, **settings)))
+    served = Served(service.create(lambda: model, service.Settings(workers=1, **settings)))
     with running(served) as url:
         served.url = f"{url.rstrip('/')}/"
         yield served

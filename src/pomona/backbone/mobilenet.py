@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -223,46 +223,7 @@ def to_onnx(state: State, image_size: int, name: str, weights_digest: str) -> by
     """
     from onnx import TensorProto, checker, helper, numpy_helper
 
-    nodes = [
-        helper.make_node("Transpose", [INPUT], ["planes"], perm=[0, 3, 1, 2]),
-        helper.make_node("Cast", ["planes"], ["floats"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["floats", "input_scale"], ["scaled"]),
-        helper.make_node("Add", ["scaled", "input_shift"], ["normalised"]),
-    ]
-    mean, std = np.array(MEAN), np.array(STD)
-    constants = {
-        "input_scale": (1 / (255 * std)).astype(np.float32).reshape(1, 3, 1, 1),
-        "input_shift": (-mean / std).astype(np.float32).reshape(1, 3, 1, 1),
-        "zero": np.array(0, np.float32),
-        "six": np.array(6, np.float32),
-    }
-    here = "normalised"
-    for block in blocks():
-        start = here
-        for conv in block.convs:
-            key = conv.weight
-            constants[f"{key}.w"], constants[f"{key}.b"] = fold(state, conv)
-            pad = conv.kernel // 2
-            nodes.append(
-                helper.make_node(
-                    "Conv",
-                    [here, f"{key}.w", f"{key}.b"],
-                    [f"{key}.out"],
-                    kernel_shape=[conv.kernel] * 2,
-                    strides=[conv.stride] * 2,
-                    pads=[pad] * 4,
-                    group=conv.groups,
-                )
-            )
-            here = f"{key}.out"
-            if conv.relu:
-                nodes.append(helper.make_node("Clip", [here, "zero", "six"], [f"{key}.relu"]))
-                here = f"{key}.relu"
-        if block.residual:
-            nodes.append(helper.make_node("Add", [start, here], [f"{here}.sum"]))
-            here = f"{here}.sum"
-    nodes.append(helper.make_node("GlobalAveragePool", [here], ["pooled"]))
-    nodes.append(helper.make_node("Flatten", ["pooled"], [OUTPUT]))
+    nodes, constants = _graph(state)
     graph = helper.make_graph(
         nodes,
         "mobilenet_v2",
@@ -284,3 +245,53 @@ def to_onnx(state: State, image_size: int, name: str, weights_digest: str) -> by
     helper.set_model_props(model, about)
     checker.check_model(model)
     return bytes(model.SerializeToString())
+
+
+def _graph(state: State) -> tuple[list[Any], dict[str, npt.NDArray[np.float32]]]:
+    """Return the nodes (onnx.NodeProto) from `INPUT` to `OUTPUT`, and the constants they name."""
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("Transpose", [INPUT], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["planes"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["floats", "input_scale"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "input_shift"], ["normalised"]),
+    ]
+    mean, std = np.array(MEAN), np.array(STD)
+    constants = {
+        "input_scale": (1 / (255 * std)).astype(np.float32).reshape(1, 3, 1, 1),
+        "input_shift": (-mean / std).astype(np.float32).reshape(1, 3, 1, 1),
+        "zero": np.array(0, np.float32),
+        "six": np.array(6, np.float32),
+    }
+    here = "normalised"
+    for block in blocks():
+        start = here
+        for conv in block.convs:
+            constants[f"{conv.weight}.w"], constants[f"{conv.weight}.b"] = fold(state, conv)
+            nodes.append(_conv_node(conv, here))
+            here = f"{conv.weight}.out"
+            if conv.relu:
+                relu = f"{conv.weight}.relu"
+                nodes.append(helper.make_node("Clip", [here, "zero", "six"], [relu]))
+                here = relu
+        if block.residual:
+            nodes.append(helper.make_node("Add", [start, here], [f"{here}.sum"]))
+            here = f"{here}.sum"
+    nodes.append(helper.make_node("GlobalAveragePool", [here], ["pooled"]))
+    nodes.append(helper.make_node("Flatten", ["pooled"], [OUTPUT]))
+    return nodes, constants
+
+
+def _conv_node(conv: Conv, source: str) -> Any:
+    from onnx import helper
+
+    return helper.make_node(
+        "Conv",
+        [source, f"{conv.weight}.w", f"{conv.weight}.b"],
+        [f"{conv.weight}.out"],
+        kernel_shape=[conv.kernel] * 2,
+        strides=[conv.stride] * 2,
+        pads=[conv.kernel // 2] * 4,
+        group=conv.groups,
+    )
