@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import re
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from pomona.backbone import mobilenet
 from pomona.core.errors import MissingError, WeightsError
-from pomona.core.files import cache_folder, sha256
+from pomona.core.files import aside, cache_folder, sha256
 from pomona.core.schema import SPLITS
 
 OFFICIAL_URL = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
@@ -239,20 +238,16 @@ def _read_pth(path: Path) -> dict[str, npt.NDArray[np.generic]]:
 def _official(on_bytes: OnBytes | None) -> Path:
     """Return the official file, fetched if it isn't in the cache."""
     path = cache_folder() / OFFICIAL_URL.rsplit("/", 1)[-1]
-    if path.is_file() and _hash_in_name(path) == sha256(path)[:8]:
+    digest = path.stem.rsplit("-", 1)[-1]
+    if path.is_file() and sha256(path)[:8] == digest:
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with aside(path) as part:
         _download(OFFICIAL_URL, part, on_bytes)
-        if _hash_in_name(path) != sha256(part)[:8]:
+        if sha256(part)[:8] != digest:
             raise WeightsError(
                 f"what came from {OFFICIAL_URL} is not the official file (its sha256 differs): "
                 "try again, or fetch it by other means and name it with --weights"
             )
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 
@@ -260,18 +255,12 @@ def _download(url: str, to: Path, on_bytes: OnBytes | None) -> None:
     try:
         with urllib.request.urlopen(url, timeout=30) as answer, to.open("wb") as file:
             total = int(answer.headers.get("Content-Length") or 0)
-            done = 0
             while chunk := answer.read(1 << 18):
                 file.write(chunk)
-                done += len(chunk)
                 if on_bytes:
-                    on_bytes(done, total)
-    except (urllib.error.URLError, OSError) as error:
+                    on_bytes(file.tell(), total)
+    except OSError as error:  # URLError is one
         reason = getattr(error, "reason", error)
         raise WeightsError(
             f"the ImageNet weights can't be fetched ({reason}): {REMEDIES}"
         ) from error
-
-
-def _hash_in_name(path: Path) -> str:
-    return path.stem.rsplit("-", 1)[-1]

@@ -91,14 +91,6 @@ def judge_all(variants: list[Variant], answers: Answers, threshold: float) -> li
     return rows
 
 
-def describe(row: dict[str, Any]) -> str:
-    """Return a variant's figures as words."""
-    return (
-        f"{row['name']}: accuracy {row['accuracy']:.2%} against {row['accuracy_float32']:.2%} "
-        f"(drop {row['drop_points']:.2f} points), labels agree on {row['agreement']:.2%}"
-    )
-
-
 def refusal(kind: str, about: dict[str, Any]) -> str | None:
     """Return why no variant of a kind was kept, or None. ``about`` is ``export.json``'s content."""
     rows = [row for row in about.get("variants", ()) if row["kind"] == kind]
@@ -106,10 +98,13 @@ def refusal(kind: str, about: dict[str, Any]) -> str | None:
         return None
     photos = about["held_out"]["photos"]
     return (
-        f"{kind} is refused: on {photos:,} held-out photos a drop below "
-        f"{MOST_DROP:g} points and agreement of at least "
-        f"{LEAST_AGREEMENT:.0%} are asked for, and there is "
-        + "; ".join(describe(row) for row in rows)
+        f"{kind} is refused: on {photos:,} held-out photos a drop below {MOST_DROP:g} points and "
+        f"agreement of at least {LEAST_AGREEMENT:.0%} are asked for, and there is "
+        + "; ".join(
+            f"{row['name']}: accuracy {row['accuracy']:.2%} against {row['accuracy_float32']:.2%} "
+            f"(drop {row['drop_points']:.2f} points), labels agree on {row['agreement']:.2%}"
+            for row in rows
+        )
     )
 
 

@@ -72,16 +72,10 @@ class Loaded:
         if kind == "predict":
             return answer_photos(contents, self.recogniser)
         photos = extract_photos(contents, self.features)
-        sizes = zip(photos.widths, photos.heights, photos.errors, strict=True)
-        return [
-            {
-                "width": width,
-                "height": height,
-                "features": None if features is None else features.tolist(),
-                "error": error,
-            }
-            for features, (width, height, error) in zip(photos.by_photo(OUTPUT), sizes, strict=True)
-        ]
+        vectors = [None if row is None else row.tolist() for row in photos.by_photo(OUTPUT)]
+        columns = (photos.widths, photos.heights, vectors, photos.errors)
+        names = ("width", "height", "features", "error")
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def load(
