@@ -16,7 +16,7 @@ from pomona.backbone.session import onnx_session
 from pomona.core.errors import RequestError
 from pomona.export import judgement
 from pomona.export.export import HALF, INT8, PHONE, ExportOptions, export
-from pomona.export.sampling import choose
+from pomona.export.judgement import choose
 from pomona.model import artifact
 from pomona.model.head import ANSWER
 from pomona.photos import decoding

@@ -25,9 +25,18 @@ from pomona.core.provenance import versions
 from pomona.core.uris import local_path
 from pomona.export import quantization
 from pomona.export.activations import Pixels
-from pomona.export.judgement import Variant, judge_all, refusal, run_files
+from pomona.export.judgement import (
+    Sample,
+    Variant,
+    choose,
+    judge_all,
+    photo_reader,
+    read_photos,
+    refusal,
+    refuse_few,
+    run_files,
+)
 from pomona.export.phone import half_precision, page_files, phone_file
-from pomona.export.sampling import Sample, choose, photo_reader, read_photos, refuse_few
 from pomona.model.artifact import Model, load_model
 from pomona.model.head import ANSWER
 from pomona.photos.reading import Reader

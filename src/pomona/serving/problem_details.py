@@ -33,16 +33,20 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
         self.status, self.code, self.detail = status, code, detail
         self.headers = headers or {}
 
-    def response(self) -> Response:
-        """Return the HTTP response."""
-        body = {
+    @property
+    def body(self) -> dict[str, Any]:
+        """The response's JSON."""
+        return {
             "type": "about:blank",
             "title": HTTPStatus(self.status).phrase,
             "status": self.status,
             "detail": self.detail,
             "code": self.code,
         }
-        return Response(json.dumps(body), self.status, self.headers, MEDIA_TYPE)
+
+    def response(self) -> Response:
+        """Return the HTTP response."""
+        return Response(json.dumps(self.body), self.status, self.headers, MEDIA_TYPE)
 
 
 def of_photo(code: str) -> Problem:
@@ -69,16 +73,7 @@ SCHEMA: dict[str, Any] = {
 def described(status: int, codes: dict[str, str]) -> dict[str, Any]:
     """Return OpenAPI's response object for a status: its codes, each with an example."""
     examples = {
-        code: {
-            "value": {
-                "type": "about:blank",
-                "title": HTTPStatus(status).phrase,
-                "status": status,
-                "detail": detail,
-                "code": code,
-            }
-        }
-        for code, detail in codes.items()
+        code: {"value": Problem(status, code, detail).body} for code, detail in codes.items()
     }
     return {
         "description": "; ".join(f"`{code}`" for code in codes),
