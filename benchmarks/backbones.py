@@ -23,7 +23,7 @@ import export
 from pomona.backbone import extract
 from pomona.backbone.session import onnx_session
 from pomona.core.files import read_json
-from pomona.export import quantization
+from pomona.export.phone import half_precision, phone_file
 from pomona.model import artifact, classifier, metrics
 from pomona.workspace import layout
 
@@ -87,7 +87,7 @@ def judge(
     pixels = photos_of(not_fruit, side)
     strange = scores(made, pixels)
     limit = float(made.about["unknown"]["threshold"])
-    phone = quantization.phone(made.content)
+    phone = phone_file(made.content)
     test = figures["test"]
     return {
         "weights": Path(weights).name,
@@ -106,7 +106,7 @@ def judge(
         "refused": int((strange < limit).sum()),
         "strangers": len(strange),
         "phone_mb": common.megabytes(len(phone)),
-        "half_mb": common.megabytes(len(quantization.half(phone))),
+        "half_mb": common.megabytes(len(half_precision(phone))),
         "photo_ms": round(export.milliseconds(onnx_session(phone, 1), pixels[:1]), 2),
         "photos_per_second": ran["extract"]["times"]["photos_per_second"],
     }

@@ -21,7 +21,7 @@ import backbones
 import common
 from pomona.backbone import mobilenet, weights
 from pomona.core.files import atomic_file, sha256, write_json
-from pomona.export import quantization
+from pomona.export.phone import half_precision
 from pomona.model import artifact
 
 SIZES = (96, 128)
@@ -108,7 +108,7 @@ def pack(made: Path, to: Path) -> dict[str, Any]:
     shutil.rmtree(to, ignore_errors=True)
     to.mkdir(parents=True)
     shutil.copyfile(made / "classifier.safetensors", to / "classifier.safetensors")
-    (to / "model.onnx").write_bytes(quantization.half(found.content, head=False))
+    (to / "model.onnx").write_bytes(half_precision(found.content, head=False))
     artifact.write_about(
         to, {k: v for k, v in found.about.items() if k not in ("digest", "digests")}
     )

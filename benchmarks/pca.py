@@ -131,7 +131,7 @@ def batch(start: int, values: npt.NDArray[np.float32], schema: pa.Schema) -> pa.
         "path": pa.array([f"Training/Random/{name}" for name in names]),
         "label": pa.array(["Random"] * count),
         "filename": pa.array(names),
-        "features": feature_column([values], [False] * count),
+        "features": feature_column(values, np.ones(count, bool)),
     }
     columns = [given.get(field.name, pa.nulls(count, field.type)) for field in schema]
     return pa.RecordBatch.from_arrays(columns, schema=schema)

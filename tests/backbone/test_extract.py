@@ -12,10 +12,11 @@ import pyarrow as pa
 import pytest
 
 from pomona import MobileNetV2Extractor
+from pomona.backbone import extract as extract_module
 from pomona.backbone import mobilenet, weights
 from pomona.backbone import session as session_module
 from pomona.backbone import spec as spec_module
-from pomona.backbone.extract import extract, feature_column, load_network
+from pomona.backbone.extract import extract, extract_photos, feature_column, load_network
 from pomona.backbone.session import onnx_session
 from pomona.backbone.spec import BackboneSpec, make_spec
 from pomona.core.errors import MissingError, RequestError
@@ -153,8 +154,8 @@ def test_canonical_features(name: str, real_photos: Path, real_weights: Path) ->
         pytest.importorskip("torch")
     extractor = MobileNetV2Extractor(weights=str(real_weights), backend=name, device="cpu")
     wanted = json.loads(CANONICAL.read_text())["images"]
-    found = extractor.extract_batch([(real_photos / w["path"]).read_bytes() for w in wanted])
-    for row, want in zip(found.astype(np.float64), wanted, strict=True):
+    rows = extractor.extract_batch([(real_photos / w["path"]).read_bytes() for w in wanted])
+    for row, want in zip(rows.astype(np.float64), wanted, strict=True):
         first = np.array(want["first8"])
         assert np.abs(row[:8] - first).max() <= 1e-3
         assert row[:8] @ first / np.linalg.norm(row[:8]) / np.linalg.norm(first) >= 0.99999
@@ -210,8 +211,8 @@ def test_a_gpu_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(spec_module, "_sees_cuda", lambda name: True)
     monkeypatch.setattr(session_module, "gpu_memory", lambda: 8 << 30)
-    found = make_spec(weights.load_weights("fruits"), backend="torch")
-    assert (found.device, found.precision) == ("cuda", "mixed")
+    spec = make_spec(weights.load_weights("fruits"), backend="torch")
+    assert (spec.device, spec.precision) == ("cuda", "mixed")
     assert local_master("local[*]", "cuda") in ("local[1]", "local[2]")
     assert local_master("local[4]", "cuda") == "local[4]"
     assert local_master("local[*]", "cpu") == "local[*]"
@@ -241,14 +242,14 @@ def test_a_gpu_worker_takes_its_share(conf: dict[str, str], threads: int, share:
 
     from pomona.spark.resources import fit_spec
 
-    found = BackboneSpec("w", "d", device="cuda")
+    spec = BackboneSpec("w", "d", device="cuda")
     spark: Any = SimpleNamespace(conf=conf)
-    fitted = fit_spec(found, spark)
+    fitted = fit_spec(spec, spark)
     assert fitted.threads == threads
     assert fitted.memory_share == pytest.approx(share)
     conf = {"spark.master": "local[2]", "spark.task.cpus": "1"}
     spark = SimpleNamespace(conf=conf)
-    assert fit_spec(replace(found, device="cpu"), spark).threads == 1
+    assert fit_spec(replace(spec, device="cpu"), spark).threads == 1
 
 
 def test_the_extractor_tells_why() -> None:
@@ -261,8 +262,26 @@ def test_the_extractor_tells_why() -> None:
     assert info["features"] == 1280
 
 
-def test_features_that_are_not_finite_are_a_bug() -> None:
+def test_features_that_are_not_finite_are_a_bug(
+    spec: BackboneSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.full((1, 1280), np.nan, np.float32)
+    monkeypatch.setattr(extract_module, "load_network", lambda _: lambda _: [rows])
     with pytest.raises(ValueError, match="not finite"):
-        feature_column([np.full((1, 1280), np.nan, np.float32)], [False])
+        extract_photos([photo(1)], spec)
     with pytest.raises(ValueError, match="shape"):
-        feature_column([np.zeros((1, 7), np.float32)], [False])
+        feature_column(np.zeros((1, 7), np.float32), np.ones(1, bool))
+
+
+def test_bytes_and_tables_give_the_same_values(spec: BackboneSpec) -> None:
+    """Of every output, to the bit; the rows are those of the photos that can be used."""
+    contents = [photo(1, (120, 90)), None, b"text", photo(2)]
+    photos = extract_photos(contents, spec)
+    (rows,) = extract(iter([batch(*contents)]), spec)
+    assert photos.widths == rows["width"].to_pylist() == [120, None, None, 100]
+    assert photos.heights == rows["height"].to_pylist() == [90, None, None, 100]
+    assert photos.errors == rows["error"].to_pylist() == [None, "unreadable", "not_an_image", None]
+    assert photos.outputs["features"].shape == (2, 1280)
+    in_place = [None if row is None else row.tolist() for row in photos.by_photo("features")]
+    assert in_place == rows["features"].to_pylist()
+    assert extract_photos([], spec).outputs["features"].shape == (0, 1280)

@@ -36,10 +36,10 @@ def test_the_package_s_own_weights_are_float16_with_a_name(tmp_path: Path) -> No
     state = mobilenet.unfolded(mobilenet.folded(mobilenet.random_state(1)))
     half = {key: value.astype(np.float16) for key, value in state.items()}
     save_file(half, tmp_path / "fruits.safetensors")
-    found = weights.fruits(tmp_path / "fruits.safetensors")
-    assert found.name == "fruits" and found.trained
-    assert found.state is not None
-    assert all(value.dtype == np.float32 for value in found.state.values())
+    loaded = weights.fruits(tmp_path / "fruits.safetensors")
+    assert loaded.name == "fruits" and loaded.trained
+    assert loaded.state is not None
+    assert all(value.dtype == np.float32 for value in loaded.state.values())
     with pytest.raises(WeightsError, match=r"holds no weights of its own: set POMONA_WEIGHTS"):
         weights.fruits(tmp_path / "none.safetensors")
 
@@ -55,9 +55,9 @@ def test_the_same_values_in_any_format(tmp_path: Path) -> None:
     state = mobilenet.random_state(0)
     save_file(dict(state), tmp_path / "w.safetensors")
     torch.save({k: torch.from_numpy(v) for k, v in state.items()}, tmp_path / "w.pth")
-    found = [weights.load_weights(str(tmp_path / name)) for name in ("w.safetensors", "w.pth")]
-    assert {w.digest for w in found} == {weights.load_weights("random:0").digest}
-    assert all(w.trained for w in found)
+    both = [weights.load_weights(str(tmp_path / name)) for name in ("w.safetensors", "w.pth")]
+    assert {w.digest for w in both} == {weights.load_weights("random:0").digest}
+    assert all(w.trained for w in both)
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
@@ -122,10 +122,10 @@ def test_the_default_is_the_environments(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_onnx_weights_go_round(tmp_path: Path) -> None:
-    found = weights.load_weights("random:0")
-    assert found.state is not None
+    loaded = weights.load_weights("random:0")
+    assert loaded.state is not None
     path = tmp_path / "w.onnx"
-    path.write_bytes(mobilenet.to_onnx(found.state, 96, found.name, found.digest))
+    path.write_bytes(mobilenet.to_onnx(loaded.state, 96, loaded.name, loaded.digest))
     spec = make_spec(weights.load_weights(str(path)), image_size=96)
     assert spec.payload == path.read_bytes()
     with pytest.raises(WeightsError, match="224, 224"):
@@ -170,12 +170,12 @@ def test_the_official_file_is_fetched_once(
     monkeypatch.setattr(weights, "OFFICIAL_URL", f"{url}/{name}")
     monkeypatch.setenv("POMONA_CACHE", str(tmp_path / "cache"))
     seen: list[tuple[int, int]] = []
-    found = weights.load_weights("imagenet", lambda done, total: seen.append((done, total)))
-    assert found.digest == weights.load_weights("random:5").digest
-    assert found.name == "imagenet"
+    loaded = weights.load_weights("imagenet", lambda done, total: seen.append((done, total)))
+    assert loaded.digest == weights.load_weights("random:5").digest
+    assert loaded.name == "imagenet"
     assert seen[-1][0] == seen[-1][1] == (folder / name).stat().st_size
     (folder / name).unlink()
-    assert weights.load_weights("imagenet").digest == found.digest
+    assert weights.load_weights("imagenet").digest == loaded.digest
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [name]
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from pomona.backbone.session import onnx_session
 from pomona.core.errors import RequestError
-from pomona.export import quantization
-from pomona.export.export import HALF, INT8, PHONE, ExportOptions, choose, export
+from pomona.export import judgement
+from pomona.export.export import HALF, INT8, PHONE, ExportOptions, export
+from pomona.export.judgement import choose
 from pomona.model import artifact
 from pomona.model.head import ANSWER
 from pomona.photos import decoding
@@ -49,8 +50,8 @@ def out(made: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights and 24 photos wouldn't pass."""
-    monkeypatch.setattr(quantization, "MOST_DROP", 101)
-    monkeypatch.setattr(quantization, "LEAST_AGREEMENT", 0)
+    monkeypatch.setattr(judgement, "MOST_DROP", 101)
+    monkeypatch.setattr(judgement, "LEAST_AGREEMENT", 0)
 
 
 def test_the_phone_file_is_the_model(out: Path) -> None:
@@ -105,10 +106,10 @@ def test_smaller_files(out: Path, lenient: None) -> None:
 def test_a_refusal_has_both_figures_and_writes_nothing(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantization, "MOST_DROP", -1000)
-    with pytest.raises(RequestError) as told:
+    monkeypatch.setattr(judgement, "MOST_DROP", -1000)
+    with pytest.raises(RequestError) as refused:
         export(out, ALL)
-    line = str(told.value)
+    line = str(refused.value)
     for words in ("half is refused", "int8 is refused", "per channel: accuracy", "per tensor: acc"):
         assert words in line
     assert line.count("labels agree on") == 3
@@ -119,15 +120,15 @@ def test_the_gate() -> None:
     y = np.zeros(1000, np.int64)
     right, wrong = y.copy(), y.copy()
     wrong[:4] = 1
-    assert quantization.judge(right, wrong, y)["passed"] is True  # 0.4 points, 99.6 %
+    assert judgement.judge(right, wrong, y)["passed"] is True  # 0.4 points, 99.6 %
     wrong[:6] = 1
-    found = quantization.judge(right, wrong, y)
-    assert found["passed"] is False
-    assert found["drop_points"] == pytest.approx(0.6)
+    figures = judgement.judge(right, wrong, y)
+    assert figures["passed"] is False
+    assert figures["drop_points"] == pytest.approx(0.6)
     other = np.arange(1000) % 50 // 49  # 2 % differ, half of them to the better
     y[::2] = other[::2]
-    assert quantization.judge(right, other, y)["agreement"] == pytest.approx(0.98)
-    assert quantization.judge(right, other, y)["passed"] is False
+    assert judgement.judge(right, other, y)["agreement"] == pytest.approx(0.98)
+    assert judgement.judge(right, other, y)["passed"] is False
 
 
 def test_another_folder(out: Path, tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_what_cant_be(out: Path, tmp_path: Path, made: Path) -> None:
 def test_photos_are_chosen_once(made: Path) -> None:
     from pomona.workspace.layout import open_out
 
-    calibration, judges = choose(open_out(made), ("Fruit 0", "Fruit 1", "Fruit 2"), ALL)
+    calibration, judges = choose(open_out(made), ("Fruit 0", "Fruit 1", "Fruit 2"), 12, 2000)
     assert calibration.split == judges.split == "Training"
     assert not set(calibration.paths) & set(judges.paths)
     assert len(calibration.paths) == 12

@@ -1,8 +1,8 @@
-"""The backbone: `BackboneSpec`, `load`, and `extract`, the one function that everything calls.
+"""Photos to features: `extract_photos` on bytes, and `extract` on Arrow tables.
 
-The driver makes a spec with `make_spec`; it crosses to the workers with the weights' bytes in it,
-so that no shared file system and no network is needed there. A worker builds its session once per
-process and keeps it.
+The driver makes a `BackboneSpec` with `make_spec`. It holds the weights' bytes, so that workers
+need neither a shared file system nor the network. A worker builds its session once per process and
+keeps it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,10 @@ from pomona.photos import isolation
 from pomona.photos.decoding import Photo, decode
 
 Runner = Callable[[npt.NDArray[np.uint8]], list[npt.NDArray[np.float32]]]
-"""From uint8 [n, h, w, 3] to one float32 [n, …] for each of the spec's outputs."""
+"""From uint8 [n, h, w, 3] to the spec's outputs in their order, float32 [n, …] each."""
 
 SCORE = "score"
-"""The output that is one number for each photo."""
+"""The one output that is a number for each photo; all others are vectors."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -41,8 +41,8 @@ def _session_of(spec: BackboneSpec) -> Any:
 def load_network(spec: BackboneSpec) -> Runner:
     """Build the network of a spec, once per process. Runs on workers.
 
-    Specs that differ in their outputs alone share one session; it may be called from several
-    threads at a time.
+    Specs that differ only in their outputs share one session. The function may be called from
+    several threads at a time.
 
     Returns
     -------
@@ -69,8 +69,77 @@ def load_network(spec: BackboneSpec) -> Runner:
     return run
 
 
+class Extracted(NamedTuple):
+    """What `extract_photos` found in n photos, of which m can be used.
+
+    Attributes
+    ----------
+    widths, heights
+        Pixels, as each file says, [n]; None where it doesn't.
+    errors
+        A code for each photo, [n]; None: it can be used.
+    outputs
+        The spec's outputs by name, float32 [m, …]: one row for each photo without an error.
+    """
+
+    widths: list[int | None]
+    heights: list[int | None]
+    errors: list[str | None]
+    outputs: dict[str, npt.NDArray[np.float32]]
+
+    def by_photo(self, name: str) -> list[npt.NDArray[np.float32] | None]:
+        """Return one row of an output for each photo, [n]; None where it can't be used."""
+        rows = iter(self.outputs[name])
+        return [next(rows) if error is None else None for error in self.errors]
+
+
+def extract_photos(contents: Sequence[bytes | None], spec: BackboneSpec) -> Extracted:
+    """Run the network on photos' bytes, `BackboneSpec.batch_size` at a time. Runs on workers.
+
+    Parameters
+    ----------
+    contents
+        A file's bytes each; None: it could not be read.
+    spec
+        What `make_spec` returned.
+
+    Raises
+    ------
+    ValueError
+        If an output holds NaN or infinity: the weights are at fault, not a photo.
+    """
+    photos: list[Photo] = []
+    parts: list[list[npt.NDArray[np.float32]]] = []
+    for start in range(0, len(contents), spec.batch_size):
+        chunk = _decode(contents[start : start + spec.batch_size], spec)
+        pixels = [photo.pixels for photo in chunk if photo.pixels is not None]
+        if pixels:
+            # One photo, as the service has it, isn't copied.
+            batch = np.stack(pixels) if len(pixels) > 1 else pixels[0][np.newaxis]
+            parts.append(load_network(spec)(batch))
+        photos += [photo._replace(pixels=None) for photo in chunk]
+    outputs = {
+        name: np.concatenate([part[n] for part in parts]) if parts else _no_rows(name)
+        for n, name in enumerate(spec.outputs)
+    }
+    if not all(np.isfinite(rows).all() for rows in outputs.values() if rows.ndim == 2):
+        raise ValueError("the backbone gave features that are not finite: check the weights")
+    return Extracted(
+        [photo.width for photo in photos],
+        [photo.height for photo in photos],
+        [photo.error for photo in photos],
+        outputs,
+    )
+
+
+def _no_rows(name: str) -> npt.NDArray[np.float32]:
+    """Return an output of no photos; only the features' width is known without the network."""
+    width = FEATURES if name == mobilenet.OUTPUT else 0
+    return np.zeros(0 if name == SCORE else (0, width), np.float32)
+
+
 def extract(batches: Iterator[pa.RecordBatch], spec: BackboneSpec) -> Iterator[pa.RecordBatch]:
-    """Turn photos into features: the one function of Spark, the service, predict and the tests.
+    """Turn tables of photos into tables of features: `extract_photos` for Arrow.
 
     Runs on workers.
 
@@ -89,59 +158,38 @@ def extract(batches: Iterator[pa.RecordBatch], spec: BackboneSpec) -> Iterator[p
         1280, or null) and ``error`` (code, or null).
     """
     for batch in batches:
-        yield _with_features(batch, spec)
+        photos = extract_photos(batch["content"].to_pylist(), spec)
+        usable = np.array([error is None for error in photos.errors], bool)
+        columns = {
+            "width": pa.array(photos.widths, pa.int32()),
+            "height": pa.array(photos.heights, pa.int32()),
+            **{name: _column(rows, usable) for name, rows in photos.outputs.items()},
+            "error": pa.array(photos.errors, pa.string()),
+        }
+        kept = batch.drop_columns(["content"])
+        fields = [pa.field(name, column.type) for name, column in columns.items()]
+        yield pa.RecordBatch.from_arrays(
+            [*kept.columns, *columns.values()], schema=pa.schema([*kept.schema, *fields])
+        )
 
 
-def _with_features(batch: pa.RecordBatch, spec: BackboneSpec) -> pa.RecordBatch:
-    contents = batch.column("content")
-    photos: list[Photo] = []
-    parts: list[list[npt.NDArray[np.float32]]] = []
-    for start in range(0, batch.num_rows, spec.batch_size):
-        chunk = _decode(contents[start : start + spec.batch_size], spec)
-        pixels = [photo.pixels for photo in chunk if photo.pixels is not None]
-        if pixels:
-            # One photo, as the service has it, isn't copied.
-            parts.append(
-                load_network(spec)(np.stack(pixels) if len(pixels) > 1 else pixels[0][np.newaxis])
-            )
-        photos += [photo._replace(pixels=None) for photo in chunk]
-    missing = [photo.error is not None for photo in photos]
-    columns = {
-        "width": pa.array([photo.width for photo in photos], pa.int32()),
-        "height": pa.array([photo.height for photo in photos], pa.int32()),
-    }
-    for number, name in enumerate(spec.outputs):
-        columns[name] = _column([part[number] for part in parts], missing, name)
-    columns["error"] = pa.array([photo.error for photo in photos], pa.string())
-    kept = batch.drop_columns(["content"])
-    fields = [pa.field(name, column.type) for name, column in columns.items()]
-    return pa.RecordBatch.from_arrays(
-        [*kept.columns, *columns.values()], schema=pa.schema([*kept.schema, *fields])
-    )
+def _column(rows: npt.NDArray[np.float32], usable: npt.NDArray[np.bool_]) -> pa.Array:
+    if rows.ndim == 2:
+        return feature_column(rows, usable, rows.shape[1])
+    values = np.zeros(len(usable), np.float32)
+    values[usable] = rows
+    return pa.array(values, mask=None if usable.all() else ~usable)
 
 
-def _column(parts: list[npt.NDArray[np.float32]], missing: list[bool], name: str) -> pa.Array:
-    if name == mobilenet.OUTPUT:
-        return feature_column(parts, missing, FEATURES)
-    if not parts:  # no photo of this batch can be used: the width isn't known, and isn't needed
-        return pa.nulls(len(missing), pa.float32() if name == SCORE else pa.list_(pa.float32()))
-    if parts[0].ndim == 2:
-        return feature_column(parts, missing, parts[0].shape[1])
-    values = np.zeros(len(missing), np.float32)
-    absent = np.asarray(missing, bool)
-    values[~absent] = np.concatenate(parts)
-    return pa.array(values, mask=absent if absent.any() else None)
-
-
-def _decode(contents: pa.Array, spec: BackboneSpec) -> list[Photo]:
-    views, size, most = contents.to_pylist(), spec.image_size, spec.pixels
+def _decode(contents: Sequence[bytes | None], spec: BackboneSpec) -> list[Photo]:
+    size, most = spec.image_size, spec.pixels
     if spec.guard == "child":
-        return [isolation.decode_apart(view, size, most) for view in views]
+        return [isolation.decode_apart(content, size, most) for content in contents]
     with isolation.watched() if spec.guard else contextlib.nullcontext():
         if spec.threads == 1:
-            return [decode(view, size, most) for view in views]
+            return [decode(content, size, most) for content in contents]
         # A GPU waits for pixels: Pillow releases the interpreter's lock while it decodes.
-        return list(_pool(spec.threads).map(lambda view: decode(view, size, most), views))
+        return list(_pool(spec.threads).map(lambda content: decode(content, size, most), contents))
 
 
 @functools.cache
@@ -150,33 +198,27 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def feature_column(
-    parts: Sequence[npt.NDArray[np.float32]], missing: Sequence[bool], width: int = FEATURES
+    rows: npt.NDArray[np.float32], usable: npt.NDArray[np.bool_], width: int = FEATURES
 ) -> pa.ListArray:
-    """Put vectors into a list column, with null in the places of ``missing``.
+    """Put vectors into a list column, with null where a photo can't be used.
 
     Parameters
     ----------
-    parts
-        float32 [m, width] each, together one row for each photo that isn't missing.
-    missing
-        For each photo, whether it has no features.
-    width
-        Of a vector.
+    rows
+        float32 [m, width], one row for each usable photo.
+    usable
+        For each photo whether it has a vector, [n].
     """
-    values = np.concatenate(parts) if parts else np.zeros((0, width), np.float32)
-    present = ~np.asarray(missing, bool)
-    if values.shape != (present.sum(), width):
-        raise ValueError(f"features of shape {values.shape} for {present.sum()} photos")
-    if not np.isfinite(values).all():
-        raise ValueError("the backbone gave features that are not finite: check the weights")
-    offsets = np.zeros(len(present) + 1, np.int32)
-    np.cumsum(present * width, out=offsets[1:])
-    mask = None if present.all() else pa.array(~present)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()), mask=mask)
+    if rows.shape != (usable.sum(), width):
+        raise ValueError(f"features of shape {rows.shape} for {usable.sum()} photos")
+    offsets = np.zeros(len(usable) + 1, np.int32)
+    np.cumsum(usable * width, out=offsets[1:])
+    mask = None if usable.all() else pa.array(~usable)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.ravel()), mask=mask)
 
 
 def features_of(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[np.float32]:
-    """Return a list column without nulls as float32 [n, 1280]."""
+    """Return a list column without nulls as float32 [n, 1280], the inverse of `feature_column`."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     values: npt.NDArray[np.float32] = column.flatten().to_numpy()

@@ -1,4 +1,4 @@
-"""The extractor of notebooks: photos in memory to features, without Spark."""
+"""`MobileNetV2Extractor`, the extractor for notebooks: photos in memory to features."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from pomona.backbone.extract import extract, load_network
+from pomona.backbone import mobilenet
+from pomona.backbone.extract import extract_photos, load_network
 from pomona.backbone.spec import make_spec
 from pomona.backbone.weights import load_weights
 from pomona.core.cpus import available_cpus
@@ -56,10 +56,10 @@ class MobileNetV2Extractor:
         backend: str = "onnx",
         image_size: int = 224,
     ) -> None:
-        found = load_weights(weights)
-        self._trained = found.trained
+        loaded = load_weights(weights)
+        self._trained = loaded.trained
         spec = make_spec(
-            found, image_size=image_size, backend=backend, device=device, batch_size=batch_size
+            loaded, image_size=image_size, backend=backend, device=device, batch_size=batch_size
         )
         self.spec = replace(spec, threads=available_cpus())
 
@@ -82,18 +82,14 @@ class MobileNetV2Extractor:
         RequestError
             If a photo can't be used. `pomona.extract` gives it a row with an error code instead.
         """
-        if not contents:
-            return np.zeros((0, FEATURES), np.float32)
-        batch = pa.record_batch({"content": pa.array(contents, pa.binary())})
-        rows = next(extract(iter([batch]), self.spec))
-        for index, error in enumerate(rows["error"].to_pylist()):
+        photos = extract_photos(contents, self.spec)
+        for index, error in enumerate(photos.errors):
             if error is not None:
                 raise RequestError(f"photo {index} of {len(contents)} can't be used: {error}")
-        values = rows["features"].values.to_numpy()
-        return np.asarray(values, np.float32).reshape(len(contents), FEATURES)
+        return photos.outputs[mobilenet.OUTPUT]
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what the extractor is made of, and what one photo costs it in milliseconds."""
+        """Return the extractor's weights and settings, and one photo's time in milliseconds."""
         blank = np.zeros((1, self.spec.image_size, self.spec.image_size, 3), np.uint8)
         run = load_network(self.spec)
         run(blank)

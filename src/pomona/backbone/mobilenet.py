@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,7 @@ class Conv(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Convolutions in a row; with ``residual`` the block's input is added to its output."""
+    """Consecutive convolutions; with ``residual`` the block's input is added to its output."""
 
     convs: tuple[Conv, ...]
     residual: bool
@@ -95,19 +95,19 @@ def _inverted_residual(key: str, inputs: int, outputs: int, expansion: int, stri
 
 
 def convs() -> Iterator[Conv]:
-    """Yield every convolution in the order of the data."""
+    """Yield every convolution, from the input to the output."""
     for block in blocks():
         yield from block.convs
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Return the keys that weights must have, with their shapes, in the order of the data."""
-    found: dict[str, tuple[int, ...]] = {}
+    """Return the keys and shapes that weights must have, from the input to the output."""
+    shape_of: dict[str, tuple[int, ...]] = {}
     for conv in convs():
-        found[f"{conv.weight}.weight"] = conv.shape
+        shape_of[f"{conv.weight}.weight"] = conv.shape
         for part in ("weight", "bias", "running_mean", "running_var"):
-            found[f"{conv.norm}.{part}"] = (conv.outputs,)
-    return found
+            shape_of[f"{conv.norm}.{part}"] = (conv.outputs,)
+    return shape_of
 
 
 def check(state: State, where: str) -> dict[str, npt.NDArray[np.float32]]:
@@ -134,7 +134,7 @@ def check(state: State, where: str) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def digest(state: State) -> str:
-    """Return the sha256 of the backbone's values, whatever the format of the file."""
+    """Return the sha256 of the backbone's values; it doesn't depend on the file's format."""
     sha = hashlib.sha256()
     for key, value in check(state, "the weights").items():
         sha.update(f"{key} {value.shape}\n".encode())
@@ -143,7 +143,7 @@ def digest(state: State) -> str:
 
 
 def random_state(seed: int) -> dict[str, npt.NDArray[np.float32]]:
-    """Return random weights that keep the signal's size from layer to layer (He et al. 2015).
+    """Return random weights that keep the signal's variance from layer to layer (He et al. 2015).
 
     torchvision's own initialisation relies on batch statistics, which an untrained network lacks.
     """
@@ -165,7 +165,7 @@ def random_state(seed: int) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def preprocessing(image_size: int) -> dict[str, object]:
-    """Return what happens to a photo before the first convolution, as data beside the weights."""
+    """Return how a photo is prepared for the first convolution, to be stored with the weights."""
     return {
         "image_size": image_size,
         "resize": "stretch",
@@ -191,78 +191,39 @@ def fold(state: State, conv: Conv) -> tuple[npt.NDArray[np.float32], npt.NDArray
 def folded(state: State) -> dict[str, npt.NDArray[np.float32]]:
     """Return every convolution's weight and bias, its batch norm folded in: 104 tensors.
 
-    Whether the weights' own batch norms are folded already makes no difference to what comes out.
+    Weights from `unfolded` give the same result.
     """
-    found: dict[str, npt.NDArray[np.float32]] = {}
+    tensors: dict[str, npt.NDArray[np.float32]] = {}
     for conv in convs():
-        found[f"{conv.weight}.weight"], found[f"{conv.weight}.bias"] = fold(state, conv)
-    return found
+        tensors[f"{conv.weight}.weight"], tensors[f"{conv.weight}.bias"] = fold(state, conv)
+    return tensors
 
 
 def unfolded(state: State) -> dict[str, npt.NDArray[np.float32]]:
-    """Return weights of all `shapes` that do what `folded` ones do: the batch norms add the bias.
+    """Return `folded` weights in the layout of `shapes`: each batch norm adds the bias.
 
-    Their mean is 0 and their variance 1; the factor makes up for epsilon.
+    Their mean is 0 and their variance 1; the factor compensates for epsilon.
     """
-    found: dict[str, npt.NDArray[np.float32]] = {}
+    tensors: dict[str, npt.NDArray[np.float32]] = {}
     for conv in convs():
         bias = np.asarray(state[f"{conv.weight}.bias"], np.float32)
         ones, zeros = np.ones_like(bias), np.zeros_like(bias)
-        found[f"{conv.weight}.weight"] = np.asarray(state[f"{conv.weight}.weight"], np.float32)
-        found[f"{conv.norm}.weight"] = ones * np.float32(np.sqrt(1 + BN_EPSILON))
-        found[f"{conv.norm}.bias"] = bias
-        found[f"{conv.norm}.running_mean"], found[f"{conv.norm}.running_var"] = zeros, ones
-    return found
+        tensors[f"{conv.weight}.weight"] = np.asarray(state[f"{conv.weight}.weight"], np.float32)
+        tensors[f"{conv.norm}.weight"] = ones * np.float32(np.sqrt(1 + BN_EPSILON))
+        tensors[f"{conv.norm}.bias"] = bias
+        tensors[f"{conv.norm}.running_mean"], tensors[f"{conv.norm}.running_var"] = zeros, ones
+    return tensors
 
 
 def to_onnx(state: State, image_size: int, name: str, weights_digest: str) -> bytes:
     """Build the ONNX file: uint8 ``image`` [n, h, w, 3] in, float32 ``features`` [n, 1280] out.
 
-    Normalisation is inside the graph (a normalised photo is four times as many bytes to move), and
-    what it does is also the file's metadata. Runs on the driver: executors don't need ``onnx``.
+    Normalisation is inside the graph, because a normalised photo is four times as many bytes to
+    move; the file's metadata describes it. Runs on the driver: executors don't need ``onnx``.
     """
     from onnx import TensorProto, checker, helper, numpy_helper
 
-    nodes = [
-        helper.make_node("Transpose", [INPUT], ["planes"], perm=[0, 3, 1, 2]),
-        helper.make_node("Cast", ["planes"], ["floats"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["floats", "input_scale"], ["scaled"]),
-        helper.make_node("Add", ["scaled", "input_shift"], ["normalised"]),
-    ]
-    mean, std = np.array(MEAN), np.array(STD)
-    constants = {
-        "input_scale": (1 / (255 * std)).astype(np.float32).reshape(1, 3, 1, 1),
-        "input_shift": (-mean / std).astype(np.float32).reshape(1, 3, 1, 1),
-        "zero": np.array(0, np.float32),
-        "six": np.array(6, np.float32),
-    }
-    here = "normalised"
-    for block in blocks():
-        start = here
-        for conv in block.convs:
-            key = conv.weight
-            constants[f"{key}.w"], constants[f"{key}.b"] = fold(state, conv)
-            pad = conv.kernel // 2
-            nodes.append(
-                helper.make_node(
-                    "Conv",
-                    [here, f"{key}.w", f"{key}.b"],
-                    [f"{key}.out"],
-                    kernel_shape=[conv.kernel] * 2,
-                    strides=[conv.stride] * 2,
-                    pads=[pad] * 4,
-                    group=conv.groups,
-                )
-            )
-            here = f"{key}.out"
-            if conv.relu:
-                nodes.append(helper.make_node("Clip", [here, "zero", "six"], [f"{key}.relu"]))
-                here = f"{key}.relu"
-        if block.residual:
-            nodes.append(helper.make_node("Add", [start, here], [f"{here}.sum"]))
-            here = f"{here}.sum"
-    nodes.append(helper.make_node("GlobalAveragePool", [here], ["pooled"]))
-    nodes.append(helper.make_node("Flatten", ["pooled"], [OUTPUT]))
+    nodes, constants = _graph(state)
     graph = helper.make_graph(
         nodes,
         "mobilenet_v2",
@@ -284,3 +245,53 @@ def to_onnx(state: State, image_size: int, name: str, weights_digest: str) -> by
     helper.set_model_props(model, about)
     checker.check_model(model)
     return bytes(model.SerializeToString())
+
+
+def _graph(state: State) -> tuple[list[Any], dict[str, npt.NDArray[np.float32]]]:
+    """Return the nodes (onnx.NodeProto) from `INPUT` to `OUTPUT`, and the constants they name."""
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("Transpose", [INPUT], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["planes"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["floats", "input_scale"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "input_shift"], ["normalised"]),
+    ]
+    mean, std = np.array(MEAN), np.array(STD)
+    constants = {
+        "input_scale": (1 / (255 * std)).astype(np.float32).reshape(1, 3, 1, 1),
+        "input_shift": (-mean / std).astype(np.float32).reshape(1, 3, 1, 1),
+        "zero": np.array(0, np.float32),
+        "six": np.array(6, np.float32),
+    }
+    here = "normalised"
+    for block in blocks():
+        start = here
+        for conv in block.convs:
+            constants[f"{conv.weight}.w"], constants[f"{conv.weight}.b"] = fold(state, conv)
+            nodes.append(_conv_node(conv, here))
+            here = f"{conv.weight}.out"
+            if conv.relu:
+                relu = f"{conv.weight}.relu"
+                nodes.append(helper.make_node("Clip", [here, "zero", "six"], [relu]))
+                here = relu
+        if block.residual:
+            nodes.append(helper.make_node("Add", [start, here], [f"{here}.sum"]))
+            here = f"{here}.sum"
+    nodes.append(helper.make_node("GlobalAveragePool", [here], ["pooled"]))
+    nodes.append(helper.make_node("Flatten", ["pooled"], [OUTPUT]))
+    return nodes, constants
+
+
+def _conv_node(conv: Conv, source: str) -> Any:
+    from onnx import helper
+
+    return helper.make_node(
+        "Conv",
+        [source, f"{conv.weight}.w", f"{conv.weight}.b"],
+        [f"{conv.weight}.out"],
+        kernel_shape=[conv.kernel] * 2,
+        strides=[conv.stride] * 2,
+        pads=[conv.kernel // 2] * 4,
+        group=conv.groups,
+    )

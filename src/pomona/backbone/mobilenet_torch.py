@@ -19,8 +19,8 @@ Runner = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 class MobileNetV2(nn.Module):
     """The backbone: float32 [n, 3, h, w], normalised, to features [n, 1280].
 
-    Without ``norm`` each convolution has a bias and no batch norm follows: what `mobilenet.folded`
-    holds.
+    With ``norm=False`` each convolution has a bias and no batch norm follows, for the weights of
+    `mobilenet.folded`.
     """
 
     def __init__(self, *, norm: bool = True) -> None:
@@ -127,7 +127,7 @@ def build_runner(
 
     @torch.inference_mode()
     def run(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        if not image.flags.writeable:  # one photo alone comes as it was decoded
+        if not image.flags.writeable:  # a single photo is passed as decoded, without a copy
             image = image.copy()
         x = torch.from_numpy(image).to(device, non_blocking=True)
         x = ((x.float() / 255 - mean) / std).permute(0, 3, 1, 2)

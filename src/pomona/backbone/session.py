@@ -35,7 +35,8 @@ def onnx_session(
     options.log_severity_level = 3
     providers: list[Any] = ["CPUExecutionProvider"]
     if device == "cuda":
-        # The arena takes what is asked for, not the next power of two, up to this worker's share.
+        # The arena grows by what is asked for, not to the next power of two, and up to this
+        # worker's share.
         cuda: dict[str, Any] = {"arena_extend_strategy": "kSameAsRequested", "device_id": gpu}
         if total := gpu_memory():
             cuda["gpu_mem_limit"] = int(total * memory_share)
@@ -44,12 +45,12 @@ def onnx_session(
 
 
 def gpu_memory() -> int:
-    """Return the first GPU's memory in bytes, or 0 where nothing tells."""
+    """Return the first GPU's memory in bytes, or 0 where nvidia-smi gives none."""
     import subprocess
 
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return int(told.stdout.split()[0]) << 20
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return int(answer.stdout.split()[0]) << 20
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):
         return 0

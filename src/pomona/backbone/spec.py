@@ -1,4 +1,4 @@
-"""`BackboneSpec`: all that decides what features come out. Made on the driver, picklable."""
+"""`BackboneSpec`: everything that determines the features. Made on the driver, picklable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GPU_BATCH = 128
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """All that decides what features come out, and how they are computed. Picklable, hashable.
+    """Everything that determines the features, and how they are computed. Picklable, hashable.
 
     Attributes
     ----------
@@ -42,11 +42,11 @@ class BackboneSpec:
     gpu
         Which GPU, where there are several.
     guard
-        What is done about photos that end or stall the process (`pomona.photos.isolation`).
+        How photos that crash or stall the decoder are contained (`pomona.photos.isolation`).
     pixels
         Pixels that may be decoded (`pomona.photos.decoding.decode`).
     outputs
-        What `extract` adds for each photo: ``features``, or outputs of a model's file
+        What `extract` returns for each photo: ``features``, or outputs of a model's file
         (`pomona.model.artifact`).
     payload
         The weights' bytes: an ONNX file, or safetensors for torch.
@@ -62,13 +62,13 @@ class BackboneSpec:
     threads: int = 1
     memory_share: float = 1.0
     gpu: int = 0
-    guard: Guard = field(default="", compare=False)  # the network is the same
+    guard: Guard = field(default="", compare=False)  # not part of the network
     pixels: int = field(default=MAX_DECODED, compare=False)
     outputs: tuple[str, ...] = (mobilenet.OUTPUT,)
     payload: bytes = field(default=b"", repr=False, compare=False)
 
     def fingerprint(self) -> dict[str, object]:
-        """Return what must agree for two tables' features to be comparable."""
+        """Return what must be equal for the features of two tables to be comparable."""
         return {
             "weights_digest": self.digest,
             "backend": self.backend,
@@ -89,12 +89,12 @@ def make_spec(
     batch_size: int | None = None,
     elsewhere: bool = False,
 ) -> BackboneSpec:
-    """Put weights, backend and device together. Runs on the driver.
+    """Combine weights, backend and device. Runs on the driver.
 
     Parameters
     ----------
     elsewhere
-        The GPUs are the workers', so that what this machine has says nothing.
+        The GPUs are the workers': this machine needs none.
 
     Raises
     ------
@@ -109,15 +109,15 @@ def make_spec(
         raise RequestError(f"--backend is onnx or torch, not {backend}")
     if batch_size is not None and batch_size < 1:
         raise RequestError(f"a batch holds at least one photo, not {batch_size}")
-    found = find_device(backend, device, elsewhere=elsewhere)
+    device = find_device(backend, device, elsewhere=elsewhere)
     return BackboneSpec(
         weights=weights.name,
         digest=weights.digest,
         image_size=image_size,
         backend=backend,
-        device=found,
-        precision="mixed" if backend == "torch" and found == "cuda" else "float32",
-        batch_size=batch_size or (GPU_BATCH if found == "cuda" else CPU_BATCH),
+        device=device,
+        precision="mixed" if backend == "torch" and device == "cuda" else "float32",
+        batch_size=batch_size or (GPU_BATCH if device == "cuda" else CPU_BATCH),
         payload=_payload(weights, backend, image_size),
     )
 
@@ -158,7 +158,7 @@ def _sees_cuda(backend: str) -> bool:
         return cuda_devices() > 0
     from onnxruntime import get_available_providers
 
-    # The providers are what was compiled in; whether there is a GPU is another question.
+    # The list holds what onnxruntime was compiled with, also where there is no GPU.
     return "CUDAExecutionProvider" in get_available_providers() and gpu_memory() > 0
 
 

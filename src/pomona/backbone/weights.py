@@ -1,4 +1,4 @@
-"""Where weights come from, and their check. Runs on the driver; executors get the bytes from it."""
+"""Find, fetch and check weights. Runs on the driver, which sends the bytes to executors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import re
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -17,21 +16,21 @@ import numpy.typing as npt
 
 from pomona.backbone import mobilenet
 from pomona.core.errors import MissingError, WeightsError
-from pomona.core.files import cache_folder, sha256
+from pomona.core.files import atomic_file, cache_folder, sha256
 from pomona.core.schema import SPLITS
 
 OFFICIAL_URL = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
-"""torchvision's MobileNet_V2_Weights.IMAGENET1K_V1; its name holds the start of its sha256."""
+"""torchvision's MobileNet_V2_Weights.IMAGENET1K_V1; the name ends with the start of its sha256."""
 
 FRUITS = Path(__file__).parents[1] / "data" / "fruits.safetensors"
-"""Weights in the package, float16, trained by `pomona finetune` from a random start; the model card
-lies beside them (benchmarks/fruits.py makes both)."""
+"""The package's own weights, float16, trained by `pomona finetune` from a random start;
+benchmarks/fruits.py makes them and the model card beside them."""
 
 TUNED_ON = "pomona.tuned_on"
-"""Key of a ``.safetensors`` file's metadata."""
+"""Metadata key of a ``.safetensors`` file: the `mark` of each folder it was trained on."""
 
 OnBytes = Callable[[int, int], None]
-"""Called with (bytes so far, bytes in all; 0 if unknown)."""
+"""Called during a download with (bytes so far, bytes in all; 0 if unknown)."""
 
 REMEDIES = (
     "set POMONA_WEIGHTS or --weights to a .safetensors, .pth or .onnx file, put the official file "
@@ -41,7 +40,7 @@ REMEDIES = (
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that were found and checked.
+    """Weights that were read and checked.
 
     Attributes
     ----------
@@ -70,7 +69,7 @@ class Weights:
 
 
 def default() -> str:
-    """Return the weights to take when the user names none."""
+    """Return the name of the weights to use if the user gives none."""
     return os.environ.get("POMONA_WEIGHTS") or "imagenet"
 
 
@@ -83,12 +82,12 @@ def load_weights(name: str | None = None, on_bytes: OnBytes | None = None) -> We
         ``imagenet``, ``fruits``, ``random:SEED``, or the path of a ``.pth``, ``.safetensors`` or
         ``.onnx`` file; by default `default`.
     on_bytes
-        Told the progress of a download.
+        Called with the progress of a download.
 
     Raises
     ------
     WeightsError
-        If they can't be had, are damaged, or are not MobileNetV2's.
+        If they are missing or can't be fetched, are damaged, or are not MobileNetV2's.
     """
     name = name or default()
     if name.startswith("random:"):
@@ -123,7 +122,7 @@ def fruits(path: Path) -> Weights:
 
 
 def pack(weights: Weights) -> bytes:
-    """Return the bytes that `unpack` reads: an ONNX file, or safetensors."""
+    """Return the weights as bytes for `unpack`: an ONNX file, or safetensors."""
     if weights.onnx is not None:
         return weights.onnx
     from safetensors.numpy import save
@@ -133,7 +132,7 @@ def pack(weights: Weights) -> bytes:
 
 
 def unpack(name: str, kind: str, content: bytes, digest: str, where: str) -> Weights:
-    """Read what `pack` wrote. Runs no code from it.
+    """Read the bytes that `pack` returned. Runs no code from them.
 
     Parameters
     ----------
@@ -142,40 +141,41 @@ def unpack(name: str, kind: str, content: bytes, digest: str, where: str) -> Wei
     kind
         ``onnx`` or ``safetensors``.
     where
-        What an error calls the place.
+        The place's name in an error's message.
 
     Raises
     ------
     WeightsError
         If it is damaged: the digest isn't the one that was packed.
     """
-    found = None
+    weights = None
     if kind == "onnx":
-        found = Weights(name, hashlib.sha256(content).hexdigest(), onnx=content)
+        weights = Weights(name, hashlib.sha256(content).hexdigest(), onnx=content)
     else:
         from safetensors import SafetensorError
         from safetensors.numpy import load as from_bytes
 
         with contextlib.suppress(SafetensorError, WeightsError):
-            found = _from_state(name, from_bytes(content), where)
-    if found is None or found.digest != digest:
+            weights = _from_state(name, from_bytes(content), where)
+    if weights is None or weights.digest != digest:
         raise WeightsError(
             f"the weights in {where} were changed or damaged: their digest isn't the one they were "
             "saved with; copy the folder again, or save it again"
         )
-    return found
+    return weights
 
 
 def mark(folder: str) -> str:
-    """Return what stands for a folder of photos in tuned weights: names may tell of people.
+    """Return the digest that stands for a folder of photos in tuned weights.
 
-    It is the same whether the source was given with or without its Training folder.
+    Folder names may identify people, so the name itself isn't stored. The digest is the same
+    whether the source was given with or without its Training folder.
     """
     return hashlib.sha256(folder.removeprefix(f"{SPLITS[0]}/").encode()).hexdigest()[:16]
 
 
 def to_bytes(state: mobilenet.State, tuned_on: Iterable[str]) -> bytes:
-    """Return the ``.safetensors`` file of tuned weights; `load` gives ``tuned_on`` back."""
+    """Return the ``.safetensors`` file of tuned weights; `load_weights` reads ``tuned_on`` back."""
     from safetensors.numpy import save
 
     return save(dict(state), {TUNED_ON: " ".join(sorted(set(tuned_on)))})
@@ -195,10 +195,10 @@ def _from_state(name: str, state: mobilenet.State, where: str) -> Weights:
 def _from_file(name: str, path: Path, where: str) -> Weights:
     from safetensors import safe_open
 
-    found = _from_state(name, _read_safetensors(path), where)
+    weights = _from_state(name, _read_safetensors(path), where)
     with safe_open(path, "np") as file:
         marks = (file.metadata() or {}).get(TUNED_ON, "")
-    return replace(found, tuned_on=tuple(marks.split()))
+    return replace(weights, tuned_on=tuple(marks.split()))
 
 
 def _onnx(path: Path) -> Weights:
@@ -238,20 +238,16 @@ def _read_pth(path: Path) -> dict[str, npt.NDArray[np.generic]]:
 def _official(on_bytes: OnBytes | None) -> Path:
     """Return the official file, fetched if it isn't in the cache."""
     path = cache_folder() / OFFICIAL_URL.rsplit("/", 1)[-1]
-    if path.is_file() and _hash_in_name(path) == sha256(path)[:8]:
+    digest = path.stem.rsplit("-", 1)[-1]
+    if path.is_file() and sha256(path)[:8] == digest:
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with atomic_file(path) as part:
         _download(OFFICIAL_URL, part, on_bytes)
-        if _hash_in_name(path) != sha256(part)[:8]:
+        if sha256(part)[:8] != digest:
             raise WeightsError(
                 f"what came from {OFFICIAL_URL} is not the official file (its sha256 differs): "
                 "try again, or fetch it by other means and name it with --weights"
             )
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 
@@ -259,18 +255,12 @@ def _download(url: str, to: Path, on_bytes: OnBytes | None) -> None:
     try:
         with urllib.request.urlopen(url, timeout=30) as answer, to.open("wb") as file:
             total = int(answer.headers.get("Content-Length") or 0)
-            done = 0
             while chunk := answer.read(1 << 18):
                 file.write(chunk)
-                done += len(chunk)
                 if on_bytes:
-                    on_bytes(done, total)
-    except (urllib.error.URLError, OSError) as error:
+                    on_bytes(file.tell(), total)
+    except OSError as error:  # URLError is one
         reason = getattr(error, "reason", error)
         raise WeightsError(
             f"the ImageNet weights can't be fetched ({reason}): {REMEDIES}"
         ) from error
-
-
-def _hash_in_name(path: Path) -> str:
-    return path.stem.rsplit("-", 1)[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,6 +97,14 @@ def answers(batch: pa.RecordBatch, recogniser: Recogniser) -> list[dict[str, Any
     for row, error in zip(rows, errors, strict=True):
         row["error"] = error
     return rows
+
+
+def answer_photos(contents: Sequence[bytes | None], found: Recogniser) -> list[dict[str, Any]]:
+    """Answer for photos' bytes without Arrow: one row each, as `ANSWERS`. Runs on workers."""
+    photos = extract.extract_photos(contents, found.spec)
+    pairs = zip(photos.by_photo("probabilities"), photos.by_photo("score"), strict=True)
+    rows = [answer(p, None if s is None else float(s), found) for p, s in pairs]
+    return [{**row, "error": error} for row, error in zip(rows, photos.errors, strict=True)]
 
 
 def _vectors(column: pa.Array) -> Iterator[npt.NDArray[np.float32] | None]:

@@ -7,8 +7,8 @@
             ├─ pool     a bounded queue and a thread for each core (`pomona.serving.worker_pool`)
             └─ answer   JSON, or a problem (`pomona.serving.problem_details`)
 
-A photo that can't be used is a problem when it came alone, and a row with its code among others,
-as in the tables. The bytes of photos are held in memory until the answer is there.
+A photo that can't be used is a problem if it is the only one of a request, and otherwise a row with
+its code, as in the tables. Photos' bytes are held in memory until the answer is sent.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -27,90 +25,26 @@ from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, Response
 from starlette.types import Receive, Scope, Send
 
 import pomona
-from pomona.core.cpus import available_cpus
 from pomona.core.errors import PomonaError
-from pomona.export import quantization
-from pomona.model.artifact import Model
-from pomona.photos.isolation import Guard
-from pomona.serving import openapi, problem_details, prometheus, uploads, worker_pool
+from pomona.serving import openapi, prometheus
 from pomona.serving.middleware import PROBLEM, Gate
-from pomona.serving.problem_details import Problem
-from pomona.serving.uploads import Budget, Limits, overloaded
-from pomona.serving.worker_pool import MOST_TOP, FullError, Kind, Loaded, Pool, Row
-from pomona.web import page
+from pomona.serving.problem_details import Problem, described
+from pomona.serving.service import Fetch, Service, Settings
+from pomona.serving.worker_pool import MOST_TOP, Loaded, Row
+from pomona.web.page import HEADERS, File
 
-log = logging.getLogger("pomona.serving.app")
+__all__ = ["Settings", "create"]
 
-MEMORY = 256 << 20
-"""Bytes of photos that are held at a time, over all requests; more where one may be large."""
+PREDICT, FEATURES, MODEL, RELOAD = "/v1/predict", "/v1/features", "/v1/model", "/v1/reload"
+ROUTES = {PREDICT, FEATURES, MODEL, RELOAD, "/healthz", "/readyz", "/metrics", "/openapi.json"}
+OPEN = {"/healthz", "/readyz", "/openapi.json"}
+"""Routes that need no key, as the page's own files do."""
 
-FRESH = 2.0
-"""Seconds for which `/readyz` goes by its last check."""
-
-CHECK = 5.0
-"""Seconds in which a check has to get its answer: it goes before all photos that wait."""
-
-Fetch = Callable[[], Model]
-"""Where the model is read from, when it is asked for anew."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the service answers; see ``pomona serve --help``.
-
-    Attributes
-    ----------
-    keys
-        Who has one of them may ask; none: everybody.
-    limits
-        Of one request.
-    queue
-        Photos that may wait; None: 16 for each worker.
-    workers
-        Threads; None: one for each core.
-    watch
-        Seconds between looks for another model; 0: none.
-    origins
-        Web sites whose pages may ask (CORS).
-    guard
-        ``child``: decode in child processes.
-    pixels
-        Pixels that may be decoded. Below the tables' limit: a worker takes 8 bytes for each.
-    """
-
-    keys: tuple[str, ...] = ()
-    limits: Limits = field(default_factory=Limits)
-    queue: int | None = None
-    workers: int | None = None
-    device: str = "auto"
-    watch: float = 0.0
-    origins: tuple[str, ...] = ()
-    guard: Guard = ""
-    pixels: int = 24_000_000
-
-
-# --- the application ---------------------------------------------------------------------------
-
-
-@dataclass
-class Service:
-    """What the routes share."""
-
-    pool: Pool
-    settings: Settings
-    fetch: Fetch
-    budget: Budget
-    metrics: prometheus.Metrics
-    site: page.Site
-    checked: float = 0.0
-    healthy: bool = False
-    checking: asyncio.Lock = field(default_factory=asyncio.Lock)
-    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+Top = Annotated[int, Query(ge=1, le=MOST_TOP, description="Labels to name for each photo.")]
 
 
 def create(fetch: Fetch, settings: Settings | None = None) -> FastAPI:
@@ -119,7 +53,7 @@ def create(fetch: Fetch, settings: Settings | None = None) -> FastAPI:
     Parameters
     ----------
     fetch
-        Reads the model, now and whenever it is asked for anew.
+        Reads the model, now and whenever it may have changed.
 
     Raises
     ------
@@ -127,18 +61,7 @@ def create(fetch: Fetch, settings: Settings | None = None) -> FastAPI:
         If there is no model, or no such device.
     """
     settings = settings or Settings()
-    loaded = _load(fetch(), settings)
-    one = settings.limits.body
-    service = Service(
-        Pool(loaded, settings.workers, settings.queue),
-        settings,
-        fetch,
-        Budget(max(MEMORY, 4 * one)),
-        prometheus.Metrics(),
-        _site(loaded, settings),
-    )
-    service.metrics.model(loaded.model.version)
-    service.metrics.watch_queue(lambda: service.pool.waiting)
+    service = Service(fetch, settings)
     app = FastAPI(
         title="Pomona",
         summary="What fruit is on a photo?",
@@ -146,13 +69,23 @@ def create(fetch: Fetch, settings: Settings | None = None) -> FastAPI:
         docs_url=None,  # FastAPI's pages load scripts from another host
         redoc_url=None,
         redirect_slashes=False,
-        lifespan=lambda _: _life(service),
-        responses={401: problem_details.described(401, {"unauthorized": "Send a key."})},
+        lifespan=lambda _: _lifespan(service),
+        responses={401: described(401, {"unauthorized": "Send a key."})},
     )
     app.state.service = service
     app.openapi = lambda: openapi.document(app, keys=bool(settings.keys))  # type: ignore[method-assign]
-    _handle_errors(app)
-    _add_routes(app, service)
+    for kind in (Problem, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _handle)
+    _add_photo_routes(app, service)
+    _add_model_routes(app, service)
+    _add_operator_routes(app, service)
+    _add_page(app, service)
+    _add_middleware(app, service)
+    return app
+
+
+def _add_middleware(app: FastAPI, service: Service) -> None:
+    settings = service.settings
     app.add_middleware(
         Gate,
         metrics=service.metrics,
@@ -170,27 +103,11 @@ def create(fetch: Fetch, settings: Settings | None = None) -> FastAPI:
             allow_headers=["Authorization", "Content-Type", "X-API-Key"],
             expose_headers=["Retry-After"],
         )
-    return app
-
-
-def _load(found: Model, settings: Settings) -> Loaded:
-    return worker_pool.load(
-        found,
-        device=settings.device,
-        threads=settings.workers or available_cpus(),
-        guard=settings.guard,
-        pixels=settings.pixels,
-    )
-
-
-def _site(loaded: Loaded, settings: Settings) -> page.Site:
-    phone = quantization.phone(loaded.model.content)
-    return page.site(loaded.model, phone, service=True, needs_key=bool(settings.keys))
 
 
 @contextlib.asynccontextmanager
-async def _life(service: Service) -> AsyncIterator[None]:
-    watching = asyncio.create_task(_watch(service)) if service.settings.watch else None
+async def _lifespan(service: Service) -> AsyncIterator[None]:
+    watching = asyncio.create_task(service.watch()) if service.settings.watch else None
     yield
     if watching:
         watching.cancel()
@@ -200,25 +117,21 @@ async def _life(service: Service) -> AsyncIterator[None]:
 # --- errors ------------------------------------------------------------------------------------
 
 
-def _handle_errors(app: FastAPI) -> None:
-    async def handle(request: Request, error: Exception) -> Response:
-        problem = _as_problem(error)
-        request.scope[PROBLEM] = problem.code  # for the gate, which counts
-        return problem.response()
-
-    for kind in (Problem, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, handle)
+async def _handle(request: Request, error: Exception) -> Response:
+    problem = _as_problem(error)
+    request.scope[PROBLEM] = problem.code  # for the gate, which counts
+    return problem.response()
 
 
 def _as_problem(error: Exception) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, RequestValidationError):
-        found = "; ".join(
+        detail = "; ".join(
             f"{'.'.join(str(part) for part in each['loc'][1:])}: {each['msg']}"
             for each in error.errors()
         )
-        return Problem(422, "invalid_request", found)
+        return Problem(422, "invalid_request", detail)
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     if error.status_code == 404:
@@ -231,15 +144,8 @@ def _as_problem(error: Exception) -> Problem:
 
 # --- routes ------------------------------------------------------------------------------------
 
-PREDICT, FEATURES, MODEL, RELOAD = "/v1/predict", "/v1/features", "/v1/model", "/v1/reload"
-ROUTES = {PREDICT, FEATURES, MODEL, RELOAD, "/healthz", "/readyz", "/metrics", "/openapi.json"}
-OPEN = {"/healthz", "/readyz", "/openapi.json"}
-"""What needs no key, beside the page."""
 
-Top = Annotated[int, Query(ge=1, le=MOST_TOP, description="Labels to name for each photo.")]
-
-
-def _add_routes(app: FastAPI, service: Service) -> None:
+def _add_photo_routes(app: FastAPI, service: Service) -> None:
     @app.post(
         PREDICT,
         openapi_extra=openapi.BODY,
@@ -249,9 +155,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def predict(request: Request, top: Top = 3) -> Response:
         """Tell what is on photos."""
         start = time.perf_counter()
-        found = await _answered(service, request, "predict")
-        told = [_told(row, top) for row, _ in found]
-        return _json({"answers": told, **_about(found, start)})
+        rows = await service.answer(request, "predict")
+        answers = [_as_json(row, top) for row, _ in rows]
+        return _json({"answers": answers, **_about(rows, start)})
 
     @app.post(
         FEATURES,
@@ -262,13 +168,15 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def features(request: Request) -> Response:
         """Return photos' features: 1280 numbers each, as in OUT/features."""
         start = time.perf_counter()
-        found = await _answered(service, request, "features")
-        return _json({"photos": [row for row, _ in found], **_about(found, start)})
+        rows = await service.answer(request, "features")
+        return _json({"photos": [row for row, _ in rows], **_about(rows, start)})
 
+
+def _add_model_routes(app: FastAPI, service: Service) -> None:
     @app.get(MODEL, response_model=openapi.Card)
     async def model() -> Response:
         """Return labels, metrics, and what the model was made from."""
-        now = service.pool.loaded.model
+        now = service.model
         return _json(
             {
                 "version": now.version,
@@ -282,19 +190,21 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         RELOAD,
         response_model=openapi.Reloaded,
         responses={
-            403: problem_details.described(403, {"forbidden": "The service has no keys."}),
-            409: problem_details.described(409, {"not_reloaded": "The new model can't be used."}),
+            403: described(403, {"forbidden": "The service has no keys."}),
+            409: described(409, {"not_reloaded": "The new model can't be used."}),
         },
     )
     async def reload() -> Response:
         """Take over the model that lies where this one came from. Needs a key."""
         try:
-            changed = await _renew(service)
+            changed = await service.renew()
         except (PomonaError, RuntimeError, OSError) as error:
             detail = " ".join(str(error).split())
             raise Problem(409, "not_reloaded", f"The old model stays: {detail}") from error
-        return _json({"version": service.pool.loaded.model.version, "changed": changed})
+        return _json({"version": service.model.version, "changed": changed})
 
+
+def _add_operator_routes(app: FastAPI, service: Service) -> None:
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Say that the process is up."""
@@ -302,11 +212,11 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get(
         "/readyz",
-        responses={503: problem_details.described(503, {"not_ready": "The check failed."})},
+        responses={503: described(503, {"not_ready": "The check failed."})},
     )
     async def readyz() -> dict[str, str]:
         """Say whether a photo gets an answer: one is sent through the model, at most every 2 s."""
-        if not await _is_ready(service):
+        if not await service.is_ready():
             raise Problem(503, "not_ready", "A photo got no answer.", {"Retry-After": "2"})
         return {"status": "ready"}
 
@@ -315,81 +225,39 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """Return figures for Prometheus."""
         return Response(service.metrics.text(), media_type=prometheus.MEDIA_TYPE)
 
-    async def page(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            await _file(service, Request(scope))(scope, receive, send)
-
-    app.router.default = page  # where no route fits: a catch-all would hide a 405 of theirs
-
 
 def _json(value: Any) -> Response:
     return Response(json.dumps(value, ensure_ascii=False), media_type="application/json")
 
 
-def _about(found: Sequence[tuple[Row, Loaded]], start: float) -> dict[str, Any]:
+def _about(rows: Sequence[tuple[Row, Loaded]], start: float) -> dict[str, Any]:
     milliseconds = round(1e3 * (time.perf_counter() - start), 2)
-    return {"model": {"version": found[0][1].model.version}, "milliseconds": milliseconds}
+    return {"model": {"version": rows[0][1].model.version}, "milliseconds": milliseconds}
 
 
-def _told(row: Row, top: int) -> dict[str, Any]:
+def _as_json(row: Row, top: int) -> dict[str, Any]:
     """Return an answer as `pomona predict --json` gives it."""
     pairs = zip(row["nearest"] or (), row["probabilities"] or (), strict=True)
     nearest = [{"label": label, "probability": round(p, 6)} for label, p in list(pairs)[:top]]
-    told = {name: row[name] for name in openapi.Answer.model_fields if name != "nearest"}
+    answer = {name: row[name] for name in openapi.Answer.model_fields if name != "nearest"}
     for name in ("probability", "score"):
-        told[name] = None if row[name] is None else round(row[name], 6)
-    return {**told, "nearest": nearest}
-
-
-async def _answered(service: Service, request: Request, kind: Kind) -> list[tuple[Row, Loaded]]:
-    """Read a request's photos, queue them, and wait for their rows."""
-    if service.pool.is_full:  # before the body is read: nobody uploads for nothing
-        raise overloaded()
-    with service.budget.share() as share:
-        contents = await uploads.photos(request, service.settings.limits, share)
-        try:
-            futures = service.pool.submit(kind, contents)
-        except FullError:
-            raise overloaded() from None
-        found = await _while_there(service, request, futures)
-    if len(found) == 1 and (code := found[0][0]["error"]):
-        raise problem_details.of_photo(code)
-    service.metrics.answers(row for row, _ in found)
-    return found
-
-
-async def _while_there(
-    service: Service, request: Request, futures: Sequence[Any]
-) -> list[tuple[Row, Loaded]]:
-    """Wait for futures while the client waits too; if it goes, what hasn't begun is dropped."""
-    rows: list[asyncio.Future[Any]] = [asyncio.wrap_future(future) for future in futures]
-    gone: asyncio.Future[Any] = asyncio.ensure_future(_gone(request))
-    try:
-        pending = {*rows, gone}
-        while len(pending) > 1:
-            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            if gone not in pending:
-                raise ClientDisconnect
-        for error in [row.exception() for row in rows]:  # of all, or asyncio complains
-            if error:
-                raise error
-        return [row.result() for row in rows]
-    finally:
-        gone.cancel()
-        if sum(future.cancel() for future in futures):  # what hasn't begun
-            service.pool.drop_cancelled()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        answer[name] = None if row[name] is None else round(row[name], 6)
+    return {**answer, "nearest": nearest}
 
 
 # --- the page ----------------------------------------------------------------------------------
 
 
-def _find(service: Service, path: str) -> page.File | None:
-    """Return the file of a path. Only names in the list exist: there are no paths to climb."""
+def _add_page(app: FastAPI, service: Service) -> None:
+    async def page(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await _file_response(service, Request(scope))(scope, receive, send)
+
+    app.router.default = page  # where no route fits: a catch-all route would hide others' 405
+
+
+def _find(service: Service, path: str) -> File | None:
+    """Return the file of a path. Only names in the list exist: no path leads out of it."""
     return service.site.get(path.removeprefix("/") or "index.html")
 
 
@@ -398,72 +266,16 @@ def _is_guarded(service: Service, path: str) -> bool | None:
     return None if file is None else file.guarded
 
 
-def _file(service: Service, request: Request) -> Response:
+def _file_response(service: Service, request: Request) -> Response:
     """Return a file of the page."""
     file = _find(service, request.url.path)
     if file is None:
         raise HTTPException(404)
     if request.method not in ("GET", "HEAD"):
         raise HTTPException(405, headers={"Allow": "GET, HEAD"})
-    headers = page.HEADERS | file.headers
+    headers = HEADERS | file.headers
     if headers.get("ETag") in request.headers.get("if-none-match", "").split(", "):
         return Response(None, 304, headers)
     if isinstance(file.content, bytes):
         return Response(file.content, headers=headers, media_type=file.media_type)
     return FileResponse(file.content, headers=headers, media_type=file.media_type)
-
-
-# --- readiness, another model ------------------------------------------------------------------
-
-
-async def _is_ready(service: Service) -> bool:
-    async with service.checking:  # one at a time: checks go before all photos that wait
-        if time.monotonic() - service.checked > FRESH:
-            service.healthy = await _gets_answer(service)
-            service.checked = time.monotonic()
-        return service.healthy
-
-
-async def _gets_answer(service: Service) -> bool:
-    try:
-        (future,) = service.pool.submit("predict", [worker_pool.sample()], first=True)
-        with anyio.fail_after(CHECK):
-            row, _ = await asyncio.wrap_future(future)
-        worker_pool.check(row)
-    except TimeoutError:
-        log.error("not ready: a photo got no answer within %g s", CHECK)
-        return False
-    except Exception:
-        log.exception("not ready")
-        return False
-    return True
-
-
-async def _renew(service: Service) -> bool:
-    """Read the model anew, try it, and let it answer. Returns whether it is another one."""
-    async with service.changing:
-        return await anyio.to_thread.run_sync(_replace, service)
-
-
-def _replace(service: Service) -> bool:
-    found = service.fetch()
-    if found.about["digest"] == service.pool.loaded.model.about["digest"]:
-        return False
-    loaded = _load(found, service.settings)
-    site = _site(loaded, service.settings)
-    service.pool.swap(loaded)
-    service.site = site
-    service.metrics.model(found.version)
-    log.info("model %s answers now", found.version)
-    return True
-
-
-async def _watch(service: Service) -> None:
-    while True:
-        await asyncio.sleep(service.settings.watch)
-        try:
-            await _renew(service)
-        except (PomonaError, RuntimeError, OSError) as error:  # the next look may succeed
-            log.warning("the old model stays: %s", error)
-        except Exception:
-            log.exception("the old model stays")

@@ -1,4 +1,4 @@
-"""The gate before every route: the key, metrics, the access log, headers. ASGI middleware."""
+"""ASGI middleware before every route: the key, metrics, the access log, headers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ log = logging.getLogger("pomona.serving.app")
 access = logging.getLogger("pomona.access")
 
 PROBLEM = "pomona.problem"
-"""In a request's scope: the code of what went wrong."""
+"""Key of a request's scope: the code of its problem."""
 
 GONE = 499
-"""As nginx logs a client that has gone; nobody hears it."""
+"""Logged for a client that has gone, as nginx does; it is never sent."""
 
 METHODS = {"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"}
 
@@ -31,24 +31,24 @@ SAFE = {
     b"cache-control": b"no-store",
     b"referrer-policy": b"no-referrer",
 }
-"""Headers of answers that don't set them themselves."""
+"""Headers of answers that don't set their own."""
 
 
 class Gate:
-    """Lets requests through, or refuses them for want of a key.
+    """Passes requests on, or refuses them if a key is missing.
 
     Parameters
     ----------
     keys
-        Who has one of them may ask; none: everybody.
+        Clients need one of them; empty: no key is needed.
     routes
-        The paths that metrics and log name; others are ``page`` or ``other``.
+        The paths that metrics and log name; all others count as ``page`` or ``other``.
     open_routes
-        Those that need no key.
+        Routes that need no key.
     locked
-        Requests that need one even where nothing else does: (method, path).
+        Requests that need a key even if none is set, and are refused then: (method, path).
     page
-        Tells of a path that is a file of the page whether it needs a key; None: it is none.
+        Whether a path is a file of the page that needs a key; None: it is no file of the page.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Gate:
         self.page = page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or refuse it for want of a key."""
+        """Pass a request on, or refuse it if a key is missing."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -94,7 +94,7 @@ class Gate:
                 await self.app(scope, receive, sending)
         except ClientDisconnect:
             status = status or GONE
-        except asyncio.CancelledError:  # uvicorn has waited long enough for the end
+        except asyncio.CancelledError:  # uvicorn's time for a graceful end is over
             headers = {"Connection": "close", "Retry-After": "1"}
             await refuse(Problem(503, "stopping", "The server stops.", headers))
         except Exception:
@@ -113,30 +113,29 @@ class Gate:
         return self.page(path) is not False
 
     def _has_key(self, scope: Scope) -> bool:
-        given = b""
+        key = b""
         for name, value in scope["headers"]:
             if name == b"x-api-key":
-                given = value
+                key = value
             elif name == b"authorization" and value[:7].lower() == b"bearer ":
-                given = value[7:].strip()
-        digest = hashlib.sha256(given).digest()
-        # All are compared, so that the time doesn't tell which was nearly right.
-        return any([hmac.compare_digest(digest, key) for key in self.keys])  # noqa: C419
+                key = value[7:].strip()
+        digest = hashlib.sha256(key).digest()
+        # All are compared, so that the time doesn't reveal which one was nearly right.
+        return any([hmac.compare_digest(digest, known) for known in self.keys])  # noqa: C419
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         path = scope["path"]
-        known = path if path in self.routes else None
-        route = known or ("other" if self.page(path) is None else "page")
+        route = path if path in self.routes else ("other" if self.page(path) is None else "page")
         method = scope["method"] if scope["method"] in METHODS else "other"
         self.metrics.request(route, method, status, seconds)
         if code := scope.get(PROBLEM):
             self.metrics.rejected(code)
-        # Neither address nor query nor agent: nothing that tells who asked, or what for.
+        # Neither address nor query nor user agent: nothing that identifies the client.
         access.info("%s %s %d %.1f ms", method, route, status, 1e3 * seconds)
 
 
-def _unauthorized(there_are_keys: bool) -> Problem:
-    if not there_are_keys:
+def _unauthorized(has_keys: bool) -> Problem:
+    if not has_keys:
         return Problem(
             403,
             "forbidden",

@@ -1,4 +1,4 @@
-"""What the API gives and takes, for its OpenAPI document. The service itself writes plain JSON."""
+"""The API's requests and answers, for its OpenAPI document. The service writes JSON itself."""
 
 from __future__ import annotations
 
@@ -115,14 +115,14 @@ BODY = {
 
 
 def document(app: FastAPI, *, keys: bool) -> dict[str, Any]:
-    """Return the OpenAPI document: FastAPI's, with what it leaves out."""
-    found = FastAPI.openapi(app)
-    answered = found["paths"]["/v1/predict"]["post"]["responses"]["200"]
+    """Return FastAPI's OpenAPI document, completed by an example and the security scheme."""
+    schema = FastAPI.openapi(app)
+    answered = schema["paths"]["/v1/predict"]["post"]["responses"]["200"]
     answered["content"]["application/json"]["example"] = EXAMPLE  # FastAPI drops its nulls
     if keys:
-        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        found["security"] = [{"key": []}]
-    return found
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"key": []}]
+    return schema
 
 
 OTHERS = {
@@ -137,12 +137,12 @@ OTHERS = {
     422: {"invalid_request": "top: Input should be greater than or equal to 1"},
     503: {"overloaded": "The server is busy: send it again.", "stopping": "The server stops."},
 }
-"""Status, codes and details of what goes wrong beside photos."""
+"""Status, codes and details of problems other than those of photos."""
 
 
 def responses() -> dict[int | str, dict[str, Any]]:
-    """Return what an operation on photos may answer, for OpenAPI."""
-    codes = {status: dict(known) for status, known in OTHERS.items()}
+    """Return the problems that an operation on photos may answer with, for OpenAPI."""
+    codes = {status: dict(details) for status, details in OTHERS.items()}
     for code, (status, detail) in problem_details.PHOTOS.items():
         codes[status][code] = detail
-    return {status: problem_details.described(status, known) for status, known in codes.items()}
+    return {status: problem_details.described(status, each) for status, each in codes.items()}

@@ -1,4 +1,4 @@
-"""What goes wrong with a request, as problem details (RFC 9457)."""
+"""Errors of the service as problem details (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PHOTOS = {
 
 
 class Problem(Exception):  # noqa: N818 - RFC 9457's own word
-    """A request that gets no answer. ``code`` is for programs, ``detail`` for people."""
+    """A request that can't be answered. ``code`` is for programs, ``detail`` for people."""
 
     def __init__(
         self, status: int, code: str, detail: str, headers: dict[str, str] | None = None
@@ -33,16 +33,20 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
         self.status, self.code, self.detail = status, code, detail
         self.headers = headers or {}
 
-    def response(self) -> Response:
-        """Return what the client gets."""
-        body = {
+    @property
+    def body(self) -> dict[str, Any]:
+        """The response's JSON."""
+        return {
             "type": "about:blank",
             "title": HTTPStatus(self.status).phrase,
             "status": self.status,
             "detail": self.detail,
             "code": self.code,
         }
-        return Response(json.dumps(body), self.status, self.headers, MEDIA_TYPE)
+
+    def response(self) -> Response:
+        """Return the HTTP response."""
+        return Response(json.dumps(self.body), self.status, self.headers, MEDIA_TYPE)
 
 
 def of_photo(code: str) -> Problem:
@@ -69,16 +73,7 @@ SCHEMA: dict[str, Any] = {
 def described(status: int, codes: dict[str, str]) -> dict[str, Any]:
     """Return OpenAPI's response object for a status: its codes, each with an example."""
     examples = {
-        code: {
-            "value": {
-                "type": "about:blank",
-                "title": HTTPStatus(status).phrase,
-                "status": status,
-                "detail": detail,
-                "code": code,
-            }
-        }
-        for code, detail in codes.items()
+        code: {"value": Problem(status, code, detail).body} for code, detail in codes.items()
     }
     return {
         "description": "; ".join(f"`{code}`" for code in codes),

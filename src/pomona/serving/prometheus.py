@@ -1,4 +1,4 @@
-"""Figures for Prometheus. Counts only: nothing of a photo, nothing of who asked."""
+"""Metrics for Prometheus. Counts only: nothing of a photo or of a client."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from prometheus_client.process_collector import ProcessCollector
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 
 SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0)
-"""Bounds of the latency's buckets: an answer takes 4 ms to 10 ms, and waits for up to a second."""
+"""Upper bounds of the latency's buckets: an answer takes 4 to 10 ms and waits up to a second."""
 
 
 class Metrics:
-    """The service's figures, in a registry of their own."""
+    """The service's metrics, in a registry of their own."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -68,14 +68,14 @@ class Metrics:
                 self._answers.labels(label).inc()
 
     def watch_queue(self, length: Callable[[], int]) -> None:
-        """Ask ``length`` for the queue's length whenever figures are wanted."""
+        """Call ``length`` for the queue's length whenever metrics are read."""
         self._queue.set_function(length)
 
     def model(self, version: str) -> None:
-        """Say which model answers."""
+        """Set which model answers."""
         self._model.clear()
         self._model.labels(version).set(1)
 
     def text(self) -> bytes:
-        """Return all figures, in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self.registry)

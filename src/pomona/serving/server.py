@@ -1,4 +1,8 @@
-"""Run the service with uvicorn: addresses, keys, slow clients, a calm end."""
+"""Run the service with uvicorn: addresses, keys, time limits for clients, a graceful end.
+
+`_Server` and `_Protocol` override methods of uvicorn that aren't documented, so pyproject.toml caps
+its version.
+"""
 
 from __future__ import annotations
 
@@ -20,37 +24,38 @@ from pomona.core.errors import RequestError
 from pomona.serving.problem_details import Problem
 
 HEAD_SECONDS = 10.0
-"""Time that a request's head may take, from the connection or its first byte on."""
+"""Seconds that a request's head may take, from the connection or its first byte."""
 
 HEAD_BYTES = 64 << 10
-"""Bytes that a request's head may have."""
+"""Size limit of a request's head."""
 
 REST_SECONDS = 10.0
-"""Time that the rest of a body may take after its answer: a refused upload isn't read for ever."""
+"""Seconds that the rest of a body may take after its answer: the limit for refused uploads."""
 
 STUCK_SECONDS = 30.0
-"""Time that a client may leave an answer unread."""
+"""Seconds that a client may leave an answer unread."""
 
 IDLE_SECONDS = 15
-"""Time that a connection may wait for its next request."""
+"""Seconds that a connection may wait for its next request."""
 
 CONNECTIONS = 1000
-"""Open connections; beyond, new ones are closed at once."""
+"""Most open connections; further ones are closed at once."""
 
 END_SECONDS = 30
-"""Time that requests in flight have after SIGTERM."""
+"""Seconds that requests in flight have after SIGTERM."""
 
 LEAST_KEY = 16
-"""Characters of a key."""
+"""Least number of characters of a key."""
 
 
 def check_access(host: str, keys: tuple[str, ...], *, public: bool) -> None:
-    """Refuse to answer the whole network without a key, unless that is what was asked for.
+    """Refuse to serve the network without a key, unless `public` asks for it.
 
     Raises
     ------
     RequestError
-        If the address isn't this machine's own and there is neither a key nor ``public``.
+        If the address isn't a loopback address and there is neither a key nor ``public``, or a
+        key is too short.
     """
     if any(len(key) < LEAST_KEY or not key.isascii() or not key.isprintable() for key in keys):
         raise RequestError(
@@ -73,7 +78,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the address; port 0 takes any that is free.
+    """Open the address for connections; port 0 takes any free one.
 
     Raises
     ------
@@ -93,15 +98,15 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address(opened: socket.socket) -> str:
-    """Return the address for a browser."""
+    """Return the URL for a browser."""
     host, port = opened.getsockname()[:2]
     name = "localhost" if host in ("0.0.0.0", "::") else host
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 
 def serve(app: Any, opened: socket.socket, on_start: Callable[[], None] = lambda: None) -> None:
-    """Answer until SIGTERM or Ctrl-C; what is in flight then is still answered."""
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes the signal on at the end
+    """Serve until SIGTERM or Ctrl-C; requests in flight are still answered."""
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn re-raises the signal at the end
         server(app, on_start).run(sockets=[opened])
 
 
@@ -113,7 +118,7 @@ def server(app: Any, on_start: Callable[[], None] = lambda: None) -> uvicorn.Ser
         ws="none",
         lifespan="on",
         log_config=None,
-        access_log=False,  # uvicorn's own has the client's address
+        access_log=False,  # uvicorn's own shows the client's address
         server_header=False,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=END_SECONDS,
@@ -141,22 +146,23 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(HttpToolsProtocol):
-    """HTTP with an end to patience.
+    """HTTP with time limits.
 
-    uvicorn by itself waits for ever for a request's head, for the rest of what it refused, and for
-    a client that doesn't read its answer; and it keeps all headers that come, trailers too.
+    uvicorn by itself waits without limit for a request's head, for the rest of a body that was
+    refused, and for a client that doesn't read its answer; and it stores all headers, also
+    trailers.
     """
 
-    _head = 0  # bytes since the head began; -1: there is none under way
-    _body = False  # whether a body is under way
+    _head = 0  # bytes of the head so far; -1: no head is being received
+    _body = False  # whether a body is being received
     # Since when the connection waits for a head, for the rest of a body, for its answer to be read.
     _waits: float | None = None
     _rests: float | None = None
     _stuck: float | None = None
-    _left = -1  # bytes that were not sent yet, at the last look
+    _left = -1  # bytes not sent yet, when last checked
 
     def is_late(self, now: float) -> bool:
-        """Whether the client has taken too long. One that reads slowly isn't late."""
+        """Whether the client has taken too long. One that reads, however slowly, isn't late."""
         if (
             self._stuck is not None
             and (left := self.transport.get_write_buffer_size()) != self._left
@@ -186,7 +192,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._body:  # a trailer is nothing that is wanted
+        if not self._body:  # trailers are ignored
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -223,21 +229,21 @@ class _Protocol(HttpToolsProtocol):
 
 
 def _without_upgrade(data: bytes) -> bytes:
-    """Hide an Upgrade header from the parser, which would take the body for another protocol.
+    """Hide an Upgrade header from the parser, which would take the body for another protocol's.
 
-    Clients of HTTP/2 send one with their first request; it may be ignored (RFC 9110, 7.8).
+    HTTP/2 clients send one with their first request; a server may ignore it (RFC 9110, 7.8).
     """
     head, end, rest = data.partition(b"\r\n\r\n")
     return re.sub(rb"(?im)^upgrade:", b"x-grade:", head) + end + rest
 
 
 def log_to_stderr(*, access: bool) -> None:
-    """Show the service's log, and with ``access`` a line for each request, on stderr."""
+    """Write the service's log to stderr, with ``access`` also a line for each request."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in ("pomona", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO if name == "pomona" else logging.WARNING)
         logger.addHandler(handler)
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it tells of each bad form
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs every bad form
     logging.getLogger("pomona.access").disabled = not access

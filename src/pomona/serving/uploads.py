@@ -1,4 +1,4 @@
-"""Photos out of a request's body: within limits, in memory, never on disk."""
+"""Read photos from a request's body: within limits, in memory, never on disk."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pomona.serving.problem_details import Problem, of_photo
 RAW = "application/octet-stream"
 MULTIPART = "multipart/form-data"
 PER_PART = 1024
-"""Bytes that a part's boundary and head may take on top of its photo."""
+"""Bytes that a part's boundary and headers may add to its photo."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may bring.
+    """Limits of one request.
 
     Attributes
     ----------
@@ -31,9 +31,9 @@ class Limits:
     photos
         Photos in a request.
     seconds
-        Time that a body may take to arrive.
+        Seconds that a body may take to arrive.
     stall
-        Time in which nothing of it arrives.
+        Seconds that may pass without a byte of it.
     """
 
     body: int = 20 << 20
@@ -43,13 +43,13 @@ class Limits:
 
 
 SMALL = 1 << 20
-"""Bytes of a body for which there is room when large ones have taken theirs."""
+"""Bytes of a body that may use the last quarter of a `Budget`."""
 
 
 class Budget:
-    """Bytes that all bodies together may take: however many come, memory stays bounded.
+    """Bytes that all bodies together may take, so that memory stays bounded.
 
-    A quarter is for bodies up to `SMALL`: a few large ones don't keep all others out.
+    A quarter is reserved for bodies up to `SMALL`: a few large ones don't keep all others out.
     """
 
     def __init__(self, limit: int) -> None:
@@ -57,7 +57,7 @@ class Budget:
 
     @contextlib.contextmanager
     def share(self) -> Iterator[Share]:
-        """Give a request its share, and take it back at the end."""
+        """Give a request its share, and take it back afterwards."""
         share = Share(self)
         try:
             yield share
@@ -72,7 +72,7 @@ class Share:
         self.budget, self.used = budget, 0
 
     def take(self, count: int) -> None:
-        """Take so many bytes more, or raise the problem ``overloaded``."""
+        """Take ``count`` more bytes, or raise the problem ``overloaded``."""
         limit = self.budget.limit
         if self.used + count > SMALL:
             limit = limit * 3 // 4
@@ -83,13 +83,13 @@ class Share:
 
 
 def overloaded() -> Problem:
-    """Return the problem of a request that comes at a bad time."""
+    """Return the problem of a request that there is no room for."""
     detail = "The server is busy: send the request again after the seconds in Retry-After."
     return Problem(503, "overloaded", detail, {"Retry-After": "1"})
 
 
 class _InMemory(MultiPartParser):
-    """Starlette's parser spools files above 1 MB to disk; photos stay in memory here."""
+    """A parser that keeps files in memory: Starlette's own spools those above 1 MB to disk."""
 
     spool_max_size = 1 << 62
     ended = False
@@ -168,15 +168,15 @@ async def _chunks(
 async def _form(
     request: Request, limits: Limits, chunks: AsyncGenerator[bytes, None]
 ) -> list[bytes]:
-    async def whole() -> AsyncGenerator[bytes, None]:
+    async def complete() -> AsyncGenerator[bytes, None]:
         async for chunk in chunks:
             yield chunk
-        if not parser.ended:  # raised here, the parser closes what it has
+        if not parser.ended:  # raised in here, so that the parser closes its files
             raise MultiPartException("it ends too early")
 
     parser = _InMemory(
         request.headers,
-        whole(),
+        complete(),
         max_files=limits.photos,
         max_fields=limits.photos,
         max_part_size=PER_PART,
@@ -191,9 +191,9 @@ async def _form(
         raise Problem(400, "malformed", f"The form can't be read: {error.message}") from None
     try:
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-        found = [await file.read() for file in files]
+        contents = [await file.read() for file in files]
     finally:
         await form.close()
-    if not found:
+    if not contents:
         raise Problem(400, "no_photo", "The form holds no file: send at least one photo.")
-    return found
+    return contents

@@ -1,8 +1,8 @@
-"""Photos that wait for a model: a bounded queue, and one thread for each core.
+"""A bounded queue of photos, and one thread for each core that answers them.
 
-The service puts photos in and gets futures; the threads call `pomona.extract` with batches of one
-(on a GPU: with all that wait). ONNX Runtime and Pillow let go of the interpreter's lock while they
-work, so that threads fill the cores.
+The service submits photos and gets futures. A thread takes one photo at a time, on a GPU all that
+wait. ONNX Runtime and Pillow release the interpreter's lock while they work, so that threads keep
+all cores busy.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-import pyarrow as pa
-
-from pomona.backbone import extract
+from pomona.backbone.extract import extract_photos
 from pomona.backbone.mobilenet import OUTPUT
 from pomona.backbone.spec import BackboneSpec
 from pomona.core.cpus import available_cpus
 from pomona.model.artifact import Model
-from pomona.model.recogniser import Recogniser, answers, make_recogniser
+from pomona.model.recogniser import Recogniser, answer_photos, make_recogniser
 from pomona.photos import synthetic
 from pomona.photos.decoding import MAX_DECODED
 from pomona.photos.isolation import Guard
@@ -36,17 +34,15 @@ Row = dict[str, Any]
 MOST_TOP = 20
 """Labels that an answer names at most."""
 
-
 PER_WORKER = 16
 """Photos that may wait for each thread: the last one waits for 16 times a photo's time."""
 
-
 STALLED = 10.0
-"""Seconds after which a thread that should end isn't waited for."""
+"""Seconds that `Pool.stop` waits for its threads."""
 
 
 class FullError(Exception):
-    """No place is free: the request comes again later."""
+    """The queue is full: the client should try again later."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +52,11 @@ class Loaded:
     Attributes
     ----------
     model
-        Its folder, as read.
+        The model's folder, as read.
     recogniser
-        How the network is run, and how its outcome becomes an answer.
+        For answers: what to run, and how to read its outputs.
     features
-        What `pomona.extract` takes, for features. The two share one session.
+        For features: what to run. The two share one session.
     """
 
     model: Model
@@ -73,16 +69,17 @@ class Loaded:
         As `pomona.model.recogniser.ANSWERS`, or with ``features``, ``width`` and ``height``
         (pixels, as the file says) and ``error``.
         """
-        column = pa.array(contents, pa.binary())
-        batch = iter([pa.RecordBatch.from_arrays([column], names=["content"])])
         if kind == "predict":
-            found = next(extract.extract(batch, self.recogniser.spec))
-            return answers(found, self.recogniser)
-        return list(next(extract.extract(batch, self.features)).to_pylist())
+            return answer_photos(contents, self.recogniser)
+        photos = extract_photos(contents, self.features)
+        vectors = [None if row is None else row.tolist() for row in photos.by_photo(OUTPUT)]
+        columns = (photos.widths, photos.heights, vectors, photos.errors)
+        names = ("width", "height", "features", "error")
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def load(
-    found: Model,
+    model: Model,
     *,
     device: str = "cpu",
     threads: int = 1,
@@ -94,7 +91,7 @@ def load(
     Parameters
     ----------
     threads
-        CPU threads that decode for one GPU; on a CPU the threads are the pool's.
+        CPU threads that decode for one GPU; without a GPU the pool's threads decode.
     guard
         ``child``: decode in a child process (`pomona.photos.isolation`).
     pixels
@@ -105,24 +102,24 @@ def load(
     RuntimeError
         If the photo gets no answer.
     """
-    recogniser = make_recogniser(found, MOST_TOP, device=device)
-    many = threads if recogniser.spec.device == "cuda" else 1
-    spec = replace(recogniser.spec, threads=many, guard=guard, pixels=pixels)
-    loaded = Loaded(found, replace(recogniser, spec=spec), replace(spec, outputs=(OUTPUT,)))
+    recogniser = make_recogniser(model, MOST_TOP, device=device)
+    decoders = threads if recogniser.spec.device == "cuda" else 1
+    spec = replace(recogniser.spec, threads=decoders, guard=guard, pixels=pixels)
+    loaded = Loaded(model, replace(recogniser, spec=spec), replace(spec, outputs=(OUTPUT,)))
     for kind in get_args(Kind):
         check(loaded.run(kind, [sample()])[0])
     return loaded
 
 
 def check(row: Row) -> None:
-    """Raise RuntimeError if the row of `sample` is no answer."""
+    """Raise RuntimeError if the row for `sample` is no answer."""
     if row["error"] is not None:
         raise RuntimeError(f"a photo that is whole was refused: {row['error']}")
 
 
 @functools.cache
 def sample() -> bytes:
-    """Return a photo to try a model with: a rendered fruit, JPEG."""
+    """Return a photo to try a model with: a rendered fruit as JPEG."""
     file = io.BytesIO()
     synthetic.render(LABELS[0], 30).save(file, "JPEG", quality=90)
     return file.getvalue()
@@ -136,17 +133,17 @@ class _Job:
 
 
 class Pool:
-    """Threads that answer, and the queue before them.
+    """The threads that answer, and their queue.
 
     Parameters
     ----------
     loaded
-        The model to begin with.
+        The first model.
     workers
         Threads; by default one for each core that the process may use, on a GPU one.
     limit
-        Photos that may wait; beyond, `submit` raises `FullError` at once. By default `PER_WORKER`
-        for each thread.
+        Photos that may wait; `submit` raises `FullError` at once if there are more. By default
+        `PER_WORKER` for each thread.
     """
 
     def __init__(
@@ -180,27 +177,27 @@ class Pool:
 
     @property
     def is_full(self) -> bool:
-        """Whether no place is free."""
+        """Whether the queue has no free place."""
         return len(self._jobs) >= self.limit
 
     def swap(self, loaded: Loaded) -> None:
-        """Let another model answer. Photos that are in work keep the one that they have."""
+        """Let another model answer, from the next photo that a thread takes."""
         self._loaded = loaded
 
     def submit(
         self, kind: Kind, contents: Sequence[bytes], *, first: bool = False
     ) -> list[Future[tuple[Row, Loaded]]]:
-        """Queue photos, all or none. A future that is cancelled before its turn costs nothing.
+        """Queue photos, all or none. A future that is cancelled before its turn is skipped.
 
         Parameters
         ----------
         first
-            Before all others and beyond the limit, for a check.
+            Before all others and whatever the limit, for a check.
 
         Raises
         ------
         FullError
-            If there aren't places for all.
+            If there isn't room for all.
         RuntimeError
             After `stop`.
         """
@@ -218,14 +215,14 @@ class Pool:
         return [job.future for job in jobs]
 
     def drop_cancelled(self) -> None:
-        """Let go of photos whose futures were cancelled: their places and their bytes."""
+        """Remove photos whose futures were cancelled, so that their places and bytes are free."""
         with self._changed:
             self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
 
     def stop(self) -> None:
-        """Take no more photos, answer those that wait, and end the threads.
+        """Refuse further photos, answer those that wait, and end the threads.
 
-        A thread that stalls is left behind: it ends with the process.
+        A thread that stalls is abandoned: it ends with the process.
         """
         with self._changed:
             self._stopped = True
@@ -242,7 +239,7 @@ class Pool:
             try:
                 rows = loaded.run(jobs[0].kind, [job.content for job in jobs])
                 pairs = list(zip(jobs, rows, strict=True))
-            except Exception as error:  # noqa: BLE001 - it is the request's that asked, and the thread goes on
+            except Exception as error:  # noqa: BLE001 - the request gets it, and the thread goes on
                 for job in jobs:
                     job.future.set_exception(error)
                 continue
@@ -250,7 +247,7 @@ class Pool:
                 job.future.set_result((row, loaded))
 
     def _take(self) -> list[_Job]:
-        """Wait for photos; return one, on a GPU all of one kind that wait; none: it is over."""
+        """Wait for photos; return one, on a GPU all waiting ones of a kind; none after `stop`."""
         with self._changed:
             while True:
                 jobs: list[_Job] = []

@@ -1,12 +1,12 @@
-"""The page that recognises fruit: its files, with the service or as static files for any host.
+"""Lay out the files of the page that recognises fruit, for the service or for a static host.
 
-The sources lie in ``assets/`` and are served as they are; there is no build. What differs from page
-to page is ``config.json``, ``device/`` (the model's file for the browser and what reads its
-outcome) and the list of digests at the head of ``sw.js``. ``runtime/`` is the ONNX Runtime for
-browsers, which ``tools/runtime.py`` puts into ``assets/runtime``; without it the device mode is
-off.
+The sources lie in ``assets/`` and are served as they are; there is no build step. What differs from
+page to page is ``config.json``, ``device/`` (the model's file for the browser, and what is needed
+to read its outputs) and the list of digests at the head of ``sw.js``. ``runtime/`` is the ONNX
+Runtime for browsers, which ``tools/runtime.py`` puts into ``assets/runtime``; without it the device
+mode is off.
 
-All addresses are relative: the same files work under any folder of a host.
+All addresses are relative, so that the files work under any folder of a host.
 """
 
 from __future__ import annotations
@@ -20,17 +20,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from pomona.backbone import mobilenet
-from pomona.backbone.session import onnx_session
 from pomona.core.errors import MissingError, RequestError
 from pomona.core.files import atomic_folder, sha256
 from pomona.core.provenance import versions
-from pomona.model.artifact import Model
-from pomona.model.head import ANSWER
-from pomona.model.recogniser import why
 
 log = logging.getLogger("pomona.web.page")
 
@@ -75,11 +67,11 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
 }
-"""What goes with every file of the page."""
+"""Headers of every file of the page."""
 
-ABOUT = "config.json"
+CONFIG = "config.json"
 RECORD = "page.json"
-"""Beside static files: which ones are the page's."""
+"""Beside static files: the list of the files that are the page's."""
 SHOWN = 8
 """Labels that the page names before the first photo."""
 REMEDY = "run make runtime in Pomona's repository (it needs npm's registry once)"
@@ -96,10 +88,10 @@ class File:
     media_type
         For Content-Type.
     lasting
-        Its address changes with its content: it may be cached for as long as one likes. All else
-        has to be asked for again each time (``no-cache``, with `digest` as ETag).
+        Its address changes with its content, so it may be cached without limit. All other files
+        have to be revalidated each time (``no-cache``, with `digest` as ETag).
     guarded
-        Only for those who have the key.
+        Only for clients that have the key.
     """
 
     content: bytes | Path
@@ -118,7 +110,7 @@ class File:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What goes with this file beside `HEADERS` and its type."""
+        """The file's own headers, beside `HEADERS` and its type."""
         if not self.lasting:
             return {"Cache-Control": "no-cache", "ETag": f'"{self.digest}"'}
         whose = "private" if self.guarded else "public"
@@ -128,15 +120,31 @@ class File:
 Site = dict[str, File]
 
 
-def site(found: Model, phone: bytes, *, service: bool, needs_key: bool = False) -> Site:
+@dataclass(frozen=True)
+class DeviceModel:
+    """The model as the page runs it on the device; `pomona.export.phone.page_files` makes it.
+
+    Attributes
+    ----------
+    content
+        The ONNX file.
+    record
+        What ``device/device.json`` says beside the file's name and digest: ``version``,
+        ``labels``, ``threshold``, ``reason``, ``size`` and ``probe``, as ``worker.js`` reads them.
+    """
+
+    content: bytes
+    record: dict[str, Any]
+
+
+def site(device: DeviceModel, *, service: bool, needs_key: bool = False) -> Site:
     """Return the page's files by their paths; ``index.html`` is also what ``/`` shows.
 
     Parameters
     ----------
-    phone
-        The model's file for the device.
     service
-        With a service behind it, that answers at ``v1/predict``; without, only the device mode.
+        Whether a service that answers at ``v1/predict`` is behind the page; without one there is
+        only the device mode.
     needs_key
         Whether the service asks for a key.
 
@@ -152,22 +160,22 @@ def site(found: Model, phone: bytes, *, service: bool, needs_key: bool = False) 
     if missing:
         log.warning("the page won't answer on the device: %s", missing)
     else:
-        files |= _runtime() | _device(found, phone, guarded=needs_key)
-    about = {
+        files |= _runtime() | _device(device, guarded=needs_key)
+    config = {
         "service": service,
         "key": needs_key,
         "device": not missing,
         "device_reason": missing,
         "runtime": {"folder": f"runtime/{RUNTIME}/", "bytes": _packed(files)},
         "pomona": versions().get("pomona"),
-        **({} if needs_key else _knows(found.labels)),
+        **({} if needs_key else _examples(device.record["labels"])),
     }
-    files[ABOUT] = _json(about)
+    files[CONFIG] = _json(config)
     return files | {"sw.js": _service_worker(files)}
 
 
-def _knows(labels: tuple[str, ...]) -> dict[str, Any]:
-    """Return some labels, evenly spread over all, and how many there are."""
+def _examples(labels: list[str]) -> dict[str, Any]:
+    """Return some labels, evenly spread over all, and how many there are: the page names them."""
     count = len(labels)
     take = min(count, SHOWN)
     return {"labels": [labels[n * count // take] for n in range(take)], "count": count}
@@ -197,15 +205,15 @@ def _json(value: Any, *, guarded: bool = False) -> File:
 
 
 def _service_worker(files: Site) -> File:
-    """Set what the worker has to know before its code: it changes when any file does."""
-    listed = {n: f.digest for n, f in sorted(files.items()) if not f.guarded and n != "sw.js"}
-    whole = hashlib.sha256(json.dumps(listed).encode() + files["sw.js"].read()).hexdigest()
-    known = {
-        "FILES": {"version": whole[:12], "digests": listed},
+    """Put the digests of all files before the worker's code: it changes when any file does."""
+    digests = {n: f.digest for n, f in sorted(files.items()) if not f.guarded and n != "sw.js"}
+    whole = hashlib.sha256(json.dumps(digests).encode() + files["sw.js"].read()).hexdigest()
+    constants = {
+        "FILES": {"version": whole[:12], "digests": digests},
         "GUARDED": sorted(name for name, file in files.items() if file.guarded),
         "DRESS": {name: value for name, value in HEADERS.items() if "Cross-Origin" in name},
     }
-    head = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in known.items())
+    head = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in constants.items())
     return File(head.encode() + files["sw.js"].read(), TYPES[".js"])
 
 
@@ -216,12 +224,12 @@ def missing_runtime() -> str | None:
     """Return why there is no device mode, with the remedy, or None where all is there."""
     folder = _folder() / "runtime"
     try:
-        about = json.loads((folder / "runtime.json").read_bytes())
+        runtime = json.loads((folder / "runtime.json").read_bytes())
     except (OSError, ValueError):
         return f"the ONNX Runtime for browsers isn't in this installation: {REMEDY}"
-    if about["version"] != RUNTIME:
-        return f"the ONNX Runtime for browsers is {about['version']}, not {RUNTIME}: {REMEDY}"
-    for name, digest in about["files"].items():
+    if runtime["version"] != RUNTIME:
+        return f"the ONNX Runtime for browsers is {runtime['version']}, not {RUNTIME}: {REMEDY}"
+    for name, digest in runtime["files"].items():
         path = folder / name
         if not path.is_file() or sha256(path) != digest:
             return f"{name} of the ONNX Runtime for browsers is missing or damaged: {REMEDY}"
@@ -235,44 +243,18 @@ def _runtime() -> Site:
 
 
 def _packed(files: Site) -> dict[str, int]:
-    """Return how many bytes the page will load, so that it can say how far it is."""
+    """Return how many bytes of the runtime the page will load, for its progress bar."""
     return {name: len(file.read()) for name, file in files.items() if name.endswith(".wasm.gz")}
 
 
-def _device(found: Model, content: bytes, *, guarded: bool) -> Site:
-    digest = hashlib.sha256(content).hexdigest()
+def _device(device: DeviceModel, *, guarded: bool) -> Site:
+    digest = hashlib.sha256(device.content).hexdigest()
     name = f"phone-{digest[:12]}.onnx"
-    size = int(found.about["preprocessing"]["image_size"])
-    unknown = found.about["unknown"]
-    about = {
-        "file": name,
-        "bytes": len(content),
-        "sha256": digest,
-        "version": found.version,
-        "labels": list(found.labels),
-        "threshold": float(unknown["threshold"]),
-        "reason": why(unknown["method"]),
-        "size": size,
-        "probe": _probe(content, size),
-    }
+    record = {"file": name, "bytes": len(device.content), "sha256": digest, **device.record}
     return {
-        "device/device.json": _json(about, guarded=guarded),
-        f"device/{name}": File(content, TYPES[".onnx"], lasting=True, guarded=guarded),
+        "device/device.json": _json(record, guarded=guarded),
+        f"device/{name}": File(device.content, TYPES[".onnx"], lasting=True, guarded=guarded),
     }
-
-
-def _probe(content: bytes, size: int) -> dict[str, Any]:
-    """Return what the file says of `pattern`: the page checks its runtime by it."""
-    outcome = onnx_session(content).run(list(ANSWER), {mobilenet.INPUT: pattern(size)[None]})
-    probabilities, score = (np.asarray(part)[0] for part in outcome)
-    return {"probabilities": [float(p) for p in probabilities], "score": float(score)}
-
-
-def pattern(size: int) -> npt.NDArray[np.uint8]:
-    """Return a picture [size, size, 3] that the page makes by the same formula (``worker.js``)."""
-    y, x, c = np.ogrid[:size, :size, :3]
-    picture: npt.NDArray[np.uint8] = ((3 * x + 5 * y + 80 * c) % 256).astype(np.uint8)
-    return picture
 
 
 # --- as static files ---------------------------------------------------------------------------
@@ -286,8 +268,8 @@ def refuse_foreign(dest: Path) -> None:
         ours = set(json.loads((dest / RECORD).read_bytes())["files"])
     except (OSError, ValueError, TypeError, KeyError):
         ours = set()
-    there = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if not path.is_dir()}
-    if foreign := sorted(there - ours):
+    present = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if not path.is_dir()}
+    if foreign := sorted(present - ours):
         raise RequestError(
             f"{dest} holds {foreign[0]}, which isn't the page's, and it would be replaced: choose "
             "a new folder"

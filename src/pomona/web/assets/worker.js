@@ -8,7 +8,7 @@ const BUILDS = {
   webgpu: { loader: 'ort.webgpu.min.mjs', glue: 'ort-wasm-simd-threaded.asyncify' },
   wasm: { loader: 'ort.wasm.min.mjs', glue: 'ort-wasm-simd-threaded' },
 };
-const ALIKE = 0.005; // of the probabilities that `pomona.web.page` found for the same pattern
+const ALIKE = 0.005; // of the probabilities that `pomona.export.phone` found for the same pattern
 const MOST_THREADS = 4;
 const PATIENCE = 20_000; // milliseconds until the runtime has to be up
 

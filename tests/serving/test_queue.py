@@ -1,0 +1,101 @@
+"""Load: a full queue, bounded memory, clients that go, batches on a GPU."""
+
+from __future__ import annotations
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from pomona.model.artifact import Model
+from pomona.serving import problem_details, uploads, worker_pool
+from pomona.serving.app import Settings, create
+from tests.conftest import Brake, photo
+from tests.service import place, problem_code, running, send, send_form, until
+
+
+def test_a_full_queue_refuses_at_once(model: Model, brake: Brake) -> None:
+    app = create(lambda: model, Settings(workers=1, queue=3))
+    waiting = app.state.service.pool
+    with running(app) as url, ThreadPoolExecutor(8) as clients:
+        replies = [clients.submit(send, url, photo(0))]
+        until(lambda: photo(0) in brake.begun)
+        replies += [clients.submit(send, url, photo(n)) for n in range(1, 4)]
+        until(lambda: waiting.waiting == 3)
+        reply = send(url, photo(9))  # the answer comes although the model is held
+        assert problem_code(reply, 503) == "overloaded"
+        assert int(reply.headers["retry-after"]) >= 1
+        brake.go.set()
+        assert [r.result().status_code for r in replies] == [200] * 4
+        assert send(url, photo(9)).status_code == 200
+        figures = httpx.get(url + "/metrics").text
+        assert 'pomona_rejected_total{code="overloaded"} 1.0' in figures
+        assert send_form(url, *[photo(n) for n in range(4)]).status_code == 503  # never has places
+        assert app.state.service.budget.used == 0
+
+
+def test_bytes_are_bounded_too(model: Model, brake: Brake) -> None:
+    app = create(lambda: model, Settings(workers=1))
+    app.state.service.budget.limit = 3 * len(photo(0))
+    with running(app) as url, ThreadPoolExecutor(8) as clients:
+        held = [clients.submit(send, url, photo(0)) for _ in range(2)]
+        until(lambda: app.state.service.budget.used == 2 * len(photo(0)))
+        assert problem_code(send(url, photo(0) + bytes(2000)), 503) == "overloaded"
+        brake.go.set()
+        assert [reply.result().status_code for reply in held] == [200, 200]
+    assert app.state.service.budget.used == 0
+
+
+def test_large_bodies_leave_room_for_small_ones() -> None:
+    budget = uploads.Budget(8 << 20)
+    with budget.share() as large, budget.share() as small:
+        large.take(6 << 20)
+        with pytest.raises(problem_details.Problem):
+            large.take(1)
+        small.take(1 << 20)
+        with pytest.raises(problem_details.Problem):
+            small.take(1)
+    assert budget.used == 0
+
+
+def test_a_client_that_goes_costs_nothing(model: Model, brake: Brake) -> None:
+    app = create(lambda: model, Settings(workers=1, queue=2))
+    with running(app) as url, ThreadPoolExecutor(8) as clients:
+        first = clients.submit(send, url, photo(0))
+        until(lambda: photo(0) in brake.begun)
+        body = photo(1)
+        head = "POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+        with socket.create_connection(place(url), 60) as raw:
+            raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            until(lambda: app.state.service.pool.waiting == 1)
+        until(lambda: app.state.service.budget.used == len(photo(0)))
+        assert not app.state.service.pool._jobs  # neither its place is taken nor its bytes are held
+        others = [clients.submit(send, url, photo(n)) for n in (2, 3)]  # its place is free again
+        until(lambda: app.state.service.budget.used == sum(len(photo(n)) for n in (0, 2, 3)))
+        brake.go.set()
+        assert [r.result().status_code for r in (first, *others)] == [200] * 3
+        assert photo(1) not in brake.begun
+
+
+def test_what_waits_is_batched_on_a_gpu(model: Model, brake: Brake) -> None:
+    """The pool's way on a GPU, on a CPU: all that wait go together, each gets its own row."""
+    loaded = worker_pool.load(model)
+    working = worker_pool.Pool(loaded, workers=1)
+    working.at_once = 5
+    run = worker_pool.Loaded.run
+    working.submit("predict", [photo(0)])
+    until(lambda: photo(0) in brake.begun)
+    futures = working.submit("predict", [photo(n) for n in range(1, 7)])
+    mixed = working.submit("features", [photo(1)])
+    cancelled = working.submit("predict", [photo(2)])
+    cancelled[0].cancel()
+    before = len(brake.begun)
+    brake.go.set()
+    rows = [future.result(30)[0] for future in futures]
+    assert len(mixed[0].result(30)[0]["features"]) == 1280
+    working.stop()
+    assert len(brake.begun) - before == 7
+    assert rows == [run(loaded, "predict", [photo(n)])[0] for n in range(1, 7)]
+    with pytest.raises(RuntimeError, match="stopped"):
+        working.submit("predict", [photo(1)])
