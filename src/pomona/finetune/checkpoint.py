@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pomona.core.files import aside
+from pomona.core.files import atomic_file
 from pomona.finetune.averaging import MovingAverage
 from pomona.finetune.learner import Learner
 from pomona.finetune.network import Tensors
@@ -70,7 +70,7 @@ def save(path: Path, training: Training) -> None:
         for key, value in values.items()
     }
     metadata = {"plan": vars(training.plan), "progress": vars(training.progress)}
-    with aside(path) as file:
+    with atomic_file(path) as file:
         save_file(tensors, file, {METADATA: json.dumps(metadata)})
 
 

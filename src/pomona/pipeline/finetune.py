@@ -14,7 +14,7 @@ import pyarrow as pa
 from pomona.backbone import mobilenet
 from pomona.backbone.weights import to_bytes
 from pomona.core.errors import JobError, MismatchError, SourceError
-from pomona.core.files import aside, read_json, sha256, write_json
+from pomona.core.files import atomic_file, read_json, sha256, write_json
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import utc_now, versions
 from pomona.finetune.dataset import JOB, load_dataset
@@ -208,7 +208,7 @@ def _write(request: Request, *, finished: bool) -> dict[str, Any]:
     job = read_json(out.tuning / JOB)
     network, progress, seconds = trainer.load_result(out.tuning, device)
     state = weights_of(network)
-    with aside(out.tuned) as part:
+    with atomic_file(out.tuned) as part:
         part.write_bytes(to_bytes(state, (*request.tuned_on, *job["tuned_on"])))
     record = {
         **{name: job[name] for name in ("made_from", "recipe", "photos", "rejected", "labels")},
