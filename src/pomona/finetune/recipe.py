@@ -71,8 +71,7 @@ DISTILL = 1.0
 frozen copy of the start, so that features stay general."""
 
 BLEND = 0.8
-"""`Recipe.blend` when fine-tuning trained weights, unless another network is the teacher: then
-nothing speaks for staying near the start."""
+"""`Recipe.blend` when fine-tuning trained weights, unless another network is the teacher."""
 
 FROM_TEACHER: dict[str, Any] = {"distill": 5.0, "apart": 0.6}
 """A random start learns most of what it knows from the teacher, at first block by block."""
