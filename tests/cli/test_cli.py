@@ -22,6 +22,7 @@ def pomona(spark: Any, command: Any) -> Any:
     return command
 
 
+@pytest.mark.slow
 def test_run_ends_with_a_summary(pomona: Any, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = [*RANDOM, "--components", 5, "--no-mlflow"]
@@ -189,6 +190,7 @@ def test_synthesize(pomona: Any, tmp_path: Path) -> None:
     assert len(list((tmp_path / "f").glob("*/*/*.jpg"))) == 30
 
 
+@pytest.mark.slow
 def test_demo(pomona: Any, tmp_path: Path) -> None:
     code, printed, errors = pomona("demo", "--out", tmp_path / "demo", "--images", 120)
     assert code == 0, errors
@@ -245,6 +247,7 @@ def test_help_is_instant() -> None:
     assert process("--version").stdout.startswith("pomona ")
 
 
+@pytest.mark.slow
 def test_the_core_needs_no_extra(source: Path, tmp_path: Path) -> None:
     """What the extras and the tests bring is hidden from the driver."""
     hidden = ["torch", "mlflow", "matplotlib", "sklearn", "scipy", "psutil", "duckdb", "boto3"]
