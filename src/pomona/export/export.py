@@ -134,7 +134,6 @@ def _page_folder(options: ExportOptions, dest: Path) -> Path | None:
 # --- files and figures -------------------------------------------------------------------------
 
 
-
 def _make(
     out: Out, model: Model, options: ExportOptions, on_tick: OnTick
 ) -> tuple[Files, dict[str, Any]]:
