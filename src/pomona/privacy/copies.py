@@ -21,7 +21,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from pomona.core.errors import RequestError
-from pomona.core.files import aside, read_json, write_json
+from pomona.core.files import atomic_file, read_json, write_json
 from pomona.core.schema import REJECTED
 from pomona.privacy.names_in_text import A_PHOTO, Names
 from pomona.privacy.occurrences import DERIVED, Occurrences
@@ -38,7 +38,7 @@ OWN = {
 """The names in OUT that are Pomona's."""
 
 UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.part")
-"""The name of a file that a killed run was writing (`pomona.core.files.aside`)."""
+"""The name of a file that a killed run was writing (`pomona.core.files.atomic_file`)."""
 
 BINARY = (".onnx", ".safetensors", ".png")
 """Files that hold numbers or pixels: no name is looked for in them."""
@@ -205,7 +205,7 @@ def _rewrite(path: Path, names: Names) -> bool:
     if path.name == "rejected.csv":
         rows = _read_rejected(path)
         is_named = pc.is_in(rows["path"], pa.array(sorted(names.paths), pa.string()))
-        with aside(path) as part:
+        with atomic_file(path) as part:
             pcsv.write_csv(rows.filter(pc.invert(is_named)), part)
         return True
     if path.suffix != ".json":
@@ -242,7 +242,7 @@ def _clean_answers(file: Path, paths: frozenset[str]) -> int:
     rows = pq.ParquetFile(file).read()
     is_named = [_ends_with_any(path, paths) for path in rows["path"].to_pylist()]
     if any(is_named):
-        with aside(file) as part:
+        with atomic_file(file) as part:
             pq.write_table(rows.filter(pc.invert(pa.array(is_named))), part)
     return sum(is_named)
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pomona.core.files import aside, read_json, sha256, tree_digest, write_json
+from pomona.core.files import atomic_file, read_json, sha256, tree_digest, write_json
 from pomona.core.parquet import open_parquet
 from pomona.core.schema import FEATURES_TABLE, SPLITS, without
 from pomona.privacy.occurrences import DERIVED, REPORT_FILES, Occurrences
@@ -107,7 +107,7 @@ def _copy_without(
     """Copy a Parquet file without some rows; the others stay as they are, to the bit."""
     count, rejected, first = 0, 0, 0
     file = pq.ParquetFile(source)
-    with aside(target) as part, open_parquet(part, schema) as writer:
+    with atomic_file(target) as part, open_parquet(part, schema) as writer:
         for number in range(file.num_row_groups):
             group = file.read_row_group(number).select(schema.names).cast(schema)
             numbers = np.arange(first, first + group.num_rows)
