@@ -33,9 +33,9 @@ def rebuild_derived(out: Out, cluster: Cluster | None, on_tick: OnTick) -> dict[
         stones = {stone.hex() for stone in tombstones.read(out).ids}
         unnamed = stones.intersection(pending.get("unnamed", []))
         names = pending["receipts"]
-        is_open = [name for name in names if not _complete(out, name, made_again, unnamed)]
+        still_open = [name for name in names if not _complete(out, name, made_again, unnamed)]
         if unnamed:
-            kept = {"phase": NAMES, "todo": [], "unnamed": sorted(unnamed), "receipts": is_open}
+            kept = {"phase": NAMES, "todo": [], "unnamed": sorted(unnamed), "receipts": still_open}
             write_json(tombstones.pending_file(out), {**pending, **kept})
         else:
             tombstones.pending_file(out).unlink()
