@@ -91,6 +91,30 @@ def test_a_push_that_failed_sends_the_rest(bucket: str, through: Proxy, tmp_path
     assert put(through)[-1] == "manifest.json"
 
 
+def test_a_record_that_could_not_be_written_is_no_stranger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the place has the old record or the new one: both are this OUT's."""
+    out, place = make_out(tmp_path / "out"), str(tmp_path / "place")
+    remote.push(out, place)
+    write_json = Place.write_json
+    for arrives in (False, True):
+        (out / "manifest.json").write_text(json.dumps({"format": 1, "salt": str(arrives)}))
+
+        def fails(self: Place, name: str, value: object, arrives: bool = arrives) -> None:
+            if name != RECORD or arrives:
+                write_json(self, name, value)
+            if name == RECORD:
+                raise OSError("no answer")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Place, "write_json", fails)
+            with pytest.raises(RequestError, match="no answer"):
+                remote.push(out, place)
+        remote.push(out, place)
+        assert there(place) == tree(out)
+
+
 def test_what_is_going_comes_back_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A push that was killed before its removals goes on from another machine's copy."""
     out, place, back = make_out(tmp_path / "out"), str(tmp_path / "place"), tmp_path / "back"

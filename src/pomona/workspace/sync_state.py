@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pomona.core.errors import MismatchError
@@ -132,11 +132,16 @@ class Copy:
 
         OUT knows that revision first, so that a kill between the two writings does no harm.
         """
-        before, self.common.pulling = self.record.revision, False
-        self.record.revision = uuid.uuid4().hex
-        self.common.revisions = [r for r in (before, self.record.revision) if r]
+        new = uuid.uuid4().hex
+        revisions = (
+            *self.common.revisions,
+            self.record.revision,
+            new,
+        )  # a failed write may be there
+        self.common.revisions, self.common.pulling = [r for r in revisions if r], False
         self.common.write(self.out, self.place)
-        self.record.write(self.place)
+        replace(self.record, revision=new).write(self.place)
+        self.record.revision, self.common.revisions = new, [new]
 
 
 def open_copy(out: Out, place: Place) -> Copy:
