@@ -133,11 +133,8 @@ class Copy:
         OUT knows that revision first, so that a kill between the two writings does no harm.
         """
         new = uuid.uuid4().hex
-        revisions = (
-            *self.common.revisions,
-            self.record.revision,
-            new,
-        )  # a failed write may be there
+        # The earlier ones stay until this one is there: a write that failed may have arrived.
+        revisions = (*self.common.revisions, self.record.revision, new)
         self.common.revisions, self.common.pulling = [r for r in revisions if r], False
         self.common.write(self.out, self.place)
         replace(self.record, revision=new).write(self.place)
