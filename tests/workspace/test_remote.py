@@ -150,6 +150,21 @@ def test_the_store_is_what_counts(
         assert not tree(Path(home.folder))
 
 
+def test_who_looks_sees_what_a_running_writer_has_pushed_since(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with remote.opened(bucket, source="x") as home:
+        make_out(Path(home.folder))
+        home.after("extract")
+        monkeypatch.setenv("POMONA_CACHE", str(tmp_path / "another"))
+        with remote.opened(bucket, look_only=True) as other:
+            assert tree(Path(other.folder)) == tree(Path(home.folder))
+        Path(home.folder, "manifest.json").write_text('{"new": 1}')
+        home.after("train")
+        with remote.opened(bucket, look_only=True) as other:
+            assert tree(Path(other.folder)) == tree(Path(home.folder))
+
+
 def test_files_without_a_record_are_taken(bucket: str, tmp_path: Path) -> None:
     """As another program copied them."""
     place = open_place(bucket)

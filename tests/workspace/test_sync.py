@@ -7,13 +7,14 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pomona.core.errors import BusyError, MismatchError, RequestError
 from pomona.workspace import layout, remote, sync
 from pomona.workspace.lease import LOCK, Lease
-from pomona.workspace.remote_folder import open_place
+from pomona.workspace.remote_folder import Place, open_place
 from pomona.workspace.sync_state import RECORD
 from tests.faults import Proxy, share
 from tests.workspace.conftest import make_out, pomona, put, there, tree, wait_until, write
@@ -88,6 +89,30 @@ def test_a_push_that_failed_sends_the_rest(bucket: str, through: Proxy, tmp_path
     through.reset()
     assert remote.push(out, bucket)["uploaded"] <= 3
     assert put(through)[-1] == "manifest.json"
+
+
+def test_a_record_that_could_not_be_written_is_no_stranger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the place has the old record or the new one: both are this OUT's."""
+    out, place = make_out(tmp_path / "out"), str(tmp_path / "place")
+    remote.push(out, place)
+    write_json = Place.write_json
+    for arrives in (False, True):
+        (out / "manifest.json").write_text(json.dumps({"format": 1, "salt": str(arrives)}))
+
+        def fails(self: Place, name: str, value: object, arrives: bool = arrives) -> None:
+            if name != RECORD or arrives:
+                write_json(self, name, value)
+            if name == RECORD:
+                raise OSError("no answer")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Place, "write_json", fails)
+            with pytest.raises(RequestError, match="no answer"):
+                remote.push(out, place)
+        remote.push(out, place)
+        assert there(place) == tree(out)
 
 
 def test_what_is_going_comes_back_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +224,29 @@ def test_pull_is_checked_and_follows(bucket: str, tmp_path: Path) -> None:
     assert not (tmp_path / "third" / "rejected.csv").exists()
 
 
+def test_a_pull_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had fetched came from there, too: it follows later removals."""
+    out, place, back = make_out(tmp_path / "out"), str(tmp_path / "place"), tmp_path / "back"
+    remote.push(out, place)
+    back.mkdir()
+    download = Place.download
+
+    def dies(self: Place, name: str, path: Path) -> Any:
+        if name == "manifest.json":
+            raise KeyboardInterrupt
+        return download(self, name, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "download", dies)
+        with pytest.raises(KeyboardInterrupt):
+            remote.pull(place, back)
+    assert remote.pull(place, back)["downloaded"] == 1
+    (out / "model" / "model.onnx").unlink()
+    remote.push(out, place)
+    assert remote.pull(place, back)["deleted"] == 1
+    assert tree(back) == tree(out)
+
+
 def test_pull_refuses_what_is_not_an_out(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="nothing of Pomona's"):
         remote.pull(bucket, tmp_path / "new")
@@ -224,7 +272,7 @@ def test_a_record_leads_nowhere_else(tmp_path: Path) -> None:
     assert not (tmp_path / "deep" / "evil").exists()
 
 
-def test_the_commands(bucket: str, tmp_path: Path) -> None:
+def test_the_commands(bucket: str, tmp_path: Path, command: Any) -> None:
     out, back = str(make_out(tmp_path / "out")), str(tmp_path / "back")
     for words, code, said in (
         (("push", out, bucket, "--json"), 0, '"uploaded": 7'),
@@ -232,9 +280,8 @@ def test_the_commands(bucket: str, tmp_path: Path) -> None:
         (("push", str(make_out(tmp_path / "b", "b")), bucket), 2, "add --replace"),
         (("pull", bucket.replace("/out?", "/no?"), str(tmp_path / "no")), 2, "nothing of Pomona's"),
     ):
-        process = pomona(*words)
-        told, errors = process.communicate(timeout=300)
-        assert process.returncode == code, errors
+        ended, told, errors = command(*words)
+        assert ended == code, errors
         assert said in (errors if code else told)
         assert "Traceback" not in errors
 

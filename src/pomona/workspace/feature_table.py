@@ -98,6 +98,9 @@ class Index:
     table_files: int
 
 
+KEYS = ["path", "size", "modified"]
+"""The columns that say whether a photo is still the one that a row was made from."""
+
 _INDEX_FIELDS = [*PHOTOS, FEATURES_TABLE.field("error")]
 
 
@@ -164,30 +167,9 @@ def match(photos: pa.Table, existing: Index) -> pa.Table:
         One row for each photo, in the listing's order: ``PHOTOS``, ``file`` and ``row`` (null: not
         extracted yet), ``error``, and ``moved`` (whether its split or label has changed).
     """
-    keys = ["path", "size", "modified"]
-    rows = existing.rows
-    # Of several rows for one photo the last counts. But a photo that is still unreadable keeps its
-    # row in the table, which then needn't be rewritten.
-    again = pc.and_(
-        pc.equal(pc.fill_null(rows["error"], ""), UNREADABLE),
-        pc.greater_equal(rows["file"], existing.table_files),
-    )
-    order = pc.if_else(again, -1, rows["file"])
-    rows = rows.append_column("order", order)
-    best = rows.group_by(keys).aggregate([("order", "max")])
-    rows = rows.rename_columns({"split": "old_split", "label": "old_label"}).select(
-        [*keys, "old_split", "old_label", "error", "file", "row", "order"]
-    )
-    best = best.rename_columns({"order_max": "order"})
-    rows = rows.join(best, [*keys, "order"], join_type="inner")
-    rows = rows.group_by(keys, use_threads=False).aggregate(
-        [(name, "first") for name in ("old_split", "old_label", "error", "file", "row")]
-    )
-    rows = rows.rename_columns(
-        {f"{name}_first": name for name in ("old_split", "old_label", "error", "file", "row")}
-    )
     numbered = photos.append_column("position", pa.array(np.arange(photos.num_rows)))
-    joined = numbered.join(rows, keys, join_type="left outer").sort_by("position")
+    joined = numbered.join(_latest_rows(existing), KEYS, join_type="left outer")
+    joined = joined.sort_by("position")
     same = pc.and_(
         pc.equal(joined["split"], joined["old_split"]),
         pc.equal(joined["label"], joined["old_label"]),
@@ -196,6 +178,25 @@ def match(photos: pa.Table, existing: Index) -> pa.Table:
     return joined.append_column("moved", moved).select(
         [*PHOTOS.names, "file", "row", "error", "moved"]
     )
+
+
+def _latest_rows(existing: Index) -> pa.Table:
+    """Return one row for each photo (`KEYS`): old_split, old_label, error, file, row."""
+    rows = existing.rows
+    # Of several rows for one photo the last counts. But a photo that is still unreadable keeps its
+    # row in the table, which then needn't be rewritten.
+    again = pc.and_(
+        pc.equal(pc.fill_null(rows["error"], ""), UNREADABLE),
+        pc.greater_equal(rows["file"], existing.table_files),
+    )
+    rows = rows.append_column("order", pc.if_else(again, -1, rows["file"]))
+    latest = rows.group_by(KEYS).aggregate([("order", "max")])
+    latest = latest.rename_columns({"order_max": "order"})
+    rows = rows.join(latest, [*KEYS, "order"], join_type="inner")
+    columns = ["split", "label", "error", "file", "row"]
+    rows = rows.group_by(KEYS, use_threads=False).aggregate([(name, "first") for name in columns])
+    names = {f"{name}_first": name for name in columns}
+    return rows.rename_columns(names | {"split_first": "old_split", "label_first": "old_label"})
 
 
 def deleted(photos: pa.Table, existing: Index) -> pa.Table:

@@ -1,8 +1,8 @@
 """OUT and its copy at another place: an object store, or a folder.
 
 A place holds the files of OUT under their names, and ``_push.json``: which of them were put there,
-with size and sha256. What that record names and OUT no longer has is removed there; what it doesn't
-name is never touched. OUT remembers in ``.places.json`` what it last had in common with each place.
+with size and sha256. What the record names and OUT no longer has is removed there; other files are
+never touched. OUT remembers in ``.places.json`` what it last had in common with each place.
 
 `pomona.workspace.sync_plan` decides what is copied and removed; here it is done.
 """
@@ -26,10 +26,10 @@ AT_ONCE = 8
 """Files that are copied at a time."""
 
 RECORD_EVERY = 5.0
-"""Seconds between writings of the record while files go up: what a kill makes a push do again."""
+"""Seconds between two writings of the record during uploads: after a kill, that much is redone."""
 
 PARTS_SECONDS = 30.0
-"""How long one sending of parts may hold up what comes after it."""
+"""Seconds after which no upload of parts starts, so that a stage's end needn't wait for long."""
 
 
 # --- up ----------------------------------------------------------------------------------------
@@ -45,8 +45,7 @@ def push_files(
     work
         The parts of an unfinished run go, too.
     seconds
-        No upload starts after so many. What is left is then left out, and with it everything that
-        names it.
+        No upload starts after so many. The rest isn't pushed then, nor anything that names it.
 
     Returns
     -------
@@ -57,7 +56,7 @@ def push_files(
         local = local_files(copy, work=work)
         plan = plan_push(local, copy.record.files, copy.sizes)
         whole = _apply_push(copy, plan, local, on_tick, seconds)
-        if not copy.is_known:  # taken over as it was
+        if not copy.is_known:  # another OUT pushed these very files: now they are this one's
             copy.note()
     sent = [copy.record.files[name] for name in plan.names if name in copy.record.files]
     sent = [entry for entry in sent if "sha256" in entry]
@@ -72,7 +71,7 @@ def push_files(
 
 
 def push_parts(copy: Copy) -> int:
-    """Send the parts that a run has added, and return how many files went.
+    """Push the new parts of a run, and return the number of files that were sent.
 
     May run in a thread beside the stage.
     """
@@ -87,8 +86,8 @@ def push_parts(copy: Copy) -> int:
 def _apply_push(
     copy: Copy, plan: Plan, local: Files, on_tick: OnTick, seconds: float | None
 ) -> bool:
-    """Upload, then remove. Returns whether everything is done."""
-    copy.record.going -= {*plan.names, *plan.same}  # they came back
+    """Upload, then remove. Returns whether all uploads are done."""
+    copy.record.going -= {*plan.names, *plan.same}  # OUT has them again
     for name in plan.same:
         entry = copy.record.files[name]
         copy.common.files[name] = {**entry, "modified": local[name]["modified"]}
@@ -99,11 +98,11 @@ def _apply_push(
 
 
 def _upload(copy: Copy, plan: Plan, local: Files, on_tick: OnTick, seconds: float | None) -> bool:
-    """Upload the plan's files. When all are there, and not earlier, the rest is noted as going."""
+    """Upload the plan's files; once all are there, note what will be removed as going."""
     record, names = copy.record, plan.names
     if not names and record.going.issuperset(plan.remove):
         return True
-    for name in names:  # first, so that whatever a killed push leaves there is in the record
+    for name in names:  # before any upload, so that the record has all that a killed push leaves
         record.files[name] = {"size": local[name]["size"]}
     if names:
         copy.note()
@@ -114,7 +113,7 @@ def _upload(copy: Copy, plan: Plan, local: Files, on_tick: OnTick, seconds: floa
         for name, entry in copied(
             plan, lambda name: copy.place.upload(copy.out.root / name, name), end
         ):
-            if entry is None:  # it went while it was on the list, as parts do
+            if entry is None:  # removed from OUT meanwhile, as parts are when extract ends
                 del record.files[name]
                 continue
             record.files[name] = entry

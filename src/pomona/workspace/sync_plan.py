@@ -1,6 +1,6 @@
-"""What a push or a pull does, and in which order: decided from dicts, without touching a file.
+"""What a push or a pull copies and removes, and in which order: pure functions of dicts.
 
-The order is one that a reader can trust at any moment, and that a killed run can resume: a file
+At any moment of a push, a reader can trust what is there, and a killed push can be repeated: a file
 that names others follows them, the manifest comes last, and removals come after all copies.
 """
 
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
 
 def plan_push(local: Files, remote: Files, sizes: dict[str, int]) -> Plan:
-    """Plan how the place becomes what OUT is.
+    """Plan how to make the place like OUT.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def plan_push(local: Files, remote: Files, sizes: dict[str, int]) -> Plan:
     remote
         The files that were put there, by the place's record.
     sizes
-        The size in bytes of each file that lies there, by the place's listing.
+        The size in bytes of each file at the place, by its listing.
     """
     whole = {name: entry for name, entry in remote.items() if entry["size"] == sizes.get(name)}
     same = [name for name, entry in local.items() if _agree(entry, whole.get(name))]
@@ -65,11 +65,10 @@ def plan_push(local: Files, remote: Files, sizes: dict[str, int]) -> Plan:
 
 
 def plan_parts(local: Files, remote: Files, sizes: dict[str, int], *, table_empty: bool) -> Plan:
-    """Plan what goes up while ``extract`` is at work: its new parts. Nothing is removed.
+    """Plan a push of the new parts while ``extract`` is at work. Nothing is removed.
 
-    Parts can't be used without the files that say how they were made, so these go first
-    (``table_empty``: the table names no files yet). A table that names files has to follow those,
-    and is left to `plan_push`.
+    Parts are useless without the files that say how they were made, so these go first, as long as
+    the table names no files (``table_empty``). A table that does must follow them: `plan_push`.
     """
     push = plan_push(local, remote, sizes)
     waves = in_waves(name for name in push.names if table_empty and name in TABLE)
@@ -80,14 +79,14 @@ def plan_parts(local: Files, remote: Files, sizes: dict[str, int], *, table_empt
 
 
 def plan_pull(local: Files, offered: Files, common: Files, *, everything: bool) -> Plan:
-    """Plan how OUT becomes what the place is.
+    """Plan how to make OUT like the place.
 
     Parameters
     ----------
     local
         The files of OUT.
     offered
-        What the place has to give (`offer`).
+        What there is to pull, as `offer` returns it.
     common
         What OUT and the place last had in common.
     everything

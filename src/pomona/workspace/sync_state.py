@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pomona.core.errors import MismatchError
@@ -29,9 +29,9 @@ class Record:
     Attributes
     ----------
     revision
-        Changes with each writing; None where there is no record.
+        A new one with each writing; None if there is no record.
     files
-        Size and sha256 of each file that was put there; without sha256 while it is on its way.
+        Size and sha256 of each file that was put there; no sha256 before its upload has ended.
     going
         Names of files that are about to be removed: nobody pulls them any more.
     """
@@ -70,7 +70,8 @@ class Common:
     Attributes
     ----------
     revisions
-        Of the record: one of them is there if nobody else has written since.
+        Revisions of the record that OUT wrote or pulled: if the record has another one now,
+        somebody else has written there.
     files
         Size, sha256 and ``modified`` (ns) of each file that both had.
     pulling
@@ -94,7 +95,9 @@ class Common:
 
 @dataclass
 class Copy:
-    """OUT, its copy at a place, and what is known of both. One process at a time writes.
+    """OUT, its copy at a place, and what is known of both.
+
+    One process writes there at a time (`pomona.workspace.lease`), and one of its threads (`busy`).
 
     Attributes
     ----------
@@ -117,11 +120,11 @@ class Copy:
 
     @property
     def is_behind(self) -> bool:
-        """Whether OUT, which is but a copy of what the place holds, must be pulled first."""
+        """Whether a working copy of what the place holds must be pulled before it is used."""
         if self.record.revision is not None:
             return not self.is_known
-        # No record. What was pushed and is gone was removed there, by somebody who starts anew;
-        # files without a record were copied there.
+        # No record. If OUT had been pushed, somebody has removed it there, to start anew; if there
+        # are files, another program copied them.
         return not self.common.revisions if self.sizes else bool(self.common.revisions)
 
     def note(self) -> None:
@@ -129,15 +132,17 @@ class Copy:
 
         OUT knows that revision first, so that a kill between the two writings does no harm.
         """
-        before, self.common.pulling = self.record.revision, False
-        self.record.revision = uuid.uuid4().hex
-        self.common.revisions = [r for r in (before, self.record.revision) if r]
+        new = uuid.uuid4().hex
+        # The earlier ones stay until this one is there: a write that failed may have arrived.
+        revisions = (*self.common.revisions, self.record.revision, new)
+        self.common.revisions, self.common.pulling = [r for r in revisions if r], False
         self.common.write(self.out, self.place)
-        self.record.write(self.place)
+        replace(self.record, revision=new).write(self.place)
+        self.record.revision, self.common.revisions = new, [new]
 
 
 def open_copy(out: Out, place: Place) -> Copy:
-    """Look at OUT's copy.
+    """Read and list what is known of OUT's copy at a place.
 
     Raises
     ------
@@ -156,7 +161,7 @@ def open_copy(out: Out, place: Place) -> Copy:
 def scan(out: Out, *, work: bool) -> dict[str, os.stat_result]:
     """Return the files of OUT by name; with ``work`` also the parts of an unfinished run.
 
-    Hidden files stay at home: the lock, and files that are being written.
+    Without hidden files: the lock, and files that are being written.
     """
     stats: dict[str, os.stat_result] = {}
     for folder, folders, names in os.walk(out.root):
@@ -173,15 +178,15 @@ def scan(out: Out, *, work: bool) -> dict[str, os.stat_result]:
 
 
 def _resumes(name: str) -> bool:
-    """Whether a run that goes on elsewhere needs it: the rest of _work is made again."""
+    """Whether a run that is resumed elsewhere needs a file of ``_work``; it makes the others."""
     return name == EXTRACT_PLAN or (name.startswith(PARTS) and name.endswith(".parquet"))
 
 
 def local_files(copy: Copy, *, work: bool) -> Files:
     """Describe the files of OUT.
 
-    ``sha256`` is the known one if size and time are as they were. It is computed only where another
-    side has a file of that size; elsewhere the size alone tells that the files differ.
+    ``sha256`` is the known one if size and time haven't changed. Else it is computed if the file
+    has the size of what was or is at the place; otherwise the size shows that they differ.
     """
     files: Files = {}
     for name, stat in scan(copy.out, work=work).items():
@@ -197,7 +202,7 @@ def local_files(copy: Copy, *, work: bool) -> Files:
 
 
 def changed_here(copy: Copy) -> list[str]:
-    """Return the results in OUT that the place doesn't know, and didn't."""
+    """Return the files of OUT, but the log, that the place neither has nor had."""
     local = local_files(copy, work=False)
     local.pop(copy.out.log.name, None)
     return changed_since(local, copy.record.files, copy.common.files)
