@@ -215,6 +215,7 @@ def test_params() -> None:
 # --- one pipeline, saved and loaded ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_pipeline_fits_is_saved_and_gives_the_same(spark: Any, tmp_path: Path) -> None:
     file = tmp_path / "mine.safetensors"
     file.write_bytes(weights.pack(weights.load_weights("random:7")))
@@ -348,6 +349,7 @@ def test_answers_beside_paths(spark: Any, tmp_path: Path) -> None:
 # --- the page ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_python_blocks_of_the_page_run(
     spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
