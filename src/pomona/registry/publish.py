@@ -33,7 +33,7 @@ from pomona.workspace import layout
 from pomona.workspace.layout import Out
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-SURE = 0.05
+SIGNIFICANCE = 0.05
 """A better challenger becomes champion below this p-value."""
 DIGEST = "model_digest"
 """Tag of a version: the digest of its model."""
@@ -182,9 +182,13 @@ def _judge(
     except PomonaError as error:  # the version is registered all the same, without a comparison
         return False, f"not promoted: no comparison with version {version}: {error}", None
     is_better = figures["accuracy"] > figures["accuracy_champion"]
-    is_sure = is_better and figures["p_value"] < SURE
+    is_sure = is_better and figures["p_value"] < SIGNIFICANCE
     verdict = "champion" if is_sure else "not promoted"
-    doubt = f", which may be chance (p < {SURE} is asked for)" if is_better and not is_sure else ""
+    doubt = (
+        f", which may be chance (p < {SIGNIFICANCE} is asked for)"
+        if is_better and not is_sure
+        else ""
+    )
     groups = "" if figures["by"] == "photo" else f" in {figures['units']} groups"
     why = (
         f"{verdict}: right on {figures['accuracy']:.2%} of {figures['photos']:,} Test photos"

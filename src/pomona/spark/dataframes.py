@@ -154,9 +154,8 @@ def _add(
     _refuse_duplicates(frame.columns, names)
     if not are_paths:
         _check_batches(frame.sparkSession)
-    schema = frame.selectExpr(
-        "*", *nulls(pa.schema([field.with_name(name) for name, field in new]))
-    ).schema
+    added = pa.schema([field.with_name(name) for name, field in new])
+    schema = frame.selectExpr("*", *nulls(added)).schema
     computed = tuple(field.name for _, field in new)
     columns = (*frame.columns, *names)
     on_worker = AddColumns(work, place, are_paths, batch_size, columns, computed, strict)

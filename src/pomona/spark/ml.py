@@ -104,7 +104,7 @@ class MobileNetV2Features(Transformer, HasInputCol, HasOutputCol, MLReadable, ML
     weights
         ``imagenet``, ``random:SEED``, or a file on the driver. Default POMONA_WEIGHTS, or imagenet.
     imageSize
-        Side that photos are resized to, in pixels. Default 224.
+        Side of the square that photos are stretched to, in pixels. Default 224.
     batchSize
         Photos per call of the network. Default 8, on a GPU 128.
     backend
@@ -155,16 +155,9 @@ class MobileNetV2Features(Transformer, HasInputCol, HasOutputCol, MLReadable, ML
     ) -> None:
         params = {name: value for name, value in locals().items() if name in NAMES}
         super().__init__()
-        self._setDefault(
-            inputCol="content",
-            outputCol="features",
-            errorCol="error",
-            imageSize=224,
-            backend="onnx",
-            device="auto",
-            vector=True,
-            handleInvalid="keep",
-        )
+        columns = {"inputCol": "content", "outputCol": "features", "errorCol": "error"}
+        self._setDefault(**columns, vector=True, handleInvalid="keep")
+        self._setDefault(imageSize=224, backend="onnx", device="auto")
         self._read: tuple[str, Weights] | None = None  # the param `weights`, and what it names
         self._made: tuple[tuple[Any, ...], BackboneSpec] | None = None  # its settings, the spec
         self.setParams(**params)
