@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pomona.core.files import aside
+from pomona.core.files import atomic_file
 from pomona.model.recogniser import ANSWERS, Recogniser, recognise
 from pomona.photos.reading import read, with_content
 from pomona.photos.source import MAX_BYTES, Source
@@ -34,7 +34,7 @@ class PredictTask:
         """Write the answers of chunk ``number``. Runs on workers."""
         recogniser = replace(self.recogniser, spec=at_task(self.recogniser.spec))
         path = Path(folder, part_name(number))
-        with aside(path) as part, pq.ParquetWriter(part, ROWS) as writer:
+        with atomic_file(path) as part, pq.ParquetWriter(part, ROWS) as writer:
             for batch in answers(photos, self.sources[number], recogniser):
                 writer.write_batch(batch)
         return {}
