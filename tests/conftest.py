@@ -84,14 +84,12 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def features() -> Any:
     """Features of 36 photos by random weights, float32 [36, 1280], for `tests.small_model`."""
-    from pomona.backbone import extract, weights
-    from pomona.backbone.spec import make_spec
-    from tests.small_model import SIZE
+    from pomona.backbone import extract
+    from tests.small_model import small_spec
 
-    spec = make_spec(weights.load_weights("random:0"), image_size=SIZE, device="cpu")
     contents = [photo(1000 * (n % 3) + n) for n in range(36)]
     batch = pa.record_batch({"content": pa.array(contents, pa.binary())})
-    rows = next(extract.extract(iter([batch]), spec))
+    rows = next(extract.extract(iter([batch]), small_spec()))
     return np.array(rows["features"].to_pylist(), np.float32)
 
 

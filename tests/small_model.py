@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pomona.backbone import weights
-from pomona.backbone.spec import make_spec
+from pomona.backbone.spec import BackboneSpec, make_spec
 from pomona.model import artifact, classifier, projection, unknown
 from pomona.model.head import Head, make_head
 
@@ -19,6 +20,12 @@ ABOUT = {
     "preprocessing": {"image_size": SIZE},
     "unknown": {"keep": 0.95},
 }
+
+
+@functools.cache
+def small_spec(name: str = "random:0") -> BackboneSpec:
+    """The backbone, from the weights of that name."""
+    return make_spec(weights.load_weights(name), image_size=SIZE, device="cpu")
 
 
 def small_head(features: Any, method: str = "distance", power: float = 0.5) -> Head:
@@ -32,6 +39,5 @@ def small_head(features: Any, method: str = "distance", power: float = 0.5) -> H
 
 def save_small_model(folder: Path, features: Any, name: str = "fruits") -> Path:
     """Save a model on the weights of that name, and return its folder."""
-    spec = make_spec(weights.load_weights(name), image_size=SIZE, device="cpu")
-    artifact.save_model(folder, spec.payload, small_head(features), ABOUT)
+    artifact.save_model(folder, small_spec(name).payload, small_head(features), ABOUT)
     return folder

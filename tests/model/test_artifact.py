@@ -12,15 +12,13 @@ import onnxruntime as ort
 import pyarrow as pa
 import pytest
 
-from pomona.backbone import weights
-from pomona.backbone.spec import make_spec
 from pomona.core.errors import MismatchError, RequestError
 from pomona.model import artifact, unknown
 from pomona.model.head import OUTPUTS, to_onnx
 from pomona.model.recogniser import ANSWERS, make_recogniser, recognise
 from pomona.photos import decoding
 from tests.conftest import photo
-from tests.small_model import SIZE, small_head
+from tests.small_model import SIZE, small_head, small_spec
 
 pytest.importorskip("sklearn")
 
@@ -29,9 +27,10 @@ pytest.importorskip("sklearn")
 @pytest.mark.parametrize("method", unknown.METHODS)
 def test_the_file_and_numpy_agree(features: Any, method: str, power: float) -> None:
     """model.onnx alone against the head in float64, for every detector."""
-    spec = make_spec(weights.load_weights("random:0"), image_size=SIZE, device="cpu")
     top = small_head(features, method, power)
-    session = ort.InferenceSession(to_onnx(spec.payload, top), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        to_onnx(small_spec().payload, top), providers=["CPUExecutionProvider"]
+    )
     decoded = [decoding.decode(photo(1000 * (n % 3) + n), SIZE).pixels for n in range(36)]
     found = session.run(list(OUTPUTS), {"image": np.stack([d for d in decoded if d is not None])})
     wanted = top.apply(features)

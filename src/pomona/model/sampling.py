@@ -56,9 +56,8 @@ class Sample:
 
     def take(self, rows: Codes) -> Sample:
         """Return some of the photos."""
-        groups, unseen = (
-            None if values is None else values[rows] for values in (self.groups, self.unseen)
-        )
+        groups = None if self.groups is None else self.groups[rows]
+        unseen = None if self.unseen is None else self.unseen[rows]
         return Sample(self.z[rows], self.y[rows], self.labels, groups, unseen)
 
     def at_most(self, count: int) -> Sample:
