@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from pomona.backbone import mobilenet
 from pomona.core.errors import MissingError, WeightsError
-from pomona.core.files import aside, cache_folder, sha256
+from pomona.core.files import atomic_file, cache_folder, sha256
 from pomona.core.schema import SPLITS
 
 OFFICIAL_URL = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
@@ -241,7 +241,7 @@ def _official(on_bytes: OnBytes | None) -> Path:
     digest = path.stem.rsplit("-", 1)[-1]
     if path.is_file() and sha256(path)[:8] == digest:
         return path
-    with aside(path) as part:
+    with atomic_file(path) as part:
         _download(OFFICIAL_URL, part, on_bytes)
         if sha256(part)[:8] != digest:
             raise WeightsError(

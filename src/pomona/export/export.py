@@ -19,7 +19,7 @@ import numpy as np
 
 from pomona.backbone.mobilenet import INPUT
 from pomona.core.errors import MissingError, RequestError
-from pomona.core.files import folder_aside, write_json
+from pomona.core.files import atomic_folder, write_json
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import versions
 from pomona.core.uris import local_path
@@ -231,7 +231,7 @@ def _write(out: Out, dest: Path, files: Files, about: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # not empty: an unfinished extract's parts
             out.work.rmdir()
         return
-    with folder_aside(dest, "--dest") as staged:
+    with atomic_folder(dest, "--dest") as staged:
         _fill(staged, files, about)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pomona.core.errors import MissingError, RequestError
-from pomona.core.files import folder_aside, sha256
+from pomona.core.files import atomic_folder, sha256
 from pomona.core.provenance import versions
 
 log = logging.getLogger("pomona.web.page")
@@ -286,7 +286,7 @@ def write(dest: Path, files: Site) -> None:
     """
     refuse_foreign(dest)
     record = json.dumps({"files": [*sorted(files), RECORD]}, indent=1).encode()
-    with folder_aside(dest, "--web") as staged:
+    with atomic_folder(dest, "--web") as staged:
         for name, content in {**{n: f.read() for n, f in files.items()}, RECORD: record}.items():
             path = staged / name
             path.parent.mkdir(parents=True, exist_ok=True)
