@@ -155,20 +155,26 @@ INSECURE = "--host-resolver-rules=MAP fruit.test 127.0.0.1"
 """A name for this machine that the browser takes for another one's: plain http isn't trusted."""
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+@contextlib.contextmanager
+def chromium() -> Iterator[Any]:
     api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not chromium:
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not program:
         pytest.skip("no chromium here (Debian: apt-get install chromium)")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
     with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(
-            executable_path=chromium,
+        launched = playwright.chromium.launch(
+            executable_path=program,
             args=[*flags, "--disable-component-update", "--disable-sync", INSECURE],
         )
-        yield found
-        found.close()
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as launched:
+        yield launched
 
 
 @dataclass

@@ -13,10 +13,11 @@ from tests.trained_model import make_model
 SIZE = 32
 
 
-def trained(folder: pytest.TempPathFactory, weights: str) -> Model:
+def trained(folders: pytest.TempPathFactory, weights: str) -> Model:
+    pytest.importorskip("sklearn")
     contents = [photo(1000 * (n % 3) + n) for n in range(36)]
     labels = ["a", "b", "ünknown"] * 12
-    return make_model(folder.mktemp("served") / "model", weights, contents, labels, SIZE)
+    return make_model(folders.mktemp("served") / "model", weights, contents, labels, SIZE)
 
 
 @pytest.fixture(scope="package")

@@ -150,6 +150,7 @@ def test_the_document_tells_what_is_answered(url: str) -> None:
     jsonschema.validate(example, schema("/v1/predict", "post"))
 
 
+@pytest.mark.slow
 def test_no_request_ends_in_a_5xx(url: str) -> None:
     """schemathesis makes requests from the document, and some that don't fit it."""
     schemathesis = pytest.importorskip("schemathesis")

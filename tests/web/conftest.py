@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pomona.model.artifact import Model
+from tests.conftest import chromium
 from tests.trained_model import make_model
 from tests.web.visitor import LABELS, SIZE, Served, Visitor, fruit, serve
 
@@ -18,6 +19,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
     labels = [LABELS[label] for label in range(6) for _ in range(20)]
     folder = tmp_path_factory.mktemp("small") / "model"
     return make_model(folder, "random:0", contents, labels, SIZE)
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Any]:
+    with chromium() as launched:
+        yield launched
 
 
 @pytest.fixture

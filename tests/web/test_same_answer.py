@@ -91,6 +91,7 @@ SAYS = """async ([kind, contents]) => {
 }"""
 
 
+@pytest.mark.slow
 def test_same_photo_same_answer(real: tuple[Model, list[bytes]], visit: Any) -> None:
     needs_runtime()
     model, contents = real

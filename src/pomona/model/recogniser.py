@@ -99,11 +99,11 @@ def answers(batch: pa.RecordBatch, recogniser: Recogniser) -> list[dict[str, Any
     return rows
 
 
-def answer_photos(contents: Sequence[bytes | None], found: Recogniser) -> list[dict[str, Any]]:
+def answer_photos(contents: Sequence[bytes | None], recogniser: Recogniser) -> list[dict[str, Any]]:
     """Answer for photos' bytes without Arrow: one row each, as `ANSWERS`. Runs on workers."""
-    photos = extract.extract_photos(contents, found.spec)
+    photos = extract.extract_photos(contents, recogniser.spec)
     pairs = zip(photos.by_photo("probabilities"), photos.by_photo("score"), strict=True)
-    rows = [answer(p, None if s is None else float(s), found) for p, s in pairs]
+    rows = [answer(p, None if s is None else float(s), recogniser) for p, s in pairs]
     return [{**row, "error": error} for row, error in zip(rows, photos.errors, strict=True)]
 
 

@@ -169,7 +169,8 @@ class _Protocol(HttpToolsProtocol):
         ):
             self._stuck, self._left = now, left
         head = HEAD_SECONDS if self._head > 0 or self.cycle is None else IDLE_SECONDS
-        limits = ((self._waits, head), (self._rests, REST_SECONDS), (self._stuck, STUCK_SECONDS))
+        waits = self._waits if self._stuck is None else None  # the answer is still being read
+        limits = ((waits, head), (self._rests, REST_SECONDS), (self._stuck, STUCK_SECONDS))
         return any(since is not None and now - since > most for since, most in limits)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -218,6 +219,8 @@ class _Protocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         self._stuck = None
+        if self._waits is not None:
+            self._waits = time.monotonic()
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
