@@ -86,9 +86,7 @@ def service() -> Iterator[str]:
 
 def phone(browser: Any, address: str, photo: Path) -> None:
     """Ask the page about a photo, at a phone's width."""
-    page = browser.new_page(
-        viewport=PHONE, device_scale_factor=2, is_mobile=True, has_touch=True
-    )
+    page = browser.new_page(viewport=PHONE, device_scale_factor=2, is_mobile=True, has_touch=True)
     page.goto(address)
     page.set_input_files("#files", photo)
     page.wait_for_selector("#bars li")

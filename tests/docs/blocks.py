@@ -73,10 +73,12 @@ class Reader:
     def serve(self, line: str) -> None:
         """Start a server, and wait until it answers."""
         self.stop()
+        if line.startswith("pomona serve") and "--port" not in line:
+            line += f" --port {free_port()}"
         self.server = subprocess.Popen(
             ["bash", "-c", f'. "{self.state}"; exec {line}'], cwd=self.folder, env=self.env
         )
-        port = int(next(iter(re.findall(r"\b(\d{4,5})\b", line)), 8000))
+        port = int(re.findall(r"\b\d{4,5}\b", line)[-1])
         end = time.monotonic() + 300
         while self.server.poll() is None and time.monotonic() < end:
             with socket.socket() as probe:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from docs import build_site
 
 pytest.importorskip("zensical", reason="needs Python 3.11")

@@ -64,3 +64,19 @@ def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = reader.folder / "results"
     assert (results / "report" / "report.html").exists()
     assert {path.name for path in (reader.folder / "website").iterdir()} >= {"index.html"}
+
+
+@pytest.mark.slow
+def test_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands print what it shows, but for figures that depend on the machine."""
+    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    reader = Reader(tmp_path)
+    try:
+        printed = " ".join("".join(map(reader.run, commands(page))).split())
+    finally:
+        reader.stop()
+    shown = page.split("# what they print, shortened\n")[1].split("```")[0].splitlines()
+    for line in shown[:4]:
+        assert " ".join(line.split()) in printed, line
+    assert "photos/Test/Banana/18_100.jpg Banana" in printed
