@@ -20,7 +20,7 @@ import numpy as np
 import backbones
 import common
 from pomona.backbone import mobilenet, weights
-from pomona.core.files import aside, sha256, write_json
+from pomona.core.files import atomic_file, sha256, write_json
 from pomona.export import quantization
 from pomona.model import artifact
 
@@ -80,7 +80,7 @@ def write(result: Path, to: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
     assert found.state is not None
     half = {key: value.astype(np.float16) for key, value in narrow(found.state).items()}
     to.parent.mkdir(parents=True, exist_ok=True)
-    with aside(to) as part:
+    with atomic_file(to) as part:
         part.write_bytes(weights.to_bytes(half, found.tuned_on))
     about: dict[str, Any] = {
         "digest": weights.fruits(to).digest,

@@ -20,7 +20,7 @@ import pytest
 from pomona.cli import spark_job
 from pomona.core import object_store
 from pomona.core.errors import BusyError, MismatchError, RequestError, SourceError, WeightsError
-from pomona.core.object_store import S3_ATTEMPTS, TRIES, connect, may_pass, patiently
+from pomona.core.object_store import S3_ATTEMPTS, TRIES, connect, is_transient, retrying
 from pomona.core.progress import Tick
 from pomona.core.uris import refuse_uri
 from pomona.photos.listing import list_files
@@ -123,7 +123,7 @@ def test_a_listing_is_tried_again(store: str, through: Proxy) -> None:
     ],
 )
 def test_what_may_pass(text: str, passes: bool) -> None:
-    assert may_pass(OSError(text)) is passes
+    assert is_transient(OSError(text)) is passes
 
 
 def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +135,11 @@ def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("AWS Error SLOW_DOWN")
 
     with pytest.raises(OSError, match="SLOW_DOWN"):
-        patiently(fail)
+        retrying(fail)
     assert len(tries) == TRIES
     monkeypatch.setattr(object_store, "PATIENCE", -1.0)
     with pytest.raises(OSError, match="SLOW_DOWN"):
-        patiently(fail)
+        retrying(fail)
     assert len(tries) == TRIES + 1
 
 

@@ -28,7 +28,7 @@ FORMAT = 1
 
 
 @contextlib.contextmanager
-def aside(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Give a file to write; it becomes ``path`` when it is whole. Runs on workers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{uuid.uuid4().hex}.part")
@@ -40,7 +40,7 @@ def aside(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def folder_aside(dest: Path, option: str) -> Iterator[Path]:
+def atomic_folder(dest: Path, option: str) -> Iterator[Path]:
     """Give a folder to make and fill; it takes the place of ``dest`` when it is whole.
 
     Raises
@@ -67,7 +67,7 @@ def write_json(path: Path, value: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole."""
-    with aside(path) as part:
+    with atomic_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
 

@@ -109,18 +109,18 @@ _LASTING = re.compile(
 _LASTING_TYPES = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
-def may_pass(error: OSError) -> bool:
+def is_transient(error: OSError) -> bool:
     """Tell whether an object store may answer better later: throttled, broken, too slow.
 
-    >>> may_pass(OSError("AWS Error SLOW_DOWN during GetObject operation"))
+    >>> is_transient(OSError("AWS Error SLOW_DOWN during GetObject operation"))
     True
-    >>> may_pass(OSError("AWS Error ACCESS_DENIED during GetObject operation"))
+    >>> is_transient(OSError("AWS Error ACCESS_DENIED during GetObject operation"))
     False
     """
     return not isinstance(error, _LASTING_TYPES) and not _LASTING.search(str(error))
 
 
-def patiently(call: Callable[[], T]) -> T:
+def retrying(call: Callable[[], T]) -> T:
     """Call, and call again if what failed may pass. Runs on workers, too.
 
     The pauses are drawn between 0 and 1, 2 and 4 seconds, so that workers that failed together
@@ -136,7 +136,7 @@ def patiently(call: Callable[[], T]) -> T:
         try:
             return call()
         except OSError as error:
-            if number == TRIES - 1 or not may_pass(error) or time.monotonic() > end:
+            if number == TRIES - 1 or not is_transient(error) or time.monotonic() > end:
                 raise
             log.info("trying again: %s", first_line(error))
             time.sleep(random.uniform(0, 2**number))

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from pomona.backbone import mobilenet
 from pomona.backbone.session import onnx_session
 from pomona.core.errors import MissingError, RequestError, SourceError
-from pomona.core.files import folder_aside, read_json, write_json
+from pomona.core.files import atomic_folder, read_json, write_json
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import versions
 from pomona.core.uris import local_path
@@ -415,7 +415,7 @@ def _write(out: Out, dest: Path, files: Files, about: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # an extract that isn't finished has its parts there
             out.work.rmdir()
         return
-    with folder_aside(dest, "--dest") as staged:
+    with atomic_folder(dest, "--dest") as staged:
         _fill(staged, files, about)
 
 

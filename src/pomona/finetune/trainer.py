@@ -24,7 +24,7 @@ from torch.nn import functional
 from pomona.backbone import mobilenet
 from pomona.core.cpus import available_cpus
 from pomona.core.errors import JobError
-from pomona.core.files import aside, read_json, write_json
+from pomona.core.files import atomic_file, read_json, write_json
 from pomona.finetune.network import (
     Batches,
     Data,
@@ -222,7 +222,7 @@ class Run:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = value.detach().clone().contiguous()
         held = {"plan": self.plan.__dict__, "progress": self.progress.__dict__}
-        with aside(path) as part_file:
+        with atomic_file(path) as part_file:
             save_file(tensors, part_file, {"pomona": json.dumps(held)})
 
     def restore(self, path: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pomona.core.errors import SourceError, first_line
-from pomona.core.object_store import READ_AHEAD, connect, patiently
+from pomona.core.object_store import READ_AHEAD, connect, retrying
 from pomona.core.schema import FILES
 from pomona.photos.source import Source, is_photo
 
@@ -134,7 +134,7 @@ def _scan_store(source: Source, folder: str) -> Scan:
     folders: list[str] = []
     others: Counter[str] = Counter()
     filesystem = connect(source.store)
-    for info in patiently(lambda: filesystem.get_file_info(FileSelector(folder))):
+    for info in retrying(lambda: filesystem.get_file_info(FileSelector(folder))):
         if info.base_name.startswith("."):
             continue
         if info.type == FileType.Directory:

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from pomona.core.errors import SourceError, first_line
-from pomona.core.object_store import READ_AHEAD, connect, patiently
+from pomona.core.object_store import READ_AHEAD, connect, retrying
 from pomona.core.uris import local_path
 from pomona.photos.source import MAX_BYTES, SCHEME, Source, open_source
 
@@ -36,7 +36,7 @@ def reader(source: Source) -> Reader:
             return file.read(MAX_BYTES + 1)
 
     def read_object(path: str) -> bytes:
-        return patiently(lambda: _read_object(source, path))
+        return retrying(lambda: _read_object(source, path))
 
     return read_local if source.kind == "local" else read_object
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pomona.backbone.spec import BackboneSpec, make_spec, onnx_file
 from pomona.backbone.weights import Weights, load_weights
 from pomona.core.errors import CrashError, MismatchError, RequestError, SourceError
-from pomona.core.files import FORMAT, aside, read_json, sha256, write_json
+from pomona.core.files import FORMAT, atomic_file, read_json, sha256, write_json
 from pomona.core.parquet import even_bounds, write_chunks
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import utc_now
@@ -110,7 +110,7 @@ def extract(
         if not folder.table_file.exists():
             write_json(folder.table_file, table)
         if not folder.backbone.exists():
-            with aside(folder.backbone) as part:
+            with atomic_file(folder.backbone) as part:
                 part.write_bytes(onnx_file(spec))
         return _extract(job, photos, table, {"list": time.time() - started}, forgotten)
 

@@ -20,7 +20,7 @@ from pomona.backbone import mobilenet
 from pomona.backbone.spec import find_device
 from pomona.backbone.weights import Weights, load_weights, mark, to_bytes
 from pomona.core.errors import JobError, MismatchError, MissingError, RequestError, SourceError
-from pomona.core.files import aside, read_json, sha256, write_json
+from pomona.core.files import atomic_file, read_json, sha256, write_json
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import utc_now, versions
 from pomona.core.schema import SPLITS
@@ -432,7 +432,7 @@ class Job:
         job = read_json(self.folder / "job.json")
         network, progress, seconds = trainer.result(self.folder, self.device)
         state = weights_of(network.state_dict(), norm=network.norm)
-        with aside(self.out.tuned) as part:
+        with atomic_file(self.out.tuned) as part:
             part.write_bytes(to_bytes(state, (*self._known(), *job["tuned_on"])))
         record = {
             "made_from": made_from,

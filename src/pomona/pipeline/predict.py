@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pomona.core.cpus import available_cpus
 from pomona.core.errors import MismatchError, RequestError, SourceError
-from pomona.core.files import FORMAT, aside, read_json, write_json
+from pomona.core.files import FORMAT, atomic_file, read_json, write_json
 from pomona.core.parquet import even_bounds, read_chunk, write_chunks
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.uris import local_path
@@ -132,7 +132,7 @@ class PredictTask:
 
         fitted = replace(self.recogniser, spec=at_task(self.recogniser.spec))
         path = Path(folder, part_name(number))
-        with aside(path) as part, pq.ParquetWriter(part, ROWS) as writer:
+        with atomic_file(path) as part, pq.ParquetWriter(part, ROWS) as writer:
             for batch in answers(photos, self.sources[number], fitted):
                 writer.write_batch(batch)
         return {}

@@ -21,7 +21,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from pomona.backbone.extract import features_of
-from pomona.core.files import aside, read_json, sha256, tree_digest
+from pomona.core.files import atomic_file, read_json, sha256, tree_digest
 from pomona.core.parquet import even_bounds, gather, read_chunk, write_chunks
 from pomona.core.schema import PCA_TABLE, without
 from pomona.model import projection
@@ -76,7 +76,7 @@ class MomentsTask:
     def __call__(self, number: int) -> dict[str, Any]:
         """Write ``to/NUMBER.npz``."""
         found = projection.merge(self._group(*group) for group in self.groups[number])
-        with aside(Path(self.to, f"{number}.npz")) as part, part.open("wb") as file:
+        with atomic_file(Path(self.to, f"{number}.npz")) as part, part.open("wb") as file:
             np.savez(file, count=found.count, mean=found.mean, scatter=found.scatter)
         return {}
 
@@ -164,7 +164,7 @@ def _write_labels(
     for start, stop in itertools.pairwise(cuts):
         path = folder / partition(labels[start]) / f"part-{number:05d}.parquet"
         rows = table.slice(start, stop - start).select(without(PCA_TABLE, "label").names)
-        with aside(path) as part:
+        with atomic_file(path) as part:
             pq.write_table(rows, part, compression="zstd", use_dictionary=False)
         yield path
 
@@ -175,7 +175,7 @@ def _write_csv(
     path = folder / f"part-{number:05d}.csv"
     columns = {"label": plan["label"], "filename": plan["filename"]}
     columns |= {f"f_{n}": pa.array(np.ascontiguousarray(v)) for n, v in enumerate(values.T)}
-    with aside(path) as part:
+    with atomic_file(path) as part:
         pcsv.write_csv(pa.table(columns), part)
     return path
 

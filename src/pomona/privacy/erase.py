@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from pomona.backbone.extract import features_of
 from pomona.core.errors import RequestError
-from pomona.core.files import aside, read_json, sha256, tree_digest, write_json
+from pomona.core.files import atomic_file, read_json, sha256, tree_digest, write_json
 from pomona.core.parquet import gather, open_parquet
 from pomona.core.schema import FEATURES_TABLE, REJECTED, SPLITS, without
 from pomona.pipeline import reduce_tasks
@@ -311,7 +311,7 @@ def _clean_file(path: Path, names: Names, done: Copies) -> None:
     if path.name == "rejected.csv":
         rows = _read_rejected(path)
         named = pc.is_in(rows["path"], pa.array(sorted(names.paths), pa.string()))
-        with aside(path) as part:
+        with atomic_file(path) as part:
             pcsv.write_csv(rows.filter(pc.invert(named)), part)
         done.rewritten += 1
         return
@@ -349,7 +349,7 @@ def _clean_answers(path: Path, paths: frozenset[str]) -> int:
     rows = pq.ParquetFile(path).read()
     named = [_ends_with(shown, paths) for shown in rows["path"].to_pylist()]
     if any(named):
-        with aside(path) as part:
+        with atomic_file(path) as part:
             pq.write_table(rows.filter(pa.array([not n for n in named])), part)
     return sum(named)
 
@@ -453,7 +453,7 @@ def _without(
     """Copy a Parquet file without some rows; the others stay as they are, to the bit."""
     count, rejected, first = 0, 0, 0
     file = pq.ParquetFile(source)
-    with aside(target) as part, open_parquet(part, schema) as writer:
+    with atomic_file(target) as part, open_parquet(part, schema) as writer:
         for number in range(file.num_row_groups):
             group = file.read_row_group(number).select(schema.names).cast(schema)
             here = np.arange(first, first + group.num_rows)

@@ -26,7 +26,7 @@ import pyarrow as pa
 from pomona.backbone.spec import BackboneSpec
 from pomona.core.cpus import available_cpus
 from pomona.core.errors import CrashError, JobError, PomonaError, first_line
-from pomona.core.files import aside
+from pomona.core.files import atomic_file
 from pomona.core.parquet import read_chunk
 from pomona.core.schema import ddl
 from pomona.spark.resources import slots
@@ -262,7 +262,7 @@ def _wave(spark: SparkSession, task: ChunkTask, numbers: tuple[int, ...]) -> Non
     frame = spark.range(0, len(numbers), 1, len(numbers)).mapInArrow(on_worker, ddl(FILES))
     for batch in frame.toArrow().to_batches():
         for name, content in zip(batch["name"].to_pylist(), batch["content"], strict=True):
-            with aside(Path(task.folder, name)) as part:
+            with atomic_file(Path(task.folder, name)) as part:
                 part.write_bytes(content.as_buffer())
 
 

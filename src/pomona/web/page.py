@@ -26,7 +26,7 @@ import numpy.typing as npt
 from pomona.backbone import mobilenet
 from pomona.backbone.session import onnx_session
 from pomona.core.errors import MissingError, RequestError
-from pomona.core.files import folder_aside, sha256
+from pomona.core.files import atomic_folder, sha256
 from pomona.core.provenance import versions
 from pomona.model.artifact import Model
 from pomona.model.head import ANSWER
@@ -304,7 +304,7 @@ def write(dest: Path, files: Site) -> None:
     """
     refuse_foreign(dest)
     record = json.dumps({"files": [*sorted(files), RECORD]}, indent=1).encode()
-    with folder_aside(dest, "--web") as staged:
+    with atomic_folder(dest, "--web") as staged:
         for name, content in {**{n: f.read() for n, f in files.items()}, RECORD: record}.items():
             path = staged / name
             path.parent.mkdir(parents=True, exist_ok=True)

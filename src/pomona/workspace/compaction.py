@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pomona.core.errors import JobError
-from pomona.core.files import aside, sha256, write_json
+from pomona.core.files import atomic_file, sha256, write_json
 from pomona.core.parquet import even_bounds, gather, open_parquet, read_chunk
 from pomona.core.schema import FEATURES_TABLE, PHOTOS, SPLITS, without
 from pomona.workspace import layout
@@ -149,7 +149,7 @@ class WriteFile:
         schema = without(FEATURES_TABLE, "split")
         label = schema.get_field_index("label")
         rejected = 0
-        with aside(path) as part, open_parquet(part, schema) as writer:
+        with atomic_file(path) as part, open_parquet(part, schema) as writer:
             for wanted, rows in gather(plan, self.root, self.files, schema.names):
                 relabelled = rows.set_column(label, schema.field("label"), wanted["label"])
                 rejected += rows.num_rows - rows["error"].null_count

@@ -29,7 +29,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from pomona.core.errors import MismatchError
-from pomona.core.files import aside, read_json, tree_digest
+from pomona.core.files import atomic_file, read_json, tree_digest
 from pomona.core.parquet import open_parquet
 from pomona.core.schema import FEATURES_TABLE, PHOTOS, REJECTED, UNREADABLE
 from pomona.workspace.layout import Out
@@ -242,7 +242,7 @@ def list_rejected(rows: pa.Table, path: Path) -> dict[str, int]:
     """Write the rows that have an error as CSV, and return how many there are of each code."""
     bad = rows.filter(pc.is_valid(rows["error"])).select(REJECTED.names)
     bad = bad.sort_by([("split", "ascending"), ("path", "ascending")])
-    with aside(path) as part:
+    with atomic_file(path) as part:
         pcsv.write_csv(bad, part)
     counted = bad.group_by("error").aggregate([("path", "count")]).to_pylist()
     return {row["error"]: row["path_count"] for row in sorted(counted, key=lambda r: r["error"])}

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pomona.core.errors import RequestError, first_line
-from pomona.core.files import aside
-from pomona.core.object_store import connect, patiently
+from pomona.core.files import atomic_file
+from pomona.core.object_store import connect, retrying
 from pomona.core.uris import is_store, local_path, refuse_uri
 from pomona.photos.source import open_source
 
@@ -60,7 +60,7 @@ class Place:
         from pyarrow.fs import FileSelector, FileType
 
         selector = FileSelector(self.root, recursive=True, allow_not_found=True)
-        found = patiently(lambda: self._files.get_file_info(selector))
+        found = retrying(lambda: self._files.get_file_info(selector))
         start = len(self.root) + 1
         return {info.path[start:]: info.size for info in found if info.type == FileType.File}
 
@@ -81,20 +81,20 @@ class Place:
             with self._files.open_input_file(f"{self.root}/{name}") as file:
                 return bytes(file.read())
 
-        return patiently(read)
+        return retrying(read)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a small file whole."""
 
         def write() -> None:
             if not self.store:
-                with aside(Path(self.root, name)) as part:
+                with atomic_file(Path(self.root, name)) as part:
                     part.write_bytes(content)
                 return
             with self._files.open_output_stream(f"{self.root}/{name}") as file:
                 file.write(content)
 
-        patiently(write)
+        retrying(write)
 
     def write_json(self, name: str, value: object) -> None:
         """Write JSON whole."""
@@ -111,12 +111,12 @@ class Place:
             with path.open("rb") as source, self._writing(name) as file:
                 return _copy(source, file)
 
-        return patiently(send)
+        return retrying(send)
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[Any]:
         if not self.store:
-            with aside(Path(self.root, name)) as part, part.open("wb") as file:
+            with atomic_file(Path(self.root, name)) as part, part.open("wb") as file:
                 yield file
             return
         with self._files.open_output_stream(f"{self.root}/{name}") as file:
@@ -127,18 +127,18 @@ class Place:
 
         def fetch() -> Entry:
             with (
-                aside(path) as part,
+                atomic_file(path) as part,
                 part.open("wb") as file,
                 self._files.open_input_stream(f"{self.root}/{name}") as source,
             ):
                 return _copy(source, file)
 
-        return patiently(fetch)
+        return retrying(fetch)
 
     def delete(self, name: str) -> None:
         """Remove a file; one that is gone already is no matter."""
         with contextlib.suppress(FileNotFoundError):
-            patiently(lambda: self._files.delete_file(f"{self.root}/{name}"))
+            retrying(lambda: self._files.delete_file(f"{self.root}/{name}"))
         if not self.store:
             drop_empty(Path(self.root), name)
 
