@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 RUNTIME := src/pomona/web/assets/runtime/runtime.json
 SET_UP := $(STAMP) $(RUNTIME)
 
-.PHONY: demo test check format docs runtime clean
+.PHONY: demo test check format docs site runtime clean
 
 demo: $(SET_UP)
 	$(BIN)/pomona demo --out demo
@@ -31,6 +31,10 @@ format: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/generate_cli.py
 
+# The documentation as static files in site/; look at it with python -m http.server --directory site
+site: $(STAMP)
+	$(BIN)/python docs/build_site.py
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[all,dev]' --constraint constraints.txt
@@ -44,4 +48,4 @@ $(RUNTIME): package.json package-lock.json tools/runtime.py | $(STAMP)
 	  echo "no runtime for browsers: the page won't answer on the device; make runtime tries again"
 
 clean:
-	rm -rf $(VENV) demo build dist src/pomona/web/assets/runtime
+	rm -rf $(VENV) demo build dist site src/pomona/web/assets/runtime
