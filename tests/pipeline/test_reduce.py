@@ -32,7 +32,7 @@ FEW = ReduceOptions(components=5)
 def test_outputs_of_reduce(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (source / "Training" / "Fruit 0" / "bad.jpg").write_bytes(b"")
-    records = run(source, out, QUICK, FEW)
+    records = run(source, out, QUICK, FEW, train_options=None)
     record = records["reduce"]
     assert record["rows"] == {"training_pca": 24, "test_pca": 24}
     assert record["photos_fitted"] == 24
@@ -57,7 +57,7 @@ def test_outputs_of_reduce(source: Path, tmp_path: Path) -> None:
 
 
 def test_scores_centre_on_training(source: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "out", QUICK, FEW)
+    run(source, tmp_path / "out", QUICK, FEW, train_options=None)
     frame = pd.read_parquet(tmp_path / "out" / "training_pca")
     scores = np.stack(list(frame["pca_features"])).astype(np.float64)
     assert np.abs(scores.mean(axis=0)).max() < 1e-4 * np.abs(scores).max()
@@ -127,7 +127,7 @@ def test_names_go_through_parquet_and_csv(spark: Any, tmp_path: Path) -> None:
         for copy in range(2):
             (folder / f"{name}{copy}.jpg").write_bytes(photo(10 * number + copy))
     (source / "Training" / "loose.jpg").write_bytes(photo(999))
-    run(source, out, QUICK, FEW)
+    run(source, out, QUICK, FEW, train_options=None)
     wanted = [
         *sorted((f"{n}{c}.jpg", n) for n in NAMES for c in range(2)),
         ("loose.jpg", "Training"),

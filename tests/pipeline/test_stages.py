@@ -29,7 +29,7 @@ FEW = ReduceOptions(components=5)
 
 def test_two_identical_runs_differ_only_in_times(source: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        run(source, tmp_path / name, QUICK, FEW)
+        run(source, tmp_path / name, QUICK, FEW, train_options=None)
     assert outputs(tmp_path / "one") == outputs(tmp_path / "two")
 
 

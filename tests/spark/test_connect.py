@@ -44,7 +44,7 @@ def over_connect(address: str, source: str, work: str, saved: str) -> dict[str, 
     spark = SparkSession.builder.remote(address).getOrCreate()
     results: dict[str, Any] = {"session": type(spark).__module__}
 
-    records = run(source, f"{work}/out", OPTIONS, FEW)
+    records = run(source, f"{work}/out", OPTIONS, FEW, train_options=None)
     results["features"] = records["extract"]["digests"]["features"]
     results["rows"] = records["reduce"]["rows"]
 
@@ -124,9 +124,7 @@ def run_python(*command: object) -> str:
 
 
 @pytest.mark.slow
-def test_everything_over_connect(
-    spark: Any, server: str, small_model: Path, tmp_path: Path
-) -> None:
+def test_everything_over_connect(spark: Any, server: str, tmp_path: Path) -> None:
     from pyspark.ml import PipelineModel
     from pyspark.ml.feature import Normalizer
 
@@ -139,12 +137,12 @@ def test_everything_over_connect(
     pipeline = PipelineModel([stage, Normalizer(inputCol="features", outputCol="scaled")])
     pipeline.save(str(tmp_path / "saved"))
 
-    places = [source, tmp_path / "work", small_model, tmp_path / "saved"]
+    places = [source, tmp_path / "work", tmp_path / "saved"]
     results = json.loads(run_python("-m", "tests.spark.test_connect", server, *places))
     assert results["session"] == "pyspark.sql.connect.session"
     assert results["features"] == classic["digests"]["features"]
     assert results["rows"] == {"training_pca": 30, "test_pca": 30}
-    assert results["answers"] == answers(source, small_model)
+    assert results["answers"] == answers(source)
     assert results["vectors"] == vectors(pipeline.transform(images))
     assert results["uids"] == [stage.uid] * 2
 
