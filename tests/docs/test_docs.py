@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -74,21 +72,3 @@ def test_make_targets_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"`make (\w+)`", page.read_text(encoding="utf-8")):
             assert f"\n{target}:" in makefile, (page.name, target)
-
-
-def test_python_blocks_of_the_readme_run(tmp_path: Path) -> None:
-    """With rendered photos under the name that the README uses."""
-    from pomona.photos.synthetic import synthesize
-
-    synthesize(tmp_path / "photos", classes=3, images=24, workers=1)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert blocks
-    told = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert told.returncode == 0, told.stderr

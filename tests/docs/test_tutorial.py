@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -69,14 +70,18 @@ def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its commands print what it shows, but for figures that depend on the machine."""
+    """Its commands print what it shows, but for figures of the machine; then its Python runs."""
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     reader = Reader(tmp_path)
     try:
         printed = " ".join("".join(map(reader.run, commands(page))).split())
+        (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+        (tmp_path / "readme.py").write_text(block)
+        said = reader.run("python readme.py")
     finally:
         reader.stop()
+    assert "(1280,)" in said and "photos/Test" in said
     shown = page.split("# what they print, shortened\n")[1].split("```")[0].splitlines()
     for line in shown[:4]:
         assert " ".join(line.split()) in printed, line

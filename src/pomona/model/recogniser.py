@@ -10,11 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pomona.backbone import extract
+from pomona.backbone.extract import extract_photos
 from pomona.backbone.spec import BackboneSpec
 from pomona.core.errors import RequestError
 from pomona.model.artifact import Model
-from pomona.model.head import ANSWER
 
 # --- answers -----------------------------------------------------------------------------------
 
@@ -62,7 +61,7 @@ def with_threads(recogniser: Recogniser, threads: int) -> Recogniser:
 def recognise(
     batches: Iterator[pa.RecordBatch], recogniser: Recogniser
 ) -> Iterator[pa.RecordBatch]:
-    """Answer for photos; calls `pomona.extract`. Runs on workers.
+    """Answer for photos. Runs on workers.
 
     Parameters
     ----------
@@ -74,42 +73,21 @@ def recognise(
     pa.RecordBatch
         One for each that came in: its columns less ``content``, then `ANSWERS`.
     """
-    for batch in extract.extract(batches, recogniser.spec):
-        yield _answers(batch, recogniser)
-
-
-def _answers(batch: pa.RecordBatch, recogniser: Recogniser) -> pa.RecordBatch:
-    kept = batch.drop_columns(["width", "height", *ANSWER, "error"])
-    rows = answers(batch, recogniser)
-    columns = [pa.array([row[f.name] for row in rows], f.type) for f in ANSWERS]
-    return pa.RecordBatch.from_arrays(
-        [*kept.columns, *columns], schema=pa.schema([*kept.schema, *ANSWERS])
-    )
-
-
-def answers(batch: pa.RecordBatch, recogniser: Recogniser) -> list[dict[str, Any]]:
-    """Return the answers, as `ANSWERS`, for a batch that `pomona.extract` gave with `ANSWER`."""
-    scores, errors = batch["score"].to_pylist(), batch["error"].to_pylist()
-    rows = [
-        answer(p, s, recogniser)
-        for p, s in zip(_vectors(batch["probabilities"]), scores, strict=True)
-    ]
-    for row, error in zip(rows, errors, strict=True):
-        row["error"] = error
-    return rows
+    for batch in batches:
+        rows = answer_photos(batch["content"].to_pylist(), recogniser)
+        kept = batch.drop_columns(["content"])
+        columns = [pa.array([row[field.name] for row in rows], field.type) for field in ANSWERS]
+        yield pa.RecordBatch.from_arrays(
+            [*kept.columns, *columns], schema=pa.schema([*kept.schema, *ANSWERS])
+        )
 
 
 def answer_photos(contents: Sequence[bytes | None], recogniser: Recogniser) -> list[dict[str, Any]]:
     """Answer for photos' bytes without Arrow: one row each, as `ANSWERS`. Runs on workers."""
-    photos = extract.extract_photos(contents, recogniser.spec)
+    photos = extract_photos(contents, recogniser.spec)
     pairs = zip(photos.by_photo("probabilities"), photos.by_photo("score"), strict=True)
     rows = [answer(p, None if s is None else float(s), recogniser) for p, s in pairs]
     return [{**row, "error": error} for row, error in zip(rows, photos.errors, strict=True)]
-
-
-def _vectors(column: pa.Array) -> Iterator[npt.NDArray[np.float32] | None]:
-    for item in column:
-        yield item.values.to_numpy() if item.is_valid else None
 
 
 def answer(

@@ -204,7 +204,7 @@ def predict(
     [True, True]
     """
     from pomona.model.artifact import PACKAGED, Model, load_model
-    from pomona.model.recogniser import make_recogniser, recognise
+    from pomona.model.recogniser import answer_photos, make_recogniser
     from pomona.pipeline.predict import PredictOptions
     from pomona.pipeline.predict import predict as predict_files
 
@@ -212,11 +212,12 @@ def predict(
         model = load_model(model or PACKAGED)
     items = [photos] if isinstance(photos, str | Path | bytes) else list(photos)
     recogniser = make_recogniser(model, top)
-    batches: list[pa.RecordBatch] = []
+    answers: list[dict[str, Any]] = []
     for item in items:
         if isinstance(item, bytes):
-            photo = pa.record_batch({"content": pa.array([item], pa.binary())})
-            batches += recognise(iter([photo]), recogniser)
+            answers += [{"path": None, **row} for row in answer_photos([item], recogniser)]
         else:
+            batches: list[pa.RecordBatch] = []
             predict_files([str(item)], model, PredictOptions(top), on_answers=batches.append)
-    return [{"path": None, **answer} for batch in batches for answer in batch.to_pylist()]
+            answers += [row for batch in batches for row in batch.to_pylist()]
+    return answers

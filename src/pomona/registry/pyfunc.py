@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pomona
 from pomona.model import artifact
 from pomona.model.artifact import Model
-from pomona.model.recogniser import ANSWERS, make_recogniser, recognise
+from pomona.model.recogniser import ANSWERS, answer_photos, make_recogniser
 
 COLUMN = "image"
 """Input column: a photo's file as bytes, or as base64 text."""
@@ -52,7 +52,7 @@ class Served:
         self.model = model
 
     def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
-        """Recognise photos by `pomona.model.recogniser.recognise`.
+        """Recognise photos by `pomona.model.recogniser.answer_photos`.
 
         Parameters
         ----------
@@ -72,15 +72,8 @@ class Served:
         top = int((params or {}).get("top", TOP))
         images = [row[COLUMN] for row in data] if isinstance(data, list) else list(data[COLUMN])
         recogniser = make_recogniser(self.model, top)
-        batches = _batches(images, recogniser.spec.batch_size)
-        rows = [row for batch in recognise(batches, recogniser) for row in batch.to_pylist()]
+        rows = answer_photos([content(image) for image in images], recogniser)
         return pandas.DataFrame(rows, columns=ANSWERS.names, dtype=object)
-
-
-def _batches(images: list[Any], size: int) -> Iterator[pa.RecordBatch]:
-    for start in range(0, len(images), size):
-        contents = [content(image) for image in images[start : start + size]]
-        yield pa.record_batch({"content": pa.array(contents, pa.binary())})
 
 
 def content(image: Any) -> bytes | None:

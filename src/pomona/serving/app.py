@@ -30,6 +30,7 @@ from starlette.types import Receive, Scope, Send
 
 import pomona
 from pomona.core.errors import PomonaError
+from pomona.model.recogniser import to_json
 from pomona.serving import openapi, prometheus
 from pomona.serving.middleware import PROBLEM, Gate
 from pomona.serving.problem_details import Problem, described
@@ -156,7 +157,7 @@ def _add_photo_routes(app: FastAPI, service: Service) -> None:
         """Tell what is on photos."""
         start = time.perf_counter()
         rows = await service.answer(request, "predict")
-        answers = [_as_json(row, top) for row, _ in rows]
+        answers = [to_json(row, top) for row, _ in rows]
         return _json({"answers": answers, **_about(rows, start)})
 
     @app.post(
@@ -233,16 +234,6 @@ def _json(value: Any) -> Response:
 def _about(rows: Sequence[tuple[Row, Loaded]], start: float) -> dict[str, Any]:
     milliseconds = round(1e3 * (time.perf_counter() - start), 2)
     return {"model": {"version": rows[0][1].model.version}, "milliseconds": milliseconds}
-
-
-def _as_json(row: Row, top: int) -> dict[str, Any]:
-    """Return an answer as `pomona predict --json` gives it."""
-    pairs = zip(row["nearest"] or (), row["probabilities"] or (), strict=True)
-    nearest = [{"label": label, "probability": round(p, 6)} for label, p in list(pairs)[:top]]
-    answer = {name: row[name] for name in openapi.Answer.model_fields if name != "nearest"}
-    for name in ("probability", "score"):
-        answer[name] = None if row[name] is None else round(row[name], 6)
-    return {**answer, "nearest": nearest}
 
 
 # --- the page ----------------------------------------------------------------------------------
