@@ -11,9 +11,8 @@ from typing import IO, Any
 
 import pyarrow as pa
 from rich.console import Console
-from rich.table import Table
 
-from pomona.cli.render import two_columns
+from pomona.cli import render
 from pomona.model.artifact import Model
 from pomona.model.recogniser import to_json
 
@@ -71,15 +70,14 @@ def _nearest(row: Row) -> list[tuple[str, float]]:
 
 
 def _table(stream: IO[str], rows: list[Row]) -> None:
-    table = Table("photo", "answer", "nearest", "why unknown", box=None, pad_edge=False)
+    table = render.table("photo", "answer", "nearest", "why unknown")
     for row in rows:
         nearest = ", ".join(f"{label} {p:.1%}" for label, p in _nearest(row))
         table.add_row(row["path"], _answer(row), nearest, row["reason"] or "")
     if all(row["reason"] is None for row in rows):
         table.columns.pop()
-    terminal = stream.isatty()
-    console = Console(file=stream, width=None if terminal else 1000, emoji=False, markup=False)
-    console.print(table, markup=False, highlight=False)
+    width = None if stream.isatty() else 1000
+    Console(file=stream, width=width, emoji=False, markup=False).print(table, highlight=False)
 
 
 def _answer(row: Row) -> str:
@@ -88,17 +86,15 @@ def _answer(row: Row) -> str:
     return "unknown" if row["unknown"] else str(row["label"])
 
 
-def summary(record: dict[str, Any]) -> Table:
+def summary(record: dict[str, Any]) -> render.Rows:
     """Return what a `predict` with ``--out`` did."""
     rejected = ", ".join(f"{n:,} {code}" for code, n in record["rejected"].items())
     most = ", ".join(f"{label} {n:,}" for label, n in list(record["labels"].items())[:5])
     speed = record["photos"] / max(record["seconds"], 1e-9)
-    return two_columns(
-        [
-            ("photos", f"{record['photos']:,} in {record['seconds']:.1f} s, {speed:.0f}/s"),
-            ("labels", most or "none"),
-            ("unknown", f"{record['unknown']:,}"),
-            ("can't be used", rejected or "0"),
-            ("answers", f"{record['out']} (Parquet)"),
-        ]
-    )
+    return [
+        ("photos", f"{record['photos']:,} in {record['seconds']:.1f} s, {speed:.0f}/s"),
+        ("labels", most or "none"),
+        ("unknown", f"{record['unknown']:,}"),
+        ("can't be used", rejected or "0"),
+        ("answers", f"{record['out']} (Parquet)"),
+    ]

@@ -12,6 +12,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperGroup
 
+from pomona import __version__
+
 MODEL = "Make a model"
 PHOTOS = "Look at photos"
 ANSWER = "Answer"
@@ -109,23 +111,17 @@ def _option(name: str, annotation: Any) -> Any:
     return Annotated[kind, typer.Option(*names, help=extras[0])]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pomona {__version__}")
+        raise typer.Exit
+
+
+Version = typer.Option(
+    "--version", callback=_print_version, is_eager=True, help="Show the version."
+)
+
+
 @app.callback()
-def _main(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            callback=lambda wanted: _print_version() if wanted else None,
-            is_eager=True,
-            help="Show the version.",
-        ),
-    ] = False,
-) -> None:
+def _main(version: Annotated[bool, Version] = False) -> None:
     """Take the options that come before a command."""
-
-
-def _print_version() -> None:
-    from pomona import __version__
-
-    typer.echo(f"pomona {__version__}")
-    raise typer.Exit

@@ -9,12 +9,12 @@ import sys
 import typer
 
 from pomona.cli.app import app
-from pomona.cli.commands import answer, cloud, look_at_photos, make_model, move_erase, operate
+from pomona.cli.commands import answer, cloud, look_at_photos, make_model, operate
 from pomona.core.errors import PomonaError
 
 __all__ = ["app", "main"]
 
-COMMANDS = (make_model, look_at_photos, answer, operate, cloud, move_erase)
+COMMANDS = (make_model, look_at_photos, answer, operate, cloud)
 """Modules that add their commands to the app when they are imported."""
 
 INTERRUPTED = 130

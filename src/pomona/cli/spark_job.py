@@ -26,27 +26,23 @@ def main() -> None:
     that succeeds returns, because Databricks counts any SystemExit as a failure.
     """
     adopt()
-    with contextlib.ExitStack() as stack:
-        try:
-            sys.argv[1:] = stack.enter_context(local_weights(sys.argv[1:]))
-        except WeightsError as error:
-            print(f"pomona: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
-        try:
+    try:
+        with local_weights(sys.argv[1:]) as words:
+            sys.argv[1:] = words
             command.main()
-        except SystemExit as end:
-            if end.code:
-                raise
+    except WeightsError as error:
+        print(f"pomona: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code:
+            raise
 
 
 @contextlib.contextmanager
 def local_weights(words: list[str]) -> Iterator[list[str]]:
     """Give the words with ``--weights URI`` replaced by a local copy, removed afterwards.
 
-    Raises
-    ------
-    WeightsError
-        If the URI can't be read.
+    Raises WeightsError if the URI can't be read.
     """
     place = words.index("--weights") + 1 if "--weights" in words else len(words)
     if place >= len(words) or not words[place].startswith(("s3://", "gs://")):

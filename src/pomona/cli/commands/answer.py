@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+from pomona.cli import render
 from pomona.cli.app import ANSWER, command
 from pomona.cli.options import Device, ErrorRate, SparkConf, spark_pairs
 from pomona.cli.progress import progress
@@ -67,7 +68,7 @@ def predict(
     as_csv: Annotated[bool, Option("--csv", help="CSV with a header.")] = False,
 ) -> None:
     """Say what is on photos. Killed, with --out, it goes on where it stopped."""
-    from pomona.cli import answers, render
+    from pomona.cli import answers
     from pomona.pipeline.predict import SPARK_ABOVE, PredictOptions, predict
 
     if out:
@@ -156,7 +157,6 @@ def serve(arguments: ServeArguments) -> None:
         raise MissingError(
             f"serve needs more packages ({error.name}): pip install 'pomona[serve]'"
         ) from error
-    from pomona.cli.render import served
 
     settings = arguments.settings()
     server.check_access(arguments.host, settings.keys, public=arguments.public)
@@ -166,6 +166,10 @@ def serve(arguments: ServeArguments) -> None:
 
         def on_start() -> None:
             model = app.state.service.pool.loaded.model
-            typer.echo(served(model, server.address(socket)), err=True)
+            typer.echo(
+                f"pomona: {render.which(model)}\npomona: {server.address(socket)} answers; the "
+                "page is there too. Ctrl-C ends it.",
+                err=True,
+            )
 
         server.serve(app, socket, on_start)

@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument
 
+from pomona.cli import render
 from pomona.cli.app import OPERATE, app, with_options
 from pomona.cli.options import AsJson, SparkConf, spark_pairs
 from pomona.cli.progress import counter, progress
 from pomona.cli.work import show
+from pomona.cloud import jobs
+from pomona.cloud.stack import Stack, find_stack
+from pomona.cloud.teardown import check_empty, holdings, teardown
 from pomona.core.errors import PomonaError, RequestError
 
 if TYPE_CHECKING:
-    from pomona.cloud.stack import Stack
+    from rich.table import Table
 
 cloud = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Run on a cluster: Amazon EMR."
@@ -50,8 +54,6 @@ def emr_submit(
     as_json: AsJson = False,
 ) -> None:
     """Run `pomona run` as a job on EMR Serverless or an EMR cluster."""
-    from pomona.cli.render import cloud_job
-    from pomona.cloud.stack import find_stack
     from pomona.cloud.submit import JobRequest, submit
 
     run_options, conf = tuple(options or ()), spark_pairs(spark_conf)
@@ -61,24 +63,21 @@ def emr_submit(
         record = submit(target, request, counter(on_tick, "weights"))
     if wait:
         record |= _wait(target, record["job"])
-    show(record, as_json, cloud_job)
+    show(record, as_json, _job)
 
 
 def _wait(stack: Stack, job: str) -> dict[str, Any]:
-    from pomona.cli.render import cloud_state
-    from pomona.cloud.jobs import wait
-
     last = ""
 
     def on_state(record: dict[str, Any]) -> None:
         nonlocal last
-        line = cloud_state(record)
+        line = _state(record)
         if line != last:
             last = line
             typer.echo(line, err=True)
 
     try:
-        return wait(stack, job, on_state)
+        return jobs.wait(stack, job, on_state)
     except KeyboardInterrupt:
         raise PomonaError(
             f"the job goes on without you: pomona cloud emr status {job} --stack {stack.name}"
@@ -96,16 +95,12 @@ def emr_status(
     as_json: AsJson = False,
 ) -> None:
     """Show how far a job is, or the last jobs."""
-    from pomona.cli import render
-    from pomona.cloud.jobs import recent, status
-    from pomona.cloud.stack import find_stack
-
     target = find_stack(stack, region)
     if job:
-        show(status(target, job), as_json, render.cloud_job)
+        show(jobs.status(target, job), as_json, _job)
     else:
-        jobs = {"stack": stack, "mode": target.mode, "jobs": recent(target)}
-        show(jobs, as_json, render.cloud_jobs)
+        last = {"stack": stack, "mode": target.mode, "jobs": jobs.recent(target)}
+        show(last, as_json, _jobs)
 
 
 @emr.command("logs")
@@ -118,10 +113,7 @@ def emr_logs(
     as_json: AsJson = False,
 ) -> None:
     """Show what a job's driver printed."""
-    from pomona.cloud.jobs import logs
-    from pomona.cloud.stack import find_stack
-
-    files = logs(find_stack(stack, region), job)
+    files = jobs.logs(find_stack(stack, region), job)
     if as_json:
         typer.echo(json.dumps([{"file": name, "text": text} for name, text in files]))
         return
@@ -140,16 +132,12 @@ def emr_teardown(
     as_json: AsJson = False,
 ) -> None:
     """End a stack's jobs and delete all that it made, and nothing else."""
-    from pomona.cli.render import cloud_holdings
-    from pomona.cloud.stack import find_stack
-    from pomona.cloud.teardown import check_empty, holdings, teardown
-
     target = find_stack(stack, region)
     held = holdings(target)
     if not delete_data:
         check_empty(held)
     if not yes:
-        typer.echo(cloud_holdings(held), err=True)
+        typer.echo(_holdings(held), err=True)
         _confirm("Delete it?")
     record = teardown(target, delete_data, lambda step: typer.echo(step, err=True))
     show(record, as_json, lambda _: f"{record['stack']} is gone")
@@ -162,3 +150,47 @@ def _confirm(question: str) -> None:
         agreed = False
     if not agreed:
         raise RequestError("nothing was touched: answer y, or say --yes")
+
+
+def _state(record: dict[str, Any]) -> str:
+    """Return one line: a job's state and, once it is over, how long it took.
+
+    >>> _state({"job": "00f1", "state": "SUCCESS", "ok": True, "seconds": 3723})
+    '00f1 SUCCESS after 1:02:03'
+    """
+    took = f" after {_duration(record['seconds'])}" if record["ok"] is not None else ""
+    return f"{record['job']} {record['state']}{took}"
+
+
+def _duration(seconds: float) -> str:
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def _job(record: dict[str, Any]) -> render.Rows:
+    names = ("job", "state", "why", "started")
+    rows = [(name, str(record[name])) for name in names if record[name]]
+    if record["seconds"]:
+        rows.append(("took", _duration(record["seconds"])))
+    rows += [(name, f"{used:.3f}") for name, used in (record["billed"] or {}).items()]
+    if "command" in record:
+        rows.append(("command", f"pomona {' '.join(record['command'])}"))
+    return rows
+
+
+def _jobs(record: dict[str, Any]) -> Table | str:
+    if not record["jobs"]:
+        return f"{record['stack']} ({record['mode']}) has no jobs yet"
+    table = render.table("job", "state", "started", "took")
+    for job in record["jobs"]:
+        table.add_row(job["job"], job["state"], job["started"] or "", _duration(job["seconds"]))
+    return table
+
+
+def _holdings(held: dict[str, Any]) -> str:
+    """Return lines that say what ``teardown`` is about to delete."""
+    lines = [f"the stack {held['stack']} in {held['region']}, with"]
+    if held["compute"]:
+        lines.append(f"  {held['compute']}, where {len(held['jobs'])} jobs are not over")
+    lines += [f"  s3://{name}, {count:,} objects" for name, count in held["objects"].items()]
+    return "\n".join(lines)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument
 
+from pomona.cli import render
 from pomona.cli.app import PHOTOS, command
 from pomona.cli.options import AsJson, Label, LocalOut, Master, SourceName
 from pomona.cli.progress import counter, progress
@@ -23,13 +24,12 @@ if TYPE_CHECKING:
 @command(PHOTOS)
 def inspect(source: SourceName, label: Label = "parent", as_json: AsJson = False) -> None:
     """Show what is in a source, before a long run."""
-    from pomona.cli.render import inspection
     from pomona.photos.inspect import inspect
 
     with progress() as on_tick:
         opened, listing = _list(source, on_tick)
         record = inspect(opened, listing, label, counter(on_tick, "inspect"))
-    show(record, as_json, inspection)
+    show(record, as_json, render.inspection)
 
 
 @command(PHOTOS)
@@ -73,13 +73,9 @@ def synthesize(
     from pomona.photos.synthetic import synthesize
 
     with progress() as on_tick:
+        on_photo = counter(on_tick, "synthesize")
         count = synthesize(
-            dest,
-            classes=classes,
-            images=images,
-            seed=seed,
-            workers=workers,
-            progress=counter(on_tick, "synthesize"),
+            dest, classes=classes, images=images, seed=seed, workers=workers, progress=on_photo
         )
     record = {"photos": count, "dest": str(dest)}
     show(record, as_json, lambda _: f"{count:,} photos in {dest}")
@@ -97,7 +93,6 @@ def demo(
     from pomona.photos.synthetic import breakage, synthesize
     from pomona.pipeline import run
     from pomona.pipeline.extract import ExtractOptions
-    from pomona.pipeline.train import TrainOptions
     from pomona.spark.session import Cluster
     from pomona.workspace.remote import Home
 
@@ -107,13 +102,7 @@ def demo(
         on_photo = counter(on_tick, "synthesize")
         synthesize(photos, classes=classes, images=images, progress=on_photo)
         breakage(photos)
-        records = run.run(
-            photos,
-            results,
-            ExtractOptions(weights="fruits"),
-            cluster=Cluster(master),
-            on_tick=on_tick,
-            train_options=TrainOptions(),
-        )
+        options, cluster = ExtractOptions(weights="fruits"), Cluster(master)
+        records = run.run(photos, results, options, cluster=cluster, on_tick=on_tick)
         records["mlflow"] = run.track(results, records)
     show_run(records, Home(str(results), str(results)), as_json)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from pomona.cli import render
 from pomona.cli.app import MODEL, command
 from pomona.cli.options import (
     AsJson,
@@ -170,7 +171,6 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Train the backbone on photos. --weights OUT/weights.safetensors takes the result."""
-    from pomona.cli.render import finetuned
     from pomona.pipeline.finetune import FinetuneOptions, finetune, track
 
     refuse_uri(out, "--out")
@@ -178,5 +178,5 @@ def finetune(
     with progress() as on_tick, log_to(out):
         record = finetune(source, out, options, cluster, on_tick)
         record["mlflow"] = "off" if no_mlflow else track(out, record)
-    show(record, as_json, finetuned)
+    show(record, as_json, render.finetuned)
     error_rate.exit_if_above(record)

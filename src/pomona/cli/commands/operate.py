@@ -1,14 +1,23 @@
-"""Publish and operate: files for other devices, versions in MLflow, how far a run is."""
+"""What is done with a finished OUT: export, publish, look at it, copy it, erase photos from it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+import sys
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated
 
-from pomona.cli.app import OPERATE, command
-from pomona.cli.options import AsJson, OutDir
+import typer
+from typer import Argument, Option
+
+from pomona.cli import render
+from pomona.cli.app import MOVE, OPERATE, command
+from pomona.cli.options import AsJson, OutDir, SparkArguments
 from pomona.cli.progress import progress
-from pomona.cli.work import show, working_in
+from pomona.cli.work import log_to, show, working_in
+from pomona.core.errors import RequestError
+
+if TYPE_CHECKING:
+    from pomona.privacy.forget import ForgetOptions
 
 
 @dataclass(frozen=True)
@@ -28,12 +37,11 @@ class ExportArguments:
 @command(OPERATE)
 def export(out: OutDir, arguments: ExportArguments, as_json: AsJson = False) -> None:
     """Write files for the phone. A smaller one is kept only if it answers like the model."""
-    from pomona.cli.render import exported
     from pomona.export.export import ExportOptions, export
 
     with working_in(out) as (home, on_tick):
         record = export(home.folder, ExportOptions(**vars(arguments)), on_tick)
-    show({**record, "folder": home.shown(record["folder"])}, as_json, exported)
+    show({**record, "folder": home.shown(record["folder"])}, as_json, render.exported)
 
 
 @command(OPERATE)
@@ -46,22 +54,117 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Register OUT/model in MLflow. Challenger, and champion if it beats the present one."""
-    from pomona.cli.render import published
     from pomona.registry.publish import PublishOptions, publish
 
     with working_in(out) as (home, on_tick):
         record = publish(home.folder, PublishOptions(name, promote), on_tick)
-    show(record, as_json, published)
+    show(record, as_json, render.published)
 
 
 @command(OPERATE)
 def status(out: OutDir, as_json: AsJson = False) -> None:
     """Show how far OUT is: photos done, rejected by code, to do."""
-    from pomona.cli import summary
     from pomona.pipeline.status import status
     from pomona.workspace.remote import opened
 
     with progress() as on_tick, opened(out, on_tick, look_only=True) as home:
         record = status(home.folder)
     record["running"] |= home.running
-    show(record, as_json, summary.status)
+    show(record, as_json, render.status)
+
+
+@command(MOVE)
+def push(
+    out: Annotated[str, Argument(help="The folder of a finished run.")],
+    place: Annotated[str, Argument(help="Where to: a URI (s3://, gs://), or a folder.")],
+    replace: Annotated[bool, "The place may hold what another OUT pushed."] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Copy OUT to an object store: only what isn't there. Killed, it goes on."""
+    from pomona.workspace.remote import push
+
+    with progress() as on_tick:
+        record = push(out, place, on_tick, replace=replace)
+    show(record, as_json, render.moved)
+
+
+@command(MOVE)
+def pull(
+    place: Annotated[str, Argument(help="Where OUT was pushed to.")],
+    out: Annotated[str, Argument(help="The folder that takes it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Copy OUT back, and check every file. Killed, it goes on."""
+    from pomona.workspace.remote import pull
+
+    with progress() as on_tick:
+        record = pull(place, out, on_tick)
+    show(record, as_json, render.moved)
+
+
+@dataclass(frozen=True)
+class ForgetArguments:
+    """Which photos are erased, and what of the models made from them."""
+
+    photos: Annotated[
+        list[str] | None,
+        Argument(
+            help="Paths as in the column path, or patterns in quotes: * stays within a folder, ** "
+            "crosses folders. Without any, a forget that was killed is ended."
+        ),
+    ] = None
+    listed: Annotated[
+        str | None,
+        Option("--list", help="A file with one exact path a line; - for standard input."),
+    ] = None
+    allow: Annotated[bool, "The reverse: extract may take these photos again."] = False
+    no_rebuild: Annotated[bool, "Remove what was made from the photos, and don't remake it."] = (
+        False
+    )
+    retire: Annotated[bool, "Delete versions in OUT/mlflow.db that were trained with them."] = False
+    missing_ok: Annotated[bool, "Accept exact paths that are in no table and no source."] = False
+    dry_run: Annotated[bool, "Show what would go, and change nothing."] = False
+    yes: Annotated[bool, "Don't ask."] = False
+
+    @property
+    def must_ask(self) -> bool:
+        """Whether photos are erased only after a question."""
+        return not (self.allow or self.yes or self.dry_run)
+
+    def options(self, listed: tuple[str, ...]) -> ForgetOptions:
+        """Return the options of forget, with the paths of ``--list``."""
+        from pomona.privacy.forget import ForgetOptions
+
+        return ForgetOptions(
+            listed, not self.no_rebuild, self.retire, self.missing_ok, self.dry_run
+        )
+
+
+@command(MOVE)
+def forget(
+    out: OutDir, arguments: ForgetArguments, spark: SparkArguments, as_json: AsJson = False
+) -> None:
+    """Erase photos from all of OUT. They are never taken in again; see docs/privacy.md."""
+    from pomona.privacy import forget
+    from pomona.workspace.remote import opened
+
+    photos = arguments.photos or []
+    options = arguments.options(forget.read_list(arguments.listed) if arguments.listed else ())
+    named = (*photos, *options.listed)
+    ask = bool(named) and arguments.must_ask
+    if ask and not (sys.stdin.isatty() and arguments.listed != "-"):
+        raise RequestError("forget can't be undone, and there is nobody to ask: add --yes")
+    with opened(out) as home:
+        if arguments.allow:
+            show(forget.allow(home.folder, named), as_json, render.allowed)
+            return
+        if ask:  # before the bar, which would write over the question
+            plan = forget.forget(home.folder, photos, replace(options, dry_run=True))
+            if not as_json:
+                show(plan, False, render.forget_plan)
+            typer.confirm("This can't be undone. Forget them?", abort=True, err=True)
+        with progress() as on_tick, log_to(home.folder):
+            record = forget.forget(
+                home.folder, photos, options, spark.cluster(), home.ticks(on_tick), home.after
+            )
+    show(record, as_json, render.forget_plan if arguments.dry_run else render.forgotten)
