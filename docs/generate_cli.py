@@ -11,8 +11,8 @@ import typer
 import typer.main
 from typer.testing import CliRunner
 
-from pomona.cli.app import GroupedCommands
 from pomona.cli.main import app
+from pomona.cli.options import GroupedCommands
 
 HEAD = """# Commands
 

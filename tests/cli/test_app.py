@@ -11,10 +11,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from pomona.cli import options
-from pomona.cli.app import GROUPS, GroupedCommands, with_options
 from pomona.cli.commands.make_model import FinetuneArguments
 from pomona.cli.commands.operate import ExportArguments
 from pomona.cli.main import app
+from pomona.cli.options import GROUPS, GroupedCommands, with_options
 
 
 def test_each_command_is_in_a_group_with_one_whole_line() -> None:

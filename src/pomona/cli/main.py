@@ -8,8 +8,8 @@ import sys
 
 import typer
 
-from pomona.cli.app import app
 from pomona.cli.commands import answer, cloud, look_at_photos, make_model, operate
+from pomona.cli.options import app
 from pomona.core.errors import PomonaError
 
 __all__ = ["app", "main"]

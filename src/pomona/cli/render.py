@@ -54,7 +54,12 @@ def summary(records: dict[str, Any], home: Home) -> Group:
     if extracted := records.get("extract"):
         rows += _extract_rows(extracted)
     if reduced := records.get("reduce"):
-        rows += _reduce_rows(reduced)
+        share = f"{reduced['variance_kept']:.2%}"
+        rows += [
+            ("variance kept", f"{share} by {reduced['components']} components"),
+            ("for 95 %", f"{reduced['components_for_95']} components"),
+            ("compression", f"{reduced['compression_ratio']:.1f} : 1"),
+        ]
         parts.append(_components(reduced))
     if trained := records.get("train"):
         rows += _train_rows(trained)
@@ -84,14 +89,6 @@ def _extract_rows(record: dict[str, Any]) -> Rows:
 def _codes(rejected: dict[str, int]) -> str:
     words = ", ".join(f"{n:,} {code}" for code, n in sorted(rejected.items()))
     return f"{sum(rejected.values()):,}" + (f" ({words})" if words else "")
-
-
-def _reduce_rows(record: dict[str, Any]) -> Rows:
-    return [
-        ("variance kept", f"{record['variance_kept']:.2%} by {record['components']} components"),
-        ("for 95 %", f"{record['components_for_95']} components"),
-        ("compression", f"{record['compression_ratio']:.1f} : 1"),
-    ]
 
 
 def _components(record: dict[str, Any]) -> Table:

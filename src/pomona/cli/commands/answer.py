@@ -11,8 +11,7 @@ import typer
 from typer import Argument, Option
 
 from pomona.cli import render
-from pomona.cli.app import ANSWER, command
-from pomona.cli.options import Device, ErrorRate, SparkConf, spark_pairs
+from pomona.cli.options import ANSWER, Device, ErrorRate, SparkConf, command, spark_pairs
 from pomona.cli.progress import progress
 from pomona.cli.work import show
 from pomona.core.errors import MissingError, RequestError

@@ -9,8 +9,7 @@ import typer
 from typer import Argument
 
 from pomona.cli import render
-from pomona.cli.app import OPERATE, app, with_options
-from pomona.cli.options import AsJson, SparkConf, spark_pairs
+from pomona.cli.options import OPERATE, AsJson, SparkConf, app, spark_pairs, with_options
 from pomona.cli.progress import counter, progress
 from pomona.cli.work import show
 from pomona.cloud import jobs
@@ -138,18 +137,12 @@ def emr_teardown(
         check_empty(held)
     if not yes:
         typer.echo(_holdings(held), err=True)
-        _confirm("Delete it?")
+        try:
+            typer.confirm("Delete it?", abort=True, err=True)
+        except typer.Abort:
+            raise RequestError("nothing was touched: answer y, or say --yes") from None
     record = teardown(target, delete_data, lambda step: typer.echo(step, err=True))
     show(record, as_json, lambda _: f"{record['stack']} is gone")
-
-
-def _confirm(question: str) -> None:
-    try:
-        agreed = typer.confirm(question, err=True)
-    except typer.Abort:
-        agreed = False
-    if not agreed:
-        raise RequestError("nothing was touched: answer y, or say --yes")
 
 
 def _state(record: dict[str, Any]) -> str:

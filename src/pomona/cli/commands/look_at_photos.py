@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument
 
 from pomona.cli import render
-from pomona.cli.app import PHOTOS, command
-from pomona.cli.options import AsJson, Label, LocalOut, Master, SourceName
+from pomona.cli.options import PHOTOS, AsJson, Label, LocalOut, Master, SourceName, command
 from pomona.cli.progress import counter, progress
 from pomona.cli.work import log_to, show, show_run
 from pomona.core.errors import RequestError

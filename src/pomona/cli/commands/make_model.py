@@ -9,8 +9,8 @@ import typer
 from typer import Option
 
 from pomona.cli import render
-from pomona.cli.app import MODEL, command
 from pomona.cli.options import (
+    MODEL,
     AsJson,
     Device,
     ErrorRate,
@@ -26,6 +26,7 @@ from pomona.cli.options import (
     SparkArguments,
     TestFraction,
     TrainArguments,
+    command,
 )
 from pomona.cli.progress import progress
 from pomona.cli.work import end_forget, log_to, show, show_run, working_in

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
 from pomona.cli import render
-from pomona.cli.app import MOVE, OPERATE, command
-from pomona.cli.options import AsJson, OutDir, SparkArguments
+from pomona.cli.options import MOVE, OPERATE, AsJson, OutDir, SparkArguments, command
 from pomona.cli.progress import progress
 from pomona.cli.work import log_to, show, working_in
 from pomona.core.errors import RequestError
-
-if TYPE_CHECKING:
-    from pomona.privacy.forget import ForgetOptions
 
 
 @dataclass(frozen=True)
@@ -126,36 +122,26 @@ class ForgetArguments:
     dry_run: Annotated[bool, "Show what would go, and change nothing."] = False
     yes: Annotated[bool, "Don't ask."] = False
 
-    @property
-    def must_ask(self) -> bool:
-        """Whether photos are erased only after a question."""
-        return not (self.allow or self.yes or self.dry_run)
-
-    def options(self, listed: tuple[str, ...]) -> ForgetOptions:
-        """Return the options of forget, with the paths of ``--list``."""
-        from pomona.privacy.forget import ForgetOptions
-
-        return ForgetOptions(
-            listed, not self.no_rebuild, self.retire, self.missing_ok, self.dry_run
-        )
-
 
 @command(MOVE)
 def forget(
-    out: OutDir, arguments: ForgetArguments, spark: SparkArguments, as_json: AsJson = False
+    out: OutDir, selected: ForgetArguments, spark: SparkArguments, as_json: AsJson = False
 ) -> None:
     """Erase photos from all of OUT. They are never taken in again; see docs/privacy.md."""
     from pomona.privacy import forget
     from pomona.workspace.remote import opened
 
-    photos = arguments.photos or []
-    options = arguments.options(forget.read_list(arguments.listed) if arguments.listed else ())
-    named = (*photos, *options.listed)
-    ask = bool(named) and arguments.must_ask
-    if ask and not (sys.stdin.isatty() and arguments.listed != "-"):
+    photos = selected.photos or []
+    listed = forget.read_list(selected.listed) if selected.listed else ()
+    options = forget.ForgetOptions(
+        listed, not selected.no_rebuild, selected.retire, selected.missing_ok, selected.dry_run
+    )
+    named = (*photos, *listed)
+    ask = bool(named) and not (selected.allow or selected.yes or selected.dry_run)
+    if ask and not (sys.stdin.isatty() and selected.listed != "-"):
         raise RequestError("forget can't be undone, and there is nobody to ask: add --yes")
     with opened(out) as home:
-        if arguments.allow:
+        if selected.allow:
             show(forget.allow(home.folder, named), as_json, render.allowed)
             return
         if ask:  # before the bar, which would write over the question
@@ -167,4 +153,4 @@ def forget(
             record = forget.forget(
                 home.folder, photos, options, spark.cluster(), home.ticks(on_tick), home.after
             )
-    show(record, as_json, render.forget_plan if arguments.dry_run else render.forgotten)
+    show(record, as_json, render.forget_plan if selected.dry_run else render.forgotten)
