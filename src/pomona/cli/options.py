@@ -7,19 +7,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from inspect import Parameter
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer import Argument, Option
 from typer.core import TyperGroup
 
-from pomona import __version__
+import pomona
 from pomona.core.errors import RequestError
-
-if TYPE_CHECKING:
-    from pomona.pipeline.extract import ExtractOptions
-    from pomona.pipeline.reduce import ReduceOptions
-    from pomona.spark.session import Cluster
 
 MODEL = "Make a model"
 PHOTOS = "Look at photos"
@@ -28,8 +23,6 @@ OPERATE = "Publish and operate"
 MOVE = "Move and erase"
 GROUPS = (MODEL, PHOTOS, ANSWER, OPERATE, MOVE)
 """The groups of commands, in the order of ``pomona --help`` and docs/cli.md."""
-
-Body = TypeVar("Body", bound=Callable[..., None])
 
 
 class GroupedCommands(TyperGroup):
@@ -65,14 +58,9 @@ app = typer.Typer(
 )
 
 
-def command(group: str) -> Callable[[Body], Body]:
+def command(group: str) -> Callable[[Callable[..., None]], Any]:
     """Add a function to `app` as a command of a group; see `with_options` for its parameters."""
-
-    def add(body: Body) -> Body:
-        app.command(rich_help_panel=group)(with_options(body))
-        return body
-
-    return add
+    return lambda body: app.command(rich_help_panel=group)(with_options(body))
 
 
 def with_options(body: Callable[..., None]) -> Callable[..., None]:
@@ -120,7 +108,7 @@ def _option(name: str, annotation: Any) -> Any:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"pomona {__version__}")
+        typer.echo(f"pomona {pomona.__version__}")
         raise typer.Exit
 
 
@@ -172,13 +160,11 @@ class ExtractArguments:
         "auto"
     )
 
-    def options(self) -> ExtractOptions:
+    def options(self) -> pomona.ExtractOptions:
         """Return the stage's options."""
-        from pomona.pipeline.extract import ExtractOptions
-
         if self.reader not in ("auto", "spark"):
             raise RequestError(f"--reader is auto or spark, not {self.reader}")
-        return ExtractOptions(**vars(self))
+        return pomona.ExtractOptions(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -190,13 +176,12 @@ class ReduceArguments:
     no_scale: Annotated[bool, "Don't bring features to standard deviation 1 first."] = False
     whiten: Annotated[bool, "Bring pca_features to standard deviation 1."] = False
 
-    def options(self, *, plots: bool) -> ReduceOptions:
+    def options(self, *, plots: bool) -> pomona.ReduceOptions:
         """Return the stage's options."""
         from pomona.model.projection import parse_components
-        from pomona.pipeline.reduce import ReduceOptions
 
         components = parse_components(self.components)
-        return ReduceOptions(components, not self.no_scale, self.whiten, self.power, plots)
+        return pomona.ReduceOptions(components, not self.no_scale, self.whiten, self.power, plots)
 
 
 @dataclass(frozen=True)
@@ -222,11 +207,9 @@ class SparkArguments:
     master: Master = "local[*]"
     spark_conf: SparkConf = None
 
-    def cluster(self) -> Cluster:
+    def cluster(self) -> pomona.Cluster:
         """Return the cluster that is asked for."""
-        from pomona.spark.session import Cluster
-
-        return Cluster(self.master, spark_pairs(self.spark_conf))
+        return pomona.Cluster(self.master, spark_pairs(self.spark_conf))
 
 
 @dataclass(frozen=True)

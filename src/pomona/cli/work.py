@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+import pomona
 from pomona.cli import render
 from pomona.cli.progress import progress
 from pomona.core.errors import BusyError, JobError, PomonaError, RequestError
@@ -23,7 +24,6 @@ from pomona.workspace.layout import Out, open_out
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from pomona.spark.session import Cluster
     from pomona.workspace.remote import Home
 
 
@@ -45,7 +45,7 @@ def working_in(out: str, source: str | None = None) -> Iterator[tuple[Home, OnTi
         yield home, home.ticks(on_tick)
 
 
-def end_forget(out: str, on_tick: OnTick, cluster: Cluster | None = None) -> bool:
+def end_forget(out: str, on_tick: OnTick, cluster: pomona.Cluster | None = None) -> bool:
     """End a forget that was killed: its rows, and with ``cluster`` what is made from the rest.
 
     Returns whether something may have changed.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+import pomona
 from pomona.cli import render
 from pomona.cli.options import ANSWER, Device, ErrorRate, SparkConf, command, spark_pairs
 from pomona.cli.progress import progress
@@ -18,7 +19,6 @@ from pomona.core.errors import MissingError, RequestError
 from pomona.core.uris import is_store, refuse_uri
 
 if TYPE_CHECKING:
-    from pomona.model.artifact import Model
     from pomona.serving.app import Settings
 
 ModelName = Annotated[
@@ -31,20 +31,20 @@ ModelName = Annotated[
 ]
 
 
-def _open_model(name: str | None) -> Model:
-    from pomona.model.artifact import PACKAGED, load_model
-
+def _open_model(name: str | None) -> pomona.Model:
     if name is None:
-        return load_model(PACKAGED)
+        from pomona.model.artifact import PACKAGED
+
+        return pomona.load_model(PACKAGED)
     if is_store(name):
         from pomona.workspace.remote import fetch_model
 
-        return load_model(fetch_model(name))
+        return pomona.load_model(fetch_model(name))
     if name.startswith(("models:/", "runs:/")):
         from pomona.registry.publish import fetch
 
-        return load_model(fetch(name))
-    return load_model(name)
+        return pomona.load_model(fetch(name))
+    return pomona.load_model(name)
 
 
 @command(ANSWER)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument
 
+import pomona
 from pomona.cli import render
 from pomona.cli.options import PHOTOS, AsJson, Label, LocalOut, Master, SourceName, command
 from pomona.cli.progress import counter, progress
@@ -69,11 +70,9 @@ def synthesize(
     as_json: AsJson = False,
 ) -> None:
     """Render photos of fruit on a turntable. Folders and names are those of Fruits-360."""
-    from pomona.photos.synthetic import synthesize
-
     with progress() as on_tick:
         on_photo = counter(on_tick, "synthesize")
-        count = synthesize(
+        count = pomona.synthesize(
             dest, classes=classes, images=images, seed=seed, workers=workers, progress=on_photo
         )
     record = {"photos": count, "dest": str(dest)}
@@ -89,19 +88,15 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Render photos, some of them damaged, and run. Needs no network, no downloaded weights."""
-    from pomona.photos.synthetic import breakage, synthesize
-    from pomona.pipeline import run
-    from pomona.pipeline.extract import ExtractOptions
-    from pomona.spark.session import Cluster
     from pomona.workspace.remote import Home
 
     refuse_uri(out, "--out")
     photos, results = Path(out) / "photos", Path(out) / "out"
     with progress() as on_tick, log_to(str(results)):
         on_photo = counter(on_tick, "synthesize")
-        synthesize(photos, classes=classes, images=images, progress=on_photo)
-        breakage(photos)
-        options, cluster = ExtractOptions(weights="fruits"), Cluster(master)
-        records = run.run(photos, results, options, cluster=cluster, on_tick=on_tick)
-        records["mlflow"] = run.track(results, records)
+        pomona.synthesize(photos, classes=classes, images=images, progress=on_photo)
+        pomona.add_damaged_photos(photos)
+        options, cluster = pomona.ExtractOptions(weights="fruits"), pomona.Cluster(master)
+        records = pomona.run(photos, results, options, cluster=cluster, on_tick=on_tick)
+        records["mlflow"] = pomona.track(results, records)
     show_run(records, Home(str(results), str(results)), as_json)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
+import pomona
 from pomona.cli import render
 from pomona.cli.options import (
     MODEL,
@@ -49,18 +50,15 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run every stage: extract, reduce, train, report. What is there isn't computed again."""
-    from pomona.pipeline import run
-    from pomona.pipeline.train import TrainOptions
-
     cluster = spark.cluster()
     options = extraction.options(), reduction.options(plots=not no_plots)
-    train_options = None if no_train else TrainOptions(**vars(training))
+    train_options = None if no_train else pomona.TrainOptions(**vars(training))
     with working_in(out, source) as (home, on_tick):
-        records = run.run(
+        records = pomona.run(
             source, home.folder, *options, cluster, on_tick, train_options, home.after
         )
         end_forget(home.folder, on_tick, cluster)
-        records["mlflow"] = "off" if no_mlflow else run.track(home.folder, records)
+        records["mlflow"] = "off" if no_mlflow else pomona.track(home.folder, records)
     show_run(records, home, as_json)
     error_rate.exit_if_above(records["extract"])
 
@@ -75,11 +73,9 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """Turn photos into features. Killed, it goes on where it stopped."""
-    from pomona.pipeline.extract import extract
-
     options, cluster = extraction.options(), spark.cluster()
     with working_in(out, source) as (home, on_tick):
-        record = extract(source, home.folder, options, cluster, on_tick)
+        record = pomona.extract_features(source, home.folder, options, cluster, on_tick)
     show_run({"extract": record}, home, as_json)
     error_rate.exit_if_above(record)
 
@@ -93,11 +89,9 @@ def reduce(
     as_json: AsJson = False,
 ) -> None:
     """Turn features into PCA features. Power, scaler and PCA are fitted on Training."""
-    from pomona.pipeline.reduce import reduce
-
     options, cluster = reduction.options(plots=not no_plots), spark.cluster()
     with working_in(out) as (home, on_tick):
-        record = reduce(home.folder, options, cluster, on_tick)
+        record = pomona.reduce(home.folder, options, cluster, on_tick)
     show_run({"reduce": record}, home, as_json)
 
 
@@ -106,24 +100,19 @@ def train(
     out: OutDir, training: TrainArguments, no_plots: NoPlots = False, as_json: AsJson = False
 ) -> None:
     """Train a model on PCA features, judge it, write the report."""
-    from pomona.pipeline.run import report
-    from pomona.pipeline.train import TrainOptions, train
-
     with working_in(out) as (home, on_tick):
-        record = train(home.folder, TrainOptions(**vars(training)), on_tick)
+        record = pomona.train(home.folder, pomona.TrainOptions(**vars(training)), on_tick)
         if not no_plots:
             home.after("train")
-            report(home.folder, on_tick)
+            pomona.report(home.folder, on_tick)
     show_run({"train": record}, home, as_json)
 
 
 @command(MODEL)
 def report(out: OutDir) -> None:
     """Write OUT/report/report.html again, from what is in OUT."""
-    from pomona.pipeline.run import report
-
     with working_in(out) as (home, on_tick):
-        path = report(home.folder, on_tick)
+        path = pomona.report(home.folder, on_tick)
     typer.echo(home.shown(path))
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+import pomona
 from pomona.cli import render
 from pomona.cli.options import MOVE, OPERATE, AsJson, OutDir, SparkArguments, command
 from pomona.cli.progress import progress
@@ -33,10 +34,9 @@ class ExportArguments:
 @command(OPERATE)
 def export(out: OutDir, arguments: ExportArguments, as_json: AsJson = False) -> None:
     """Write files for the phone. A smaller one is kept only if it answers like the model."""
-    from pomona.export.export import ExportOptions, export
-
     with working_in(out) as (home, on_tick):
-        record = export(home.folder, ExportOptions(**vars(arguments)), on_tick)
+        options = pomona.ExportOptions(**vars(arguments))
+        record = pomona.export_model(home.folder, options, on_tick)
     show({**record, "folder": home.shown(record["folder"])}, as_json, render.exported)
 
 
