@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pomona.backbone.extractor import MobileNetV2Extractor
     from pomona.backbone.spec import BackboneSpec
     from pomona.backbone.weights import default as default_weights
-    from pomona.cli.progress import progress
+    from pomona.cli.work import progress
     from pomona.core.errors import PomonaError, RequestError
     from pomona.core.provenance import versions
     from pomona.export.export import ExportOptions
@@ -112,7 +112,7 @@ _HOME = {
     "open_out": "pomona.pipeline.programs:open_out",
     "predict": "pomona.pipeline.programs:predict",
     "predict_images": "pomona.spark.dataframes:predict_images",
-    "progress": "pomona.cli.progress:progress",
+    "progress": "pomona.cli.work:progress",
     "reduce": "pomona.pipeline.reduce:reduce",
     "report": "pomona.pipeline.run:report",
     "run": "pomona.pipeline.run:run",

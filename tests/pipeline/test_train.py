@@ -93,7 +93,7 @@ def test_what_tuned_weights_saw_judges_nothing(out: Path) -> None:
 @pytest.mark.parametrize("kinds", [5, 4])
 def test_where_tuned_weights_saw_nearly_all_it_is_said(kinds: int, out: Path) -> None:
     """24 photos that they didn't see are too few to choose a model by."""
-    from pomona.cli import summary
+    from pomona.cli import render
 
     train(out, TrainOptions(unknown="distance"))
     tuned_on(out, range(kinds))
@@ -102,7 +102,7 @@ def test_where_tuned_weights_saw_nearly_all_it_is_said(kinds: int, out: Path) ->
     assert len(centres(out)) == 3  # a label each: varieties are knots to such weights
     assert figures(out)["cross_validation"]["units"] == 15
     assert record["metrics"]["cross_validation"]["weights_saw"]
-    table = summary._figures(record["metrics"])
+    table = render._figures(record["metrics"])
     assert "on which the weights were tuned" in str(table.columns[1].header)
     assert "too optimistic" in run.report(out).read_text()
 

@@ -1,4 +1,1 @@
-"""The command: parse, call, print.
-
-No work of its own: each command is one call into the rooms below.
-"""
+"""The command: parse, call, print. No work of its own: it calls the rooms below."""

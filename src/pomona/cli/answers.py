@@ -10,14 +10,12 @@ from functools import partial
 from typing import IO, Any
 
 import pyarrow as pa
-from rich.console import Console
 
-from pomona.cli import render
+from pomona.cli import render, work
 from pomona.model.artifact import Model
 from pomona.model.recogniser import to_json
 
 CSV = ("path", "label", "probability", "unknown", "reason", "score", "nearest", "error")
-
 Row = dict[str, Any]
 
 
@@ -76,8 +74,7 @@ def _table(stream: IO[str], rows: list[Row]) -> None:
         table.add_row(row["path"], _answer(row), nearest, row["reason"] or "")
     if all(row["reason"] is None for row in rows):
         table.columns.pop()
-    width = None if stream.isatty() else 1000
-    Console(file=stream, width=width, emoji=False, markup=False).print(table, highlight=False)
+    work.write(stream, table)
 
 
 def _answer(row: Row) -> str:

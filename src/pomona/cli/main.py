@@ -14,11 +14,9 @@ from pomona.core.errors import PomonaError
 
 __all__ = ["app", "main"]
 
-COMMANDS = (make_model, look_at_photos, answer, operate, cloud)
-"""Modules that add their commands to the app when they are imported."""
+COMMANDS = (make_model, look_at_photos, answer, operate, cloud)  # they add to the app when imported
 
-INTERRUPTED = 130
-"""As shells have it: 128 and SIGINT."""
+INTERRUPTED = 130  # as shells have it: 128 and SIGINT
 
 
 def _interrupt(number: int, _: object) -> None:

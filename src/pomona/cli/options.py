@@ -40,11 +40,9 @@ class GroupedCommands(TyperGroup):
         widest = max(map(len, self.commands))
         limit = formatter.width - widest - 4  # two spaces before the name, two after it
         for group, names in self.by_group().items():
-            lines = [self.commands[name].get_short_help_str(limit) for name in names]
+            lines = [(n.ljust(widest), self.commands[n].get_short_help_str(limit)) for n in names]
             with formatter.section(group):
-                formatter.write_dl(
-                    [(name.ljust(widest), line) for name, line in zip(names, lines, strict=True)]
-                )
+                formatter.write_dl(lines)
 
 
 app = typer.Typer(
@@ -112,17 +110,16 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-Version = Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
-
-
 @app.callback()
-def _main(version: Annotated[bool, Version] = False) -> None:
+def _main(
+    version: Annotated[
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Take the options that come before a command."""
 
 
-TOO_MANY_REJECTED = 3
-"""The exit code above ``--max-error-rate``."""
-
+TOO_MANY_REJECTED = 3  # the exit code above --max-error-rate
 SourceName = Annotated[str, Argument(help="A folder of photos, or a URI (s3://, gs://, hdfs://).")]
 OutDir = Annotated[str, "Where the results go: a folder, or a URI (s3://, gs://)."]
 LocalOut = Annotated[str, "The folder for the results."]

@@ -12,10 +12,8 @@ if TYPE_CHECKING:
     from pomona.model.artifact import Model
     from pomona.workspace.remote import Home
 
-Rows = list[tuple[str, str]]
-"""Names and values."""
-SHOWN = 20
-"""Paths that ``pomona forget --dry-run`` names."""
+Rows = list[tuple[str, str]]  # names and values
+SHOWN = 20  # paths that pomona forget --dry-run names
 FIGURES = {
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
@@ -279,17 +277,15 @@ def forget_plan(plan: dict[str, Any]) -> Rows:
 
 def _saw(record: dict[str, Any]) -> Rows:
     """Return the rows about published models that saw the photos."""
-    rows = [
-        (
-            "trained with them" if one["trained_with"] == "yes" else "perhaps trained with them",
-            f"{one['name']} version {one['version']}"
-            f"{' (' + ', '.join(one['aliases']) + ')' if one['aliases'] else ''} in {one['store']}"
-            f"{': holds vectors of them' if one['holds_vector'] else ''}"
-            f"{'; deleted' if one['retired'] else ''}",
-        )
-        for one in record["models"]
-    ]
-    return [*rows, *(("can't be asked", line) for line in record["out_of_reach"])]
+    rows = []
+    for model in record["models"]:
+        sure = "" if model["trained_with"] == "yes" else "perhaps "
+        aliases = f" ({', '.join(model['aliases'])})" if model["aliases"] else ""
+        place = f"{model['name']} version {model['version']}{aliases} in {model['store']}"
+        vectors = ": holds vectors of them" if model["holds_vector"] else ""
+        deleted = "; deleted" if model["retired"] else ""
+        rows.append((f"{sure}trained with them", f"{place}{vectors}{deleted}"))
+    return rows + [("can't be asked", line) for line in record["out_of_reach"]]
 
 
 def forgotten(receipt: dict[str, Any]) -> Rows:
@@ -333,8 +329,7 @@ def inspection(record: dict[str, Any]) -> Group:
         ("not photos", others or "none"),
         ("outside splits", f"{record['outside_splits']:,}"),
     ]
-    for split, labels in record["only_in"].items():
-        rows.append((f"only in {split}", f"{len(labels):,} labels"))
+    rows += [(f"only in {s}", f"{len(names):,} labels") for s, names in record["only_in"].items()]
     if record["hint"]:
         rows.append(("hint", record["hint"]))
     sizes = table("largest", "photos", "smallest", "photos", pad_edge=True)

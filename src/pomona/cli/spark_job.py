@@ -40,10 +40,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def local_weights(words: list[str]) -> Iterator[list[str]]:
-    """Give the words with ``--weights URI`` replaced by a local copy, removed afterwards.
-
-    Raises WeightsError if the URI can't be read.
-    """
+    """Give the words with ``--weights URI`` replaced by a local copy, removed afterwards."""
     place = words.index("--weights") + 1 if "--weights" in words else len(words)
     if place >= len(words) or not words[place].startswith(("s3://", "gs://")):
         yield words

@@ -1,1 +1,1 @@
-"""The commands, a module for each group of ``pomona --help``."""
+"""The commands of ``pomona``, by what a person wants: a module each."""

@@ -13,8 +13,7 @@ from typer import Argument, Option
 import pomona
 from pomona.cli import render
 from pomona.cli.options import ANSWER, Device, ErrorRate, SparkConf, command, spark_pairs
-from pomona.cli.progress import progress
-from pomona.cli.work import show
+from pomona.cli.work import progress, show
 from pomona.core.errors import MissingError, RequestError
 from pomona.core.uris import is_store, refuse_uri
 
@@ -23,11 +22,8 @@ if TYPE_CHECKING:
 
 ModelName = Annotated[
     str | None,
-    Option(
-        "--model",
-        help="A model: OUT/model, its URI (s3://, gs://), or models:/NAME@champion. [default: the "
-        "one in the package]",
-    ),
+    "A model: OUT/model, its URI (s3://, gs://), or models:/NAME@champion. [default: the one in "
+    "the package]",
 ]
 
 
@@ -53,7 +49,7 @@ def predict(
         list[str], Argument(help="Photos, folders, URIs (s3://, gs://), or - for standard input.")
     ],
     *,
-    model_name: ModelName = None,
+    model: ModelName = None,
     top: Annotated[int, "How many labels to give for each photo."] = 3,
     out: Annotated[str | None, "A new folder for the answers, as Parquet."] = None,
     device: Device = "auto",
@@ -76,12 +72,12 @@ def predict(
         raise RequestError("--json or --csv, not both")
     most = None if as_json or as_csv else SPARK_ABOVE
     options = PredictOptions(top, device, out, most, master, spark_pairs(spark_conf))
-    model = _open_model(model_name)
-    if model_name is None:
-        typer.echo(f"pomona: {render.which(model)}", err=True)
-    printer = answers.printer(sys.stdout, model, as_json=as_json, as_csv=as_csv)
+    opened = _open_model(model)
+    if model is None:
+        typer.echo(f"pomona: {render.which(opened)}", err=True)
+    printer = answers.printer(sys.stdout, opened, as_json=as_json, as_csv=as_csv)
     with printer as on_answers, progress() as on_tick:
-        record = predict(photos, model, options, on_tick, on_answers)
+        record = predict(photos, opened, options, on_tick, on_answers)
     if out:
         show(record, as_json, answers.summary)
     error_rate.exit_if_above(record)
@@ -165,10 +161,8 @@ def serve(arguments: ServeArguments) -> None:
 
         def on_start() -> None:
             model = app.state.service.pool.loaded.model
-            typer.echo(
-                f"pomona: {render.which(model)}\npomona: {server.address(socket)} answers; the "
-                "page is there too. Ctrl-C ends it.",
-                err=True,
-            )
+            url = server.address(socket)
+            typer.echo(f"pomona: {render.which(model)}", err=True)
+            typer.echo(f"pomona: {url} answers; the page is there too. Ctrl-C ends it.", err=True)
 
         server.serve(app, socket, on_start)

@@ -10,8 +10,7 @@ from typer import Argument
 
 from pomona.cli import render
 from pomona.cli.options import OPERATE, AsJson, SparkConf, app, spark_pairs, with_options
-from pomona.cli.progress import counter, progress
-from pomona.cli.work import show
+from pomona.cli.work import counter, progress, show
 from pomona.cloud import jobs
 from pomona.cloud.stack import Stack, find_stack
 from pomona.cloud.teardown import check_empty, holdings, teardown
@@ -70,8 +69,7 @@ def _wait(stack: Stack, job: str) -> dict[str, Any]:
 
     def on_state(record: dict[str, Any]) -> None:
         nonlocal last
-        line = _state(record)
-        if line != last:
+        if (line := _state(record)) != last:
             last = line
             typer.echo(line, err=True)
 

@@ -10,8 +10,7 @@ from typer import Argument
 import pomona
 from pomona.cli import render
 from pomona.cli.options import PHOTOS, AsJson, Label, LocalOut, Master, SourceName, command
-from pomona.cli.progress import counter, progress
-from pomona.cli.work import log_to, show, show_run
+from pomona.cli.work import counter, log_to, progress, show, show_run
 from pomona.core.errors import RequestError
 from pomona.core.progress import OnTick, Tick
 from pomona.core.uris import refuse_uri
@@ -27,8 +26,7 @@ def inspect(source: SourceName, label: Label = "parent", as_json: AsJson = False
     from pomona.photos.inspect import inspect
 
     with progress() as on_tick:
-        opened, listing = _list(source, on_tick)
-        record = inspect(opened, listing, label, counter(on_tick, "inspect"))
+        record = inspect(*_list(source, on_tick), label, counter(on_tick, "inspect"))
     show(record, as_json, render.inspection)
 
 

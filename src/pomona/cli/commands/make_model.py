@@ -29,8 +29,7 @@ from pomona.cli.options import (
     TrainArguments,
     command,
 )
-from pomona.cli.progress import progress
-from pomona.cli.work import end_forget, log_to, show, show_run, working_in
+from pomona.cli.work import end_forget, log_to, progress, show, show_run, working_in
 from pomona.core.uris import refuse_uri
 
 

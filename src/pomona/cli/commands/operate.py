@@ -12,8 +12,7 @@ from typer import Argument, Option
 import pomona
 from pomona.cli import render
 from pomona.cli.options import MOVE, OPERATE, AsJson, OutDir, SparkArguments, command
-from pomona.cli.progress import progress
-from pomona.cli.work import log_to, show, working_in
+from pomona.cli.work import log_to, progress, show, working_in
 from pomona.core.errors import RequestError
 
 
