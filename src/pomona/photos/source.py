@@ -40,22 +40,13 @@ SCHEME = r"([a-zA-Z][a-zA-Z0-9+.-]+):"
 class Source:
     """A place that holds photos. Picklable, for workers.
 
-    Attributes
-    ----------
-    uri
-        As the user gave it.
-    kind
-        ``local`` is read as files, ``object`` with ``pyarrow.fs``, ``hadoop`` by Spark.
-    root
-        The folder: an absolute local path, ``bucket/prefix``, or the URI itself.
-    store
-        The URI of an object store's bucket, with options and credentials.
+    ``local`` is read as files, ``object`` with ``pyarrow.fs``, ``hadoop`` by Spark.
     """
 
-    uri: str
+    uri: str  # as the user gave it
     kind: Literal["local", "object", "hadoop"]
-    root: str
-    store: str = ""
+    root: str  # the folder: an absolute local path, bucket/prefix, or the URI itself
+    store: str = ""  # the URI of an object store's bucket, with options and credentials
 
     @property
     def folder(self) -> str:
@@ -75,10 +66,7 @@ class Source:
 def open_source(uri: str | Path) -> Source:
     """Return the source of a path or URI. Doesn't touch the network.
 
-    Raises
-    ------
-    SourceError
-        If it is a local path that doesn't exist or isn't a folder, or a URI without a bucket.
+    Raises SourceError if it is a local path that isn't a folder, or a URI without a bucket.
     """
     text = str(uri)
     scheme = re.match(SCHEME, text)
@@ -91,9 +79,8 @@ def open_source(uri: str | Path) -> Source:
         rest = location.split("://", 1)[-1].strip("/")
         rest = re.sub(r"^[^/@]*@", "", rest)  # credentials, which Arrow takes from `store`
         if not rest:
-            raise SourceError(
-                f"{redacted(text)} names no bucket: write {scheme[1]}://BUCKET/FOLDER"
-            )
+            example = f"{scheme[1]}://BUCKET/FOLDER"
+            raise SourceError(f"{redacted(text)} names no bucket: write {example}")
         bucket = location.split("://", 1)[-1].strip("/").split("/", 1)[0]
         if ":" in bucket and "@" not in bucket:
             raise SourceError(f"{redacted(text)} has a / in its secret: write %2F there")
@@ -105,10 +92,7 @@ def open_source(uri: str | Path) -> Source:
 def open_readable(uri: str | Path) -> Source:
     """Open a source whose photos this process reads itself: any but Hadoop's.
 
-    Raises
-    ------
-    SourceError
-        As `open_source` (such as when the folder is gone), or if only Spark reads the source.
+    Raises SourceError as `open_source`, or if only Spark reads the source.
     """
     source = open_source(uri)
     if source.kind == "hadoop":
@@ -173,9 +157,10 @@ def arrange(
     if label not in ("parent", "top"):
         raise RequestError(f"--label is parent or top, not {label}")
     paths = files["path"]
-    has_splits = bool(pc.any(pc.match_substring_regex(paths, r"^(Training|Test)/")).as_py())
+    in_split = pc.match_substring_regex(paths, r"^(Training|Test)/")
+    has_splits = bool(pc.any(in_split).as_py())
     if has_splits:
-        files = files.filter(pc.match_substring_regex(paths, r"^(Training|Test)/"))
+        files = files.filter(in_split)
         paths = files["path"]
         splits = pc.replace_substring_regex(paths, r"(?s)/.*$", "")
         inner = pc.replace_substring_regex(paths, r"^[^/]*/", "")

@@ -29,7 +29,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from pomona.core.errors import MismatchError
-from pomona.core.files import atomic_file, put_in_place, read_json, tree_digest
+from pomona.core.files import atomic_file, read_json, tree_digest
 from pomona.core.parquet import open_parquet
 from pomona.core.schema import FEATURES_TABLE, PHOTOS, REJECTED, UNREADABLE
 from pomona.workspace.layout import Out
@@ -209,7 +209,7 @@ def write_part(part: PartFile, task: int, batches: Iterator[pa.RecordBatch]) -> 
                 rejected += batch.num_rows - batch["error"].null_count
         name = PART_FORMAT.format(run=part.run, task=task, rows=rows, rejected=rejected)
         if rows:
-            put_in_place(unfinished, Path(part.folder, name))
+            unfinished.replace(Path(part.folder, name))
     finally:
         unfinished.unlink(missing_ok=True)
     return Counts(rows, rejected)
