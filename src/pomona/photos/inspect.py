@@ -41,9 +41,9 @@ def inspect(
         "bytes": pc.sum(photos["size"]).as_py() or 0,
         "splits": {name: table.num_rows for name, table in splits.items()},
         "labels": len(counts),
-        "largest": ranked[:20],
+        "largest": ranked[:20],  # (label, photos)
         "smallest": ranked[::-1][:20],
-        "only_in": {
+        "only_in": {  # labels of one split alone
             name: sorted(labels[name] - labels[other])
             for name, other in (SPLITS, SPLITS[::-1])
             if splits["Test"].num_rows and splits["Training"].num_rows

@@ -23,6 +23,7 @@ from pomona.core.schema import PHOTOS, SPLITS
 from pomona.core.uris import local_path, redacted
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
 MAX_BYTES = 128 << 20
 """Largest size of a photo's file: eight of these still fit into one Arrow batch."""
 
@@ -77,15 +78,15 @@ def open_source(uri: str | Path) -> Source:
         options = re.search(r"\?((?:[a-z_]+=[^&?/]*(?:/[^&?]*)?&?)+)$", text)
         location = text[: options.start()] if options else text
         rest = location.split("://", 1)[-1].strip("/")
-        rest = re.sub(r"^[^/@]*@", "", rest)  # credentials, which Arrow takes from `store`
-        if not rest:
+        root = re.sub(r"^[^/@]*@", "", rest)  # less credentials, which Arrow takes from `store`
+        if not root:
             example = f"{scheme[1]}://BUCKET/FOLDER"
             raise SourceError(f"{redacted(text)} names no bucket: write {example}")
-        bucket = location.split("://", 1)[-1].strip("/").split("/", 1)[0]
+        bucket = rest.split("/", 1)[0]
         if ":" in bucket and "@" not in bucket:
             raise SourceError(f"{redacted(text)} has a / in its secret: write %2F there")
         store = f"{scheme[1].lower()}://{bucket}" + (options[0] if options else "")
-        return Source(text, "object", rest, store)
+        return Source(text, "object", root, store)
     return Source(text, "hadoop", text.rstrip("/"))
 
 
@@ -126,12 +127,12 @@ def arrange(
     *,
     root: str = "photos",
 ) -> pa.Table:
-    """Give each photo its split, label and filename, and sort them.
+    """Give each photo of `FILES` its split, label and filename: `PHOTOS`, sorted by split and path.
+
+    In a source that has a ``Training`` or ``Test`` folder, photos that lie elsewhere are left out.
 
     Parameters
     ----------
-    files
-        As `pomona.core.schema.FILES`.
     label
         ``parent``: the folder that holds the photo. ``top``: the first folder under the split;
         for a photo in none, the folder that holds it.
@@ -141,12 +142,6 @@ def arrange(
         keeps its split when others are added.
     root
         The source's own name: the label of photos that lie in no folder below it.
-
-    Returns
-    -------
-    pa.Table
-        As `pomona.core.schema.PHOTOS`, sorted by split and path. In a source that has a
-        ``Training`` or ``Test`` folder, photos that lie elsewhere are left out.
 
     Raises
     ------
@@ -174,9 +169,8 @@ def arrange(
     labels = pc.if_else(in_folder, labels, splits if has_splits else pa.scalar(root))
     if test_fraction is not None:
         splits = _draw(folders if label == "top" else paths, test_fraction, has_splits)
-    table = pa.table(
-        [paths, splits, labels, filenames, files["size"], files["modified"]], schema=PHOTOS
-    )
+    columns = [paths, splits, labels, filenames, files["size"], files["modified"]]
+    table = pa.table(columns, schema=PHOTOS)
     return table.sort_by([("split", "ascending"), ("path", "ascending")])
 
 
@@ -188,10 +182,8 @@ def _draw(keys: pa.ChunkedArray, fraction: float, has_splits: bool) -> pa.Chunke
         )
     if not 0 < fraction < 1:
         raise RequestError(f"--test-fraction is a share between 0 and 1, not {fraction:g}")
-    draws = (
-        int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
-        for key in keys.to_pylist()
-    )
+    digests = (hashlib.blake2b(k.encode(), digest_size=8).digest() for k in keys.to_pylist())
+    draws = (int.from_bytes(digest, "big") / 2**64 for digest in digests)
     names = ["Test" if draw < fraction else "Training" for draw in draws]
     return pa.chunked_array([pa.array(names, pa.string())])
 

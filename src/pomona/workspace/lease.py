@@ -97,8 +97,12 @@ class Lease:
 
 
 def is_leased(place: Place) -> bool:
-    """Tell whether somebody seems to be at work there, by the time of the last refresh."""
-    holder = place.read_json(LOCK)
+    """Tell whether somebody seems to be at work there, by the time of the last refresh.
+
+    Raises RequestError if the store doesn't answer.
+    """
+    with refusing(place, "read"):
+        holder = place.read_json(LOCK)
     return bool(holder) and time.time() - float(holder.get("refreshed", 0)) < SILENT
 
 

@@ -76,7 +76,7 @@ def pull(place: str, out: str | Path, on_tick: OnTick = quiet) -> dict[str, Any]
     OUT has results that the place doesn't know.
     """
     source = open_place(place)
-    if is_leased_or_unreadable(source):
+    if is_leased(source):
         raise BusyError(f"another pomona run is at work on {source}: pull when it has ended")
     existed = local_path(str(out)).exists()
     folder = layout.open_out(out)
@@ -92,12 +92,6 @@ def pull(place: str, out: str | Path, on_tick: OnTick = quiet) -> dict[str, Any]
             )
         record = pull_files(copy, everything=False, on_tick=on_tick)
     return {**record, "seconds": round(time.monotonic() - started, 2)}
-
-
-def is_leased_or_unreadable(place: Place) -> bool:
-    """Return `is_leased`. Raises RequestError if the store doesn't answer."""
-    with refusing(place, "read"):
-        return is_leased(place)
 
 
 def _refuse_nothing(copy: Copy) -> None:
@@ -193,7 +187,7 @@ def _looking(place: Place, folder: Path, on_tick: OnTick) -> Iterator[Home]:
     folder.mkdir(parents=True, exist_ok=True)
     out = layout.open_out(folder)
     with _tidy(out):
-        running = is_leased_or_unreadable(place)
+        running = is_leased(place)
         if not layout.is_locked(out):  # a run of this machine keeps the folder up to date itself
             with layout.lock(out):
                 copy = open_copy(out, place)
