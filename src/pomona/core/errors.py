@@ -1,17 +1,5 @@
 """Every error that Pomona raises on purpose.
 
-::
-
-    PomonaError                 one line for the user; the command ends with its `exit_code`
-    ├── RequestError            the request is wrong: the message says what to do instead      (2)
-    │   ├── SourceError         the source is missing, empty, or can't be listed               (2)
-    │   ├── WeightsError        the weights are missing, damaged, or not MobileNetV2's         (2)
-    │   ├── MismatchError       OUT was made with other settings than the ones asked for       (2)
-    │   ├── BusyError           another run is at work on the same OUT                         (2)
-    │   └── MissingError        something that must be installed isn't (Java, torch, …)        (2)
-    └── JobError                Spark gave up; the log file has the details                    (1)
-        └── CrashError          … because its Python workers died                              (1)
-
 A photo that can't be used is not an exception: it is a row with a code from `pomona.core.schema`.
 """
 
@@ -21,11 +9,11 @@ from __future__ import annotations
 class PomonaError(Exception):
     """Base of all errors that are raised on purpose. ``str(error)`` is one line for the user."""
 
-    exit_code = 1
+    exit_code = 1  # of the command
 
 
 class RequestError(PomonaError):
-    """The request is wrong."""
+    """The request is wrong; the message says what to do instead."""
 
     exit_code = 2
 
@@ -35,7 +23,7 @@ class SourceError(RequestError):
 
 
 class WeightsError(RequestError):
-    """The weights are missing, damaged, or of another network."""
+    """The weights are missing, damaged, or not MobileNetV2's."""
 
 
 class MismatchError(RequestError):
@@ -47,11 +35,11 @@ class BusyError(RequestError):
 
 
 class MissingError(RequestError):
-    """Something that must be installed isn't."""
+    """Something that must be installed, such as Java or torch, isn't."""
 
 
 class JobError(PomonaError):
-    """The Spark job failed for a reason that isn't a photo."""
+    """The Spark job failed for a reason that isn't a photo; the log file has the details."""
 
 
 class CrashError(JobError):

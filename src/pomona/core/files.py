@@ -27,14 +27,6 @@ FORMAT = 1
 """Version of OUT's files: raise it if an older Pomona would misread them; keep reading old ones."""
 
 
-def put_in_place(part: Path, path: Path) -> None:
-    """Give a finished file its final name. Runs on workers.
-
-    This is the one place where a file becomes whole; it replaces a file of that name.
-    """
-    part.replace(path)
-
-
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary file; it becomes ``path`` if the block ends well. Runs on workers."""
@@ -42,7 +34,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         yield part
-        put_in_place(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -51,10 +43,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(dest: Path, option: str) -> Iterator[Path]:
     """Yield a name for a folder to make and fill; it replaces ``dest`` if the block ends well.
 
-    Raises
-    ------
-    RequestError
-        If it can't be written; the message names the command's ``option``.
+    Raises RequestError if it can't be written; the message names the command's ``option``.
     """
     staged = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.part")
     try:
@@ -82,10 +71,7 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read JSON that Pomona wrote; an empty dict where there is none.
 
-    Raises
-    ------
-    MismatchError
-        If it isn't JSON, or its format is newer than `FORMAT`.
+    Raises MismatchError if it isn't JSON, or its format is newer than `FORMAT`.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -100,8 +86,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sha256(path: Path) -> str:
     """Return a file's sha256, hexadecimal."""
+    sha = hashlib.sha256()
     with path.open("rb") as file:
-        sha = hashlib.sha256()
         while chunk := file.read(1 << 20):
             sha.update(chunk)
     return sha.hexdigest()

@@ -19,7 +19,6 @@ from pomona.core.uris import redacted
 
 log = logging.getLogger("pomona")
 
-
 READ_AHEAD = 16
 """Concurrent reads of one worker: on object stores latency dominates (benchmarks/reading.py)."""
 
@@ -39,7 +38,6 @@ REQUEST_TIMEOUT, CONNECT_TIMEOUT = 5.0, 3.0
 GS_SECONDS = 10
 """Seconds that Google's client retries by itself; its own default is 15 minutes."""
 
-
 T = TypeVar("T")
 
 
@@ -48,13 +46,8 @@ def connect(store: str, *, writes: bool = False) -> Any:
     """Return the Arrow file system of an object store's URI. Runs on workers, too.
 
     With ``writes`` a small file takes one request; a missing bucket is then noticed on writing.
-
-    Raises
-    ------
-    SourceError
-        If the URI has an option that Arrow doesn't know.
-    OSError
-        If the bucket's region must be looked up, and the store doesn't answer.
+    Raises SourceError if the URI has an option that Arrow doesn't know, OSError if the bucket's
+    region must be looked up and the store doesn't answer.
     """
     try:
         return _connect_s3(store, writes) if store.startswith("s3") else _connect_gs(store)
@@ -83,10 +76,7 @@ def _connect_s3(store: str, writes: bool) -> Any:
         "access_key": user or None,
         "secret_key": secret or None,
         "region": from_uri.region,
-        "endpoint_override": next(
-            (os.environ[n] for n in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if n in os.environ),
-            None,
-        ),
+        "endpoint_override": os.getenv("AWS_ENDPOINT_URL_S3", os.getenv("AWS_ENDPOINT_URL")),
         "request_timeout": REQUEST_TIMEOUT,
         "connect_timeout": CONNECT_TIMEOUT,
         "allow_delayed_open": writes,
@@ -122,12 +112,8 @@ def retrying(call: Callable[[], T]) -> T:
     """Return what ``call`` returns; repeat it after a transient error. Runs on workers, too.
 
     The pauses are random, up to 1, 2 and 4 seconds, so that workers that failed together don't
-    retry together.
-
-    Raises
-    ------
-    OSError
-        From the last attempt: at once if it is permanent, else after `TRIES` or `PATIENCE`.
+    retry together. Raises the last attempt's OSError: at once if it is permanent, else after
+    `TRIES` or `PATIENCE`.
     """
     end = time.monotonic() + PATIENCE
     for number in range(TRIES):

@@ -94,37 +94,25 @@ def gather(
 ) -> Iterator[tuple[pa.RecordBatch, pa.Table]]:
     """Read rows by file and position, in the plan's order. Runs on workers.
 
-    Parameters
-    ----------
-    plan
-        With the columns ``file`` (index into ``files``) and ``row`` (position in that file).
-    root, files
-        The folder, and paths of Parquet files relative to it.
-    columns
-        To read.
-
-    Yields
-    ------
-    (pa.RecordBatch, pa.Table)
-        A slice of the plan, at most `ROWS_PER_GROUP` rows, and its rows.
+    The plan's columns are ``file`` (index into ``files``, Parquet files relative to ``root``) and
+    ``row`` (position in that file). Yields slices of the plan, each of at most `ROWS_PER_GROUP`
+    rows, with their rows.
     """
+
     # Plans mostly follow the files' order: two cached groups cover the seam between two slices,
     # and more would only cost memory.
-    read_group = functools.lru_cache(maxsize=2)(
-        lambda file, group: _open(root, files[file]).read_row_group(
-            group, columns, use_threads=False
-        )
-    )
-    starts = functools.cache(lambda file: _group_starts(_open(root, files[file])))
+    @functools.lru_cache(maxsize=2)
+    def read_group(file: int, group: int) -> pa.Table:
+        parquet = pq.ParquetFile(Path(root, files[file]))
+        return parquet.read_row_group(group, columns, use_threads=False)
+
+    starts = functools.cache(lambda file: _group_starts(Path(root, files[file])))
     for wanted in sliced([plan], ROWS_PER_GROUP):
         yield wanted, _take(wanted, read_group, starts)
 
 
-def _open(root: str, name: str) -> pq.ParquetFile:
-    return pq.ParquetFile(Path(root, name))
-
-
-def _group_starts(file: pq.ParquetFile) -> Any:
+def _group_starts(path: Path) -> Any:
+    file = pq.ParquetFile(path)
     sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
     return np.concatenate([[0], np.cumsum(sizes)])
 

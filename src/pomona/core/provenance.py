@@ -16,16 +16,8 @@ def utc_now() -> str:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that may change a result."""
     installed = {"python": platform.python_version()}
-    for name in (
-        "pomona",
-        "pyspark",
-        "pyarrow",
-        "numpy",
-        "pillow",
-        "onnxruntime",
-        "scikit-learn",
-        "torch",
-    ):
+    packages = "pomona pyspark pyarrow numpy pillow onnxruntime scikit-learn torch"
+    for name in packages.split():
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[name] = metadata.version(name)
     return installed

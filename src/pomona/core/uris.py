@@ -36,13 +36,7 @@ def is_store(text: str) -> bool:
 
 
 def refuse_uri(text: str, what: str) -> None:
-    """Refuse a URI where a folder is needed.
-
-    Raises
-    ------
-    RequestError
-        If it is one; the message says what to do instead.
-    """
+    """Raise RequestError for a URI where a folder is needed; it says what to do instead."""
     if not _URI.match(text):
         return
     if is_store(text):

@@ -25,15 +25,8 @@ MAX_JPEG = 256_000_000
 """Largest number of pixels in a JPEG's header: draft mode decodes a phone's 200 MP at 1/8."""
 
 SIGNATURES = (
-    b"\xff\xd8",
-    b"\x89PNG",
-    b"GIF8",
-    b"BM",
-    b"II*\x00",
-    b"MM\x00*",
-    b"II+\x00",
-    b"MM\x00+",
-)
+    b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"
+)  # fmt: skip
 
 # Pillow only warns up to twice its limit. Ours is checked before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
@@ -134,11 +127,8 @@ def _eight_bits(image: Image.Image) -> Pixels:
     """Scale 16-bit, 32-bit and float grey to 8 bits; Pillow's own conversion clips at 255."""
     grey = np.asarray(image)
     top = float(grey.max(initial=0.0))
-    full = (
-        next((f for f in (1.0, 255.0, 65535.0) if top <= f), top)
-        if image.mode == "F"
-        else (65535.0 if top <= 65535 else float(2**31 - 1))
-    )
+    scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0, float(2**31 - 1))
+    full = next((scale for scale in scales if top <= scale), top)
     eight_bits = np.empty(grey.shape, np.uint8)
     rows = max(1, STRIP // grey.shape[1])
     for start in range(0, len(grey), rows):

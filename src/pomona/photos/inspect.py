@@ -26,24 +26,14 @@ OnDone = Callable[[int, int], None]
 def inspect(
     source: Source, listing: Listing, label: str = "parent", on_done: OnDone | None = None
 ) -> dict[str, Any]:
-    """Describe a source. Reads each photo once.
-
-    Returns
-    -------
-    dict
-        ``source`` (its name), ``photos`` (count), ``bytes``, ``splits`` (photos of each),
-        ``labels`` (count), ``largest`` and ``smallest`` (up to twenty [label, photos]),
-        ``only_in`` (labels of one split alone), ``pixel_sizes`` (the ten most frequent),
-        ``unrecognised`` (photos whose header can't be read), ``duplicates`` (photos that are a
-        copy of another, ``within`` and ``between`` splits), ``not_photos`` (files by suffix),
-        ``outside_splits`` (photos), ``hint`` (of `layout_hint`).
-    """
+    """Describe a source. Reads each photo once."""
     photos = arrange(listing.files, label, root=source.folder)
     splits = {s: photos.filter(pc.equal(photos["split"], s)) for s in SPLITS}
     counts = Counter(photos["label"].to_pylist())
     ranked = sorted(counts.items(), key=lambda row: (-row[1], row[0]))
     sizes, duplicates = _look(source, photos, on_done or (lambda done, total: None))
-    unknown = sizes.pop(None, 0)
+    unrecognised = sizes.pop(None, 0)
+    most_frequent = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:10]
     labels = {name: set(table["label"].to_pylist()) for name, table in splits.items()}
     return {
         "source": source.name,
@@ -51,24 +41,20 @@ def inspect(
         "bytes": pc.sum(photos["size"]).as_py() or 0,
         "splits": {name: table.num_rows for name, table in splits.items()},
         "labels": len(counts),
-        "largest": ranked[:20],
+        "largest": ranked[:20],  # (label, photos)
         "smallest": ranked[::-1][:20],
-        "only_in": {
+        "only_in": {  # labels of one split alone
             name: sorted(labels[name] - labels[other])
             for name, other in (SPLITS, SPLITS[::-1])
             if splits["Test"].num_rows and splits["Training"].num_rows
         },
-        "pixel_sizes": [[f"{w}×{h}", n] for (w, h), n in _most(sizes)],
-        "unrecognised": unknown,
+        "pixel_sizes": [[f"{w}×{h}", n] for (w, h), n in most_frequent],
+        "unrecognised": unrecognised,  # photos whose header can't be read
         "duplicates": duplicates,
-        "not_photos": dict(listing.others.most_common()),
+        "not_photos": dict(listing.others.most_common()),  # files by suffix
         "outside_splits": listing.files.num_rows - photos.num_rows,
         "hint": layout_hint(listing.files),
     }
-
-
-def _most(sizes: Counter[Any]) -> list[tuple[tuple[int, int], int]]:
-    return sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:10]
 
 
 def _look(source: Source, photos: pa.Table, on_done: OnDone) -> tuple[Counter[Any], dict[str, Any]]:
@@ -112,10 +98,7 @@ def _pixels(content: bytes) -> tuple[int, int] | None:
 def _duplicates(groups: list[list[tuple[str, str]]]) -> dict[str, Any]:
     """Count the copies of another photo in a split, and the Test photos with a copy in Training.
 
-    Parameters
-    ----------
-    groups
-        (split, path) of the photos that share their bytes.
+    A group holds (split, path) of the photos that share their bytes.
     """
     groups = [group for group in groups if len(group) > 1]
     within = sum(n - 1 for group in groups for n in Counter(split for split, _ in group).values())

@@ -58,11 +58,8 @@ def watched(seconds: float | None = None) -> Iterator[None]:
 def decode_apart(content: bytes | None, size: int, most: int = MAX_DECODED) -> Photo:
     """Decode a photo as `pomona.photos.decoding.decode` does, in a child process.
 
-    Returns
-    -------
-    Photo
-        With the error ``crashed`` if two children in turn died or took longer than `patience`. One
-        alone may have died of something else, such as a lack of memory.
+    Its error is ``crashed`` if two children in turn died or took longer than `patience`. One alone
+    may have died of something else, such as a lack of memory.
     """
     if not content:
         return decode(content, size, most)

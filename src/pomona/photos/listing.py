@@ -25,29 +25,20 @@ OnCount = Callable[[int], None]
 class Listing:
     """The files of a source.
 
-    Attributes
-    ----------
-    files
-        The photos, as `pomona.core.schema.FILES`, in no order. They include what can't be read,
-        such as a dangling link, or a folder that is named like a photo and holds none.
-    others
-        The number of files that are not photos, by suffix.
+    The photos include what can't be read, such as a dangling link, or a folder that is named like
+    a photo and holds none.
     """
 
-    files: pa.Table
-    others: Counter[str] = field(default_factory=Counter)
+    files: pa.Table  # the photos, as `pomona.core.schema.FILES`, in no order
+    others: Counter[str] = field(default_factory=Counter)  # files that aren't photos, by suffix
 
 
 def list_files(source: Source, on_count: OnCount | None = None) -> Listing:
     """List the photos of a local source or an object store. Runs on the driver.
 
     A few threads list folders, and each folder's photos become Arrow columns at once, so that a
-    photo costs its path and 16 bytes of memory. Hidden names (``.x``) are skipped.
-
-    Raises
-    ------
-    SourceError
-        If the source can't be listed.
+    photo costs its path and 16 bytes of memory. Hidden names (``.x``) are skipped. Raises
+    SourceError if the source can't be listed.
     """
     scan = _scan_local if source.kind == "local" else functools.partial(_scan_store, source)
     tables: list[pa.Table] = []

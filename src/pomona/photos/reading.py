@@ -21,7 +21,6 @@ from pomona.photos.source import MAX_BYTES, SCHEME, Source, open_source
 
 log = logging.getLogger("pomona")
 
-
 Reader = Callable[[str], bytes]
 
 
@@ -37,23 +36,18 @@ def reader(source: Source) -> Reader:
             return file.read(MAX_BYTES + 1)
 
     def read_object(path: str) -> bytes:
-        return retrying(lambda: _read_object(source, path))
+        with connect(source.store).open_input_file(f"{source.root}/{path}") as file:
+            return bytes(file.read(MAX_BYTES + 1))
 
-    return read_local if source.kind == "local" else read_object
-
-
-def _read_object(source: Source, path: str) -> bytes:
-    with connect(source.store).open_input_file(f"{source.root}/{path}") as file:
-        return bytes(file.read(MAX_BYTES + 1))
+    if source.kind == "local":
+        return read_local
+    return lambda path: retrying(lambda: read_object(path))
 
 
 def read_uri(text: str) -> bytes:
     """Read a photo by its path or URI (local, ``file:``, ``s3://``, ``gs://``). Runs on workers.
 
-    Raises
-    ------
-    OSError
-        If it can't be read, or only Hadoop can read such URIs.
+    Raises OSError if it can't be read, or only Hadoop can read such URIs.
     """
     try:
         scheme = re.match(SCHEME, text)
@@ -72,13 +66,8 @@ def read_uri(text: str) -> bytes:
 def read(photos: Iterator[pa.RecordBatch], source: Source) -> Iterator[pa.RecordBatch]:
     """Add the column ``content``: the file's bytes, or null if they can't be read. Runs on workers.
 
-    Parameters
-    ----------
-    photos
-        Batches with the column ``path``. One batch's bytes are in memory at a time, and on an
-        object store those of the next `READ_AHEAD` files, which are read ahead.
-    source
-        Where the paths are relative to.
+    The column ``path`` is relative to the source. One batch's bytes are in memory at a time, and
+    on an object store those of the next `READ_AHEAD` files, which are read ahead.
     """
     return _read(photos, reader(source), ahead=source.kind != "local")
 

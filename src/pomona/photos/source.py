@@ -23,6 +23,7 @@ from pomona.core.schema import PHOTOS, SPLITS
 from pomona.core.uris import local_path, redacted
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
 MAX_BYTES = 128 << 20
 """Largest size of a photo's file: eight of these still fit into one Arrow batch."""
 
@@ -40,22 +41,13 @@ SCHEME = r"([a-zA-Z][a-zA-Z0-9+.-]+):"
 class Source:
     """A place that holds photos. Picklable, for workers.
 
-    Attributes
-    ----------
-    uri
-        As the user gave it.
-    kind
-        ``local`` is read as files, ``object`` with ``pyarrow.fs``, ``hadoop`` by Spark.
-    root
-        The folder: an absolute local path, ``bucket/prefix``, or the URI itself.
-    store
-        The URI of an object store's bucket, with options and credentials.
+    ``local`` is read as files, ``object`` with ``pyarrow.fs``, ``hadoop`` by Spark.
     """
 
-    uri: str
+    uri: str  # as the user gave it
     kind: Literal["local", "object", "hadoop"]
-    root: str
-    store: str = ""
+    root: str  # the folder: an absolute local path, bucket/prefix, or the URI itself
+    store: str = ""  # the URI of an object store's bucket, with options and credentials
 
     @property
     def folder(self) -> str:
@@ -75,10 +67,7 @@ class Source:
 def open_source(uri: str | Path) -> Source:
     """Return the source of a path or URI. Doesn't touch the network.
 
-    Raises
-    ------
-    SourceError
-        If it is a local path that doesn't exist or isn't a folder, or a URI without a bucket.
+    Raises SourceError if it is a local path that isn't a folder, or a URI without a bucket.
     """
     text = str(uri)
     scheme = re.match(SCHEME, text)
@@ -89,26 +78,22 @@ def open_source(uri: str | Path) -> Source:
         options = re.search(r"\?((?:[a-z_]+=[^&?/]*(?:/[^&?]*)?&?)+)$", text)
         location = text[: options.start()] if options else text
         rest = location.split("://", 1)[-1].strip("/")
-        rest = re.sub(r"^[^/@]*@", "", rest)  # credentials, which Arrow takes from `store`
-        if not rest:
-            raise SourceError(
-                f"{redacted(text)} names no bucket: write {scheme[1]}://BUCKET/FOLDER"
-            )
-        bucket = location.split("://", 1)[-1].strip("/").split("/", 1)[0]
+        root = re.sub(r"^[^/@]*@", "", rest)  # less credentials, which Arrow takes from `store`
+        if not root:
+            example = f"{scheme[1]}://BUCKET/FOLDER"
+            raise SourceError(f"{redacted(text)} names no bucket: write {example}")
+        bucket = rest.split("/", 1)[0]
         if ":" in bucket and "@" not in bucket:
             raise SourceError(f"{redacted(text)} has a / in its secret: write %2F there")
         store = f"{scheme[1].lower()}://{bucket}" + (options[0] if options else "")
-        return Source(text, "object", rest, store)
+        return Source(text, "object", root, store)
     return Source(text, "hadoop", text.rstrip("/"))
 
 
 def open_readable(uri: str | Path) -> Source:
     """Open a source whose photos this process reads itself: any but Hadoop's.
 
-    Raises
-    ------
-    SourceError
-        As `open_source` (such as when the folder is gone), or if only Spark reads the source.
+    Raises SourceError as `open_source`, or if only Spark reads the source.
     """
     source = open_source(uri)
     if source.kind == "hadoop":
@@ -142,12 +127,12 @@ def arrange(
     *,
     root: str = "photos",
 ) -> pa.Table:
-    """Give each photo its split, label and filename, and sort them.
+    """Give each photo of `FILES` its split, label and filename: `PHOTOS`, sorted by split and path.
+
+    In a source that has a ``Training`` or ``Test`` folder, photos that lie elsewhere are left out.
 
     Parameters
     ----------
-    files
-        As `pomona.core.schema.FILES`.
     label
         ``parent``: the folder that holds the photo. ``top``: the first folder under the split;
         for a photo in none, the folder that holds it.
@@ -158,12 +143,6 @@ def arrange(
     root
         The source's own name: the label of photos that lie in no folder below it.
 
-    Returns
-    -------
-    pa.Table
-        As `pomona.core.schema.PHOTOS`, sorted by split and path. In a source that has a
-        ``Training`` or ``Test`` folder, photos that lie elsewhere are left out.
-
     Raises
     ------
     RequestError
@@ -173,9 +152,10 @@ def arrange(
     if label not in ("parent", "top"):
         raise RequestError(f"--label is parent or top, not {label}")
     paths = files["path"]
-    has_splits = bool(pc.any(pc.match_substring_regex(paths, r"^(Training|Test)/")).as_py())
+    in_split = pc.match_substring_regex(paths, r"^(Training|Test)/")
+    has_splits = bool(pc.any(in_split).as_py())
     if has_splits:
-        files = files.filter(pc.match_substring_regex(paths, r"^(Training|Test)/"))
+        files = files.filter(in_split)
         paths = files["path"]
         splits = pc.replace_substring_regex(paths, r"(?s)/.*$", "")
         inner = pc.replace_substring_regex(paths, r"^[^/]*/", "")
@@ -189,9 +169,8 @@ def arrange(
     labels = pc.if_else(in_folder, labels, splits if has_splits else pa.scalar(root))
     if test_fraction is not None:
         splits = _draw(folders if label == "top" else paths, test_fraction, has_splits)
-    table = pa.table(
-        [paths, splits, labels, filenames, files["size"], files["modified"]], schema=PHOTOS
-    )
+    columns = [paths, splits, labels, filenames, files["size"], files["modified"]]
+    table = pa.table(columns, schema=PHOTOS)
     return table.sort_by([("split", "ascending"), ("path", "ascending")])
 
 
@@ -203,10 +182,8 @@ def _draw(keys: pa.ChunkedArray, fraction: float, has_splits: bool) -> pa.Chunke
         )
     if not 0 < fraction < 1:
         raise RequestError(f"--test-fraction is a share between 0 and 1, not {fraction:g}")
-    draws = (
-        int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
-        for key in keys.to_pylist()
-    )
+    digests = (hashlib.blake2b(k.encode(), digest_size=8).digest() for k in keys.to_pylist())
+    draws = (int.from_bytes(digest, "big") / 2**64 for digest in digests)
     names = ["Test" if draw < fraction else "Training" for draw in draws]
     return pa.chunked_array([pa.array(names, pa.string())])
 

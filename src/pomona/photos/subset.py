@@ -20,16 +20,9 @@ log = logging.getLogger("pomona")
 
 
 def choose(photos: pa.Table, percentage: float) -> list[str]:
-    """Choose photos, stratified by split and label, at least one of each.
+    """Choose photos (`pomona.core.schema.PHOTOS`) by split and label, at least one of each.
 
     The choice depends on the paths alone; that of a smaller percentage is part of a larger one's.
-
-    Parameters
-    ----------
-    photos
-        As `pomona.core.schema.PHOTOS`.
-    percentage
-        Above 0, up to 100.
     """
     if not 0 < percentage <= 100:
         raise RequestError(f"--percentage is above 0 and up to 100, not {percentage:g}")
@@ -48,12 +41,8 @@ def subset(
 ) -> int:
     """Make a smaller source of links to the photos, or of copies. Returns the number of photos.
 
-    Photos of an object store are always copied.
-
-    Raises
-    ------
-    RequestError
-        If ``dest`` lies in the source, or holds something already.
+    Photos of an object store are always copied. Raises RequestError if ``dest`` lies in the source,
+    or holds something already.
     """
     dest = dest.expanduser().resolve()
     if source.kind == "local" and dest.is_relative_to(source.root):

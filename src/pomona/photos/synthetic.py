@@ -28,12 +28,8 @@ from pomona.core.errors import RequestError
 from pomona.photos.synthetic_catalogue import BY_LABEL, LABELS, Array
 from pomona.photos.synthetic_shapes import build, spin
 
-__all__ = ["LABELS", "Photo", "breakage", "plan", "render", "synthesize"]
-
 _RASTER = 200  # pixels a side, before the reduction to 100 makes the edges soft
-_INDEX_BITS = (
-    18  # a cell holds depth in its high bits, a point's number in these: max() is the z-test
-)
+_INDEX_BITS = 18  # a cell holds depth in its high bits, a point's number in these: max is z-test
 _CHUNK = 240  # photos that a worker renders between two reports: a third of a second
 
 
@@ -122,30 +118,11 @@ def _shade(
 def render(
     label: str, frame: int, axis: str = "", *, size: int = 100, seed: int = 0
 ) -> Image.Image:
-    """Render one photo.
+    """Render one photo: RGB, white around the fruit.
 
-    Parameters
-    ----------
-    label
-        One of `LABELS`.
-    frame
-        The turntable's position, degrees.
-    axis
-        How the fruit sits on the turntable: "", "r", "r2", "r3", ….
-    size
-        Pixels a side. Above 200 no detail is added.
-    seed
-        Changes light, distance and noise a little; so do label, frame and axis.
-
-    Returns
-    -------
-    PIL.Image.Image
-        RGB, white around the fruit.
-
-    Raises
-    ------
-    KeyError
-        If there is no such label.
+    ``label``, ``frame`` and ``axis`` are as in `Photo`, ``size`` is in pixels a side (above 200 no
+    detail is added). ``seed`` changes light, distance and noise a little; so do label, frame and
+    axis. Raises KeyError if there is no such label.
     """
     rng = np.random.default_rng([seed, frame, zlib.crc32(f"{label}/{axis}".encode())])
     cloud, pose = _cloud(label), _pose(axis, frame)
@@ -167,17 +144,8 @@ def render(
 def plan(classes: int, images: int) -> list[Photo]:
     """Spread photos evenly over labels and turntable positions, three to one over the splits.
 
-    Parameters
-    ----------
-    classes
-        The first so many of `LABELS`, 1 to 131.
-    images
-        Photos in all, at least one per label. From two per label, each has one in each split.
-
-    Raises
-    ------
-    RequestError
-        If a number is out of range.
+    The labels are the first 1 to 131 of `LABELS`. ``images`` is for all, at least one per label;
+    from two per label, each has one in each split. Raises RequestError if a number is out of range.
     """
     if not 1 <= classes <= len(LABELS):
         raise RequestError(f"classes must be 1 to {len(LABELS)}, not {classes}")
@@ -211,10 +179,8 @@ def _written(dest: Path, photos: list[Photo], seed: int, workers: int) -> Iterat
         yield from (_write(dest, chunk, seed) for chunk in chunks)
         return
     # Spawn, because the caller may have threads. Ctrl-C is for the parent, which cancels the rest.
-    pool = ProcessPoolExecutor(
-        min(workers, len(chunks)), multiprocessing.get_context("spawn"), signal.signal,
-        (signal.SIGINT, signal.SIG_IGN),
-    )  # fmt: skip
+    spawn, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(min(workers, len(chunks)), spawn, signal.signal, ignore)
     try:
         tasks = [pool.submit(_write, dest, chunk, seed) for chunk in chunks]
         yield from (task.result() for task in as_completed(tasks))

@@ -68,8 +68,7 @@ Pear | turn 0,84 19,80 32,50 45,15 64,-25 66,-60 42,-88 15,-93 0,-87 gloss=20; b
 Tomato | turn 0,60 20,68 48,74 72,64 90,40 97,6 92,-30 74,-60 44,-76 0,-76 rib=6,5,15 gloss=60;
   blush 25; ring 6 84 75 62 12 15; stick 60 36 5 100 4f7f2a |
   - d8200f/e8481f, Yellow f5c21e/f0d850, Cherry Red c0101c/e8402a, Maroon 6a1a1c/8a3a24,
-  Black 3a1a1c/6a3a2a,
-  Green 7fa83a/a8c050, Pink e0545a/f07850, Orange f07a14/f5a030
+  Black 3a1a1c/6a3a2a, Green 7fa83a/a8c050, Pink e0545a/f07850, Orange f07a14/f5a030
 Corn | turn 0,115 10,110 24,80 34,20 35,-40 25,-85 0,-90 knob=26,14,12,0 gloss=40; blush 50;
   cells 26 14 0 45 0; ring 4 28 -95 135 30 45 86ab48; ring 3 48 -95 100 28 80 a5c065;
   stick -115 30 10 0 9ab060 |
@@ -82,8 +81,7 @@ Pepper | turn 0,50 20,62 50,76 76,55 74,0 62,-55 40,-85 15,-78 0,-70 rib=4,26,16
   Red d01414/e83a24, Yellow f5c414/f8dc50, Green 2f7a22/58a03a, Orange f07f12/f7a23a,
   Purple 4a1f4a/6f3a64
 Watermelon Half | turn 0,98 32,94 60,78 83,50 94,24 97,0 94,-24 83,-50 60,-78 32,-94 0,-98;
-  stripe 9 100 1c4a24; spin 0 90; half 96 88 -10 56 11 e8f0d0;
-  spin 0 -50 |
+  stripe 9 100 1c4a24; spin 0 90; half 96 88 -10 56 11 e8f0d0; spin 0 -50 |
   - 2f7a2f/e0343f, Yellow 3a8a3a/f2cf3c, Orange 8fb45a/f0863c
 Eggplant | turn 0,70 20,68 26,40 36,-10 42,-55 32,-95 0,-108 bend=-25 gloss=70; blush 30;
   ring 5 72 70 42 17 160 4a7a2c; stick 66 40 8 80 4f7a30 |
@@ -112,10 +110,9 @@ Plum | turn 0,82 10,90 28,92 58,72 76,38 80,0 74,-42 54,-76 26,-94 0,-98 rib=1,1
   blush 50; stick 80 30 4; ring 1 55 92 70 20 |
   - 4a1f4f/7f5f9a, Red 9a1f34/c8506a, Yellow e8bf3a/d88f2c, Blue 2f2f62/7a82b8, Pink c85a78/e0a08f,
   Green 9fae4a/c8cf7a
-Orange Half | turn 0,97 32,92 60,76 83,50 94,24 97,0 94,-24 83,-50 60,-76 32,-92 0,-97;
-  rough 24 50; spin 0 90; half 95 90 6 0 10 fbf0d0; spin 0 -50 |
-  - f28a12/f9a836, Blood d9541e/b8283a, Lemon f5d92c/f4e060,
-  Grapefruit f0a84a/e8687a
+Orange Half | turn 0,97 32,92 60,76 83,50 94,24 97,0 94,-24 83,-50 60,-76 32,-92 0,-97; rough 24 50;
+  spin 0 90; half 95 90 6 0 10 fbf0d0; spin 0 -50 |
+  - f28a12/f9a836, Blood d9541e/b8283a, Lemon f5d92c/f4e060, Grapefruit f0a84a/e8687a
 Mango | turn 0,92 25,90 56,60 70,5 60,-50 34,-88 0,-100 bend=45 gloss=30; blush 50;
   speck f0dc90 20 82; stick 85 15 5; spin 2 25 |
   - e8b02f/c8402a, Green 6f9a34/b8b83c, Yellow f5c838/f0a028, Red c83a2a/e8a030

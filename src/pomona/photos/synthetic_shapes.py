@@ -74,10 +74,7 @@ def _place(part: Part, turn: Array, at: tuple[float, ...] = (0, 0, 0)) -> Part:
 def _spline(outline: Array) -> tuple[Array, Array, Array]:
     """Draw a Catmull-Rom spline through points (radius, height).
 
-    Returns
-    -------
-    tuple
-        Along the curve: the share of its length, 0 to 1; the radius; the height; each (n,).
+    Returns, along the curve, the share of its length (0 to 1), the radius, the height: each (n,).
     """
     p = np.vstack([outline[1] * (-1, 1), outline, outline[-2] * (-1, 1)])
     a, b, c, d = p[:-3], p[1:-2], p[2:-1], p[3:]

@@ -24,41 +24,19 @@ ROWS_PER_FILE = 25_000
 
 
 class Compaction(NamedTuple):
-    """A plan of the files to write and to remove.
+    """A plan of the files to write and to remove; their names are relative to ``OUT/features``."""
 
-    Attributes
-    ----------
-    plan
-        Rows to write, in order: ``PHOTOS``, ``file``, ``row``.
-    bounds
-        Where each new file's rows start in the plan, and where the last one's end.
-    names
-        The new files, relative to ``OUT/features``.
-    obsolete
-        Table files to remove, relative to ``OUT/features``.
-    """
-
-    plan: pa.Table
-    bounds: list[int]
-    names: list[str]
-    obsolete: list[str]
+    plan: pa.Table  # the rows to write, in order: PHOTOS, file, row
+    bounds: list[int]  # where each new file's rows start in the plan, and where the last one's end
+    names: list[str]  # the new files
+    obsolete: list[str]  # table files to remove
 
 
 def plan_compaction(rows: pa.Table, index: Index) -> Compaction:
-    """Decide which files stay and what the new ones hold.
+    """Decide from the result of `match` which files stay and what the new ones hold.
 
     A table file stays if all its rows stay and it is at least half full, or if its split has no new
-    rows.
-
-    Parameters
-    ----------
-    rows
-        As `match` returns it, complete.
-
-    Raises
-    ------
-    JobError
-        If a photo has no row: tasks must not lose any.
+    rows. Raises JobError if a photo has no row: tasks must not lose any.
     """
     if rows["file"].null_count:
         raise JobError(f"{rows['file'].null_count} photos got no row: run the same command again")
@@ -98,20 +76,15 @@ def _new_files(plan: pa.Table, generation: int) -> tuple[list[int], list[str]]:
     bounds, names = [0], []
     for split, cuts in cut_by_split(plan, ROWS_PER_FILE):
         bounds += cuts
-        names += [
-            f"split={split}/part-{generation:05d}-{number:05d}.parquet"
-            for number in range(len(cuts))
-        ]
+        stem = f"split={split}/part-{generation:05d}"
+        names += [f"{stem}-{number:05d}.parquet" for number in range(len(cuts))]
     return bounds, names
 
 
 def cut_by_split(rows: pa.Table, most: int) -> list[tuple[str, list[int]]]:
     """Cut rows, sorted by split, into pieces of at most ``most`` rows of one split.
 
-    Returns
-    -------
-    list
-        For each split in the rows' order (Test, Training) the ends of its pieces.
+    Returns for each split, in the rows' order (Test, Training), the ends of its pieces.
     """
     pieces, first = [], 0
     for split in SPLITS[::-1]:
@@ -123,22 +96,12 @@ def cut_by_split(rows: pa.Table, most: int) -> list[tuple[str, list[int]]]:
 
 @dataclass(frozen=True)
 class WriteFile:
-    """Write one file of the new table. Picklable; runs on workers.
+    """Write one file of the new table. Picklable; runs on workers."""
 
-    Attributes
-    ----------
-    chunks
-        The file with the plan, one chunk for each new file.
-    root, files
-        OUT, and the files that the plan's column ``file`` counts.
-    names, staged
-        The new files, and the folder that they are relative to.
-    """
-
-    chunks: str
-    root: str
-    files: tuple[str, ...]
-    names: tuple[str, ...]
+    chunks: str  # the file with the plan, one chunk for each new file
+    root: str  # OUT
+    files: tuple[str, ...]  # the files that the plan's column `file` counts
+    names: tuple[str, ...]  # the new files, relative to `staged`
     staged: str
 
     def __call__(self, number: int) -> dict[str, Any]:
@@ -163,14 +126,8 @@ def commit_compaction(
 ) -> None:
     """Make the new files the table, and remove obsolete files and parts: all or nothing.
 
-    Parameters
-    ----------
-    results
-        What `WriteFile` returned for each new file.
-    staged
-        The folder in OUT that holds the new files.
-    table
-        The content of ``_table.json``; its ``files`` are brought up to date.
+    ``results`` is what `WriteFile` returned for each new file, ``staged`` the folder in OUT that
+    holds them, ``table`` the content of ``_table.json``, whose ``files`` are brought up to date.
     """
     files = {n: about for n, about in table.get("files", {}).items() if n not in plan.obsolete}
     for result in results:

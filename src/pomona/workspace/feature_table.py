@@ -29,13 +29,12 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from pomona.core.errors import MismatchError
-from pomona.core.files import atomic_file, put_in_place, read_json, tree_digest
+from pomona.core.files import atomic_file, read_json, tree_digest
 from pomona.core.parquet import open_parquet
 from pomona.core.schema import FEATURES_TABLE, PHOTOS, REJECTED, UNREADABLE
 from pomona.workspace.layout import Out
 
 log = logging.getLogger("pomona")
-
 
 PART_FORMAT = "{run}-{task:06d}-{rows}-{rejected}.parquet"
 """A part's name holds its counts, so that listing the folder is enough to show progress."""
@@ -44,9 +43,6 @@ PART_FORMAT = "{run}-{task:06d}-{rows}-{rejected}.parquet"
 def task_of(name: str) -> int:
     """Return the number of the task that wrote a part, from the part's name."""
     return int(name.split("-")[1])
-
-
-# --- existing rows -----------------------------------------------------------------------------
 
 
 def parts_folder(out: Out, fingerprint: dict[str, object]) -> Path:
@@ -81,21 +77,11 @@ def count_parts(folder: Path, run: str = "") -> Counts:
 
 @dataclass(frozen=True)
 class Index:
-    """Where the row of each photo lies.
+    """Where the row of each photo lies."""
 
-    Attributes
-    ----------
-    rows
-        ``PHOTOS`` and ``error``, ``file`` (index into ``files``, int32), ``row`` (int64).
-    files
-        Paths relative to OUT: table files first, then parts.
-    table_files
-        The number of table files among them.
-    """
-
-    rows: pa.Table
-    files: list[str]
-    table_files: int
+    rows: pa.Table  # PHOTOS, error, file (index into `files`, int32), row (int64)
+    files: list[str]  # paths relative to OUT: table files first, then parts
+    table_files: int  # the number of table files among them
 
 
 KEYS = ["path", "size", "modified"]
@@ -108,12 +94,7 @@ def index(out: Out, parts: Path, *, look_only: bool = False) -> Index:
     """Read the key columns of the table and of the parts. A damaged part is removed.
 
     With ``look_only`` nothing is removed, and files that can't be read are skipped: a run may be
-    changing them.
-
-    Raises
-    ------
-    MismatchError
-        If a table file is missing or damaged.
+    changing them. Otherwise raises MismatchError if a table file is missing or damaged.
     """
     names = [f"features/{name}" for name in sorted(read_json(out.table_file).get("files", {}))]
     table_files = len(names)
@@ -153,31 +134,24 @@ def _read_keys(out: Out, name: str, *, is_part: bool, drop: bool) -> pa.Table | 
         raise MismatchError(
             f"{out.root / name} is missing or damaged: remove {out.features} and extract again"
         ) from error
-    split = Path(name).parent.name.removeprefix("split=")
-    split_column = pa.repeat(split, rows.num_rows)
-    return rows.add_column(1, "split", split_column).select(wanted.names)
+    split = pa.repeat(Path(name).parent.name.removeprefix("split="), rows.num_rows)
+    return rows.add_column(1, "split", split).select(wanted.names)
 
 
 def match(photos: pa.Table, existing: Index) -> pa.Table:
     """Join a listing with the rows that exist.
 
-    Returns
-    -------
-    pa.Table
-        One row for each photo, in the listing's order: ``PHOTOS``, ``file`` and ``row`` (null: not
-        extracted yet), ``error``, and ``moved`` (whether its split or label has changed).
+    Returns one row for each photo, in the listing's order: ``PHOTOS``, ``file`` and ``row`` (null:
+    not extracted yet), ``error``, and ``moved`` (whether its split or label has changed).
     """
     numbered = photos.append_column("position", pa.array(np.arange(photos.num_rows)))
-    joined = numbered.join(_latest_rows(existing), KEYS, join_type="left outer")
-    joined = joined.sort_by("position")
+    joined = numbered.join(_latest_rows(existing), KEYS, join_type="left outer").sort_by("position")
     same = pc.and_(
         pc.equal(joined["split"], joined["old_split"]),
         pc.equal(joined["label"], joined["old_label"]),
     )
-    moved = pc.fill_null(pc.invert(same), False)
-    return joined.append_column("moved", moved).select(
-        [*PHOTOS.names, "file", "row", "error", "moved"]
-    )
+    joined = joined.append_column("moved", pc.fill_null(pc.invert(same), False))
+    return joined.select([*PHOTOS.names, "file", "row", "error", "moved"])
 
 
 def _latest_rows(existing: Index) -> pa.Table:
@@ -204,9 +178,6 @@ def deleted(photos: pa.Table, existing: Index) -> pa.Table:
     in_table = existing.rows.filter(pc.less(existing.rows["file"], existing.table_files))
     gone = pc.invert(pc.is_in(in_table["path"], photos["path"].combine_chunks()))
     return in_table.filter(gone).select(PHOTOS.names)
-
-
-# --- parts, on workers -------------------------------------------------------------------------
 
 
 class PartFile(NamedTuple):
@@ -238,7 +209,7 @@ def write_part(part: PartFile, task: int, batches: Iterator[pa.RecordBatch]) -> 
                 rejected += batch.num_rows - batch["error"].null_count
         name = PART_FORMAT.format(run=part.run, task=task, rows=rows, rejected=rejected)
         if rows:
-            put_in_place(unfinished, Path(part.folder, name))
+            unfinished.replace(Path(part.folder, name))
     finally:
         unfinished.unlink(missing_ok=True)
     return Counts(rows, rejected)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,105 +18,37 @@ OWN_FOLDERS = ("features", "training_pca", "test_pca", "projection", "model", "_
 """Folders that a run replaces or removes in OUT: they must not be somebody else's."""
 
 
-@dataclass(frozen=True)
 class Out:
     """The paths in OUT."""
 
-    root: Path
-
-    @property
-    def features(self) -> Path:
-        """The table of features."""
-        return self.root / "features"
-
-    @property
-    def table_file(self) -> Path:
-        """The settings that made the table of features, and the list of its files."""
-        return self.features / "_table.json"
-
-    @property
-    def backbone(self) -> Path:
-        """The network that made the features, as ONNX, so that training needs no weights."""
-        return self.features / "_backbone.onnx"
-
-    @property
-    def projection(self) -> Path:
-        """Scaler and PCA."""
-        return self.root / "projection"
-
-    @property
-    def model(self) -> Path:
-        """The finished model."""
-        return self.root / "model"
-
-    @property
-    def tuned(self) -> Path:
-        """Weights that `pomona finetune` made."""
-        return self.root / "weights.safetensors"
-
-    @property
-    def tuned_about(self) -> Path:
-        """The settings that made those weights, and their accuracy."""
-        return self.root / "weights.json"
-
-    @property
-    def tuning(self) -> Path:
-        """An unfinished finetune; the hidden name keeps it from being pushed as a result."""
-        return self.root / ".finetune"
-
-    @property
-    def report(self) -> Path:
-        """Metrics, plots and the page that shows them."""
-        return self.root / "report"
-
-    @property
-    def metrics(self) -> Path:
-        """All metrics of the model."""
-        return self.report / "metrics.json"
-
-    @property
-    def rejected(self) -> Path:
-        """Photos without features, as CSV."""
-        return self.root / "rejected.csv"
-
-    @property
-    def manifest(self) -> Path:
-        """The record of each stage that ran."""
-        return self.root / "manifest.json"
-
-    @property
-    def log(self) -> Path:
-        """Spark's output and tracebacks."""
-        return self.root / "pomona.log"
-
-    @property
-    def forgotten(self) -> Path:
-        """Tombstones of forgotten photos, and receipts."""
-        return self.root / "forgotten"
-
-    @property
-    def work(self) -> Path:
-        """Intermediate files; there is no such folder when no run is unfinished."""
-        return self.root / "_work"
-
-    @property
-    def places(self) -> Path:
-        """What OUT last had in common with each of its copies (`pomona.workspace.sync_state`)."""
-        return self.root / ".places.json"
-
-    @property
-    def journal(self) -> Path:
-        """The moves of a commit that has begun and may not have ended."""
-        return self.work / "journal.json"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.features = root / "features"  # the table of features
+        self.table_file = self.features / "_table.json"  # the table's settings and list of files
+        # The network that made the features, as ONNX, so that training needs no weights.
+        self.backbone = self.features / "_backbone.onnx"
+        self.projection = root / "projection"  # scaler and PCA
+        self.model = root / "model"  # the finished model
+        self.tuned = root / "weights.safetensors"  # weights that `pomona finetune` made
+        self.tuned_about = root / "weights.json"  # the settings that made them, and their accuracy
+        # An unfinished finetune; the hidden name keeps it from being pushed as a result.
+        self.tuning = root / ".finetune"
+        self.report = root / "report"  # metrics, plots and the page that shows them
+        self.metrics = self.report / "metrics.json"  # all metrics of the model
+        self.rejected = root / "rejected.csv"  # photos without features
+        self.manifest = root / "manifest.json"  # the record of each stage that ran
+        self.log = root / "pomona.log"  # Spark's output and tracebacks
+        self.forgotten = root / "forgotten"  # tombstones of forgotten photos, and receipts
+        self.work = root / "_work"  # intermediate files; absent when no run is unfinished
+        # What OUT last had in common with each of its copies (`pomona.workspace.sync_state`).
+        self.places = root / ".places.json"
+        self.journal = self.work / "journal.json"  # a commit's moves, until all are applied
 
 
 def open_out(path: str | Path, *, must_exist: bool = False) -> Out:
     """Return OUT, made if needed.
 
-    Raises
-    ------
-    RequestError
-        If it isn't a local folder, can't be made, or (``must_exist``) isn't there.
+    Raises RequestError if it isn't a local folder, can't be made, or (``must_exist``) isn't there.
     """
     text = str(path)
     refuse_uri(text, "--out")
@@ -143,14 +74,8 @@ def open_out(path: str | Path, *, must_exist: bool = False) -> Out:
 def lock(out: Out) -> Iterator[None]:
     """Lock OUT for one run. The operating system releases the lock when the process dies.
 
-    A commit that a killed run had begun is finished first.
-
-    Raises
-    ------
-    BusyError
-        If another run holds the lock.
-    RequestError
-        If OUT can't be written.
+    A commit that a killed run had begun is finished first. Raises BusyError if another run holds
+    the lock, RequestError if OUT can't be written.
     """
     from filelock import FileLock, Timeout
 

@@ -20,7 +20,6 @@ from pomona.workspace.remote_folder import Place, refusing
 
 log = logging.getLogger("pomona")
 
-
 LOCK = "_lock.json"
 
 REFRESH = 10.0
@@ -42,10 +41,7 @@ LAST_SECONDS = 20.0
 class Lease:
     """A lock at a place; another process may take it over after `SILENT` seconds without refresh.
 
-    Attributes
-    ----------
-    lost
-        The error to raise once another process has taken it over.
+    Once that has happened, ``lost`` is the error to raise.
     """
 
     def __init__(self, place: Place, on_tick: OnTick = quiet) -> None:
@@ -55,13 +51,7 @@ class Lease:
         self.lost: BusyError | None = None
 
     def acquire(self) -> None:
-        """Take the lock, from a dead holder if need be.
-
-        Raises
-        ------
-        BusyError
-            If another process is at work there.
-        """
+        """Take the lock, from a dead holder if need be. Raises BusyError if the holder lives."""
         holder = self.place.read_json(LOCK)
         if holder and not self._is_dead(holder):
             started = time.monotonic()
@@ -81,9 +71,8 @@ class Lease:
     def _is_dead(self, holder: dict[str, Any]) -> bool:
         if time.time() - float(holder.get("refreshed", 0)) > ANCIENT:
             return True
-        machine = _machine()
-        same = all(holder.get(name) == value for name, value in machine.items())
-        return same and not _is_alive(int(holder.get("pid", 0)))
+        same_machine = all(holder.get(name) == value for name, value in _machine().items())
+        return same_machine and not _is_alive(int(holder.get("pid", 0)))
 
     def refresh(self) -> None:
         """Show that this process is alive. Raises BusyError if another has taken over."""
@@ -98,8 +87,7 @@ class Lease:
             raise self.lost
 
     def _write(self) -> None:
-        about = {**self.me, "since": self.since, "refreshed": time.time()}
-        self.place.write_json(LOCK, about)
+        self.place.write_json(LOCK, {**self.me, "since": self.since, "refreshed": time.time()})
 
     def release(self) -> None:
         """Remove the lock file, unless another process has taken over."""
@@ -109,8 +97,12 @@ class Lease:
 
 
 def is_leased(place: Place) -> bool:
-    """Tell whether somebody seems to be at work there, by the time of the last refresh."""
-    holder = place.read_json(LOCK)
+    """Tell whether somebody seems to be at work there, by the time of the last refresh.
+
+    Raises RequestError if the store doesn't answer.
+    """
+    with refusing(place, "read"):
+        holder = place.read_json(LOCK)
     return bool(holder) and time.time() - float(holder.get("refreshed", 0)) < SILENT
 
 
@@ -140,8 +132,8 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:
-        return True
+    except OSError:  # there is one, of another user
+        pass
     return True
 
 
@@ -149,12 +141,7 @@ def _is_alive(pid: int) -> bool:
 def leased(place: Place, on_tick: OnTick = quiet) -> Iterator[Lease]:
     """Hold the lock of a place, refreshed by a thread.
 
-    Raises
-    ------
-    BusyError
-        If another process is at work there.
-    RequestError
-        If the place can't be written.
+    Raises BusyError if another process is at work there, RequestError if it can't be written.
     """
     lease = Lease(place, on_tick)
     with refusing(place, "locked"):

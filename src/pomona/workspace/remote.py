@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pomona.core.errors import BusyError, PomonaError, RequestError, first_line
 from pomona.core.files import cache_folder, read_json
@@ -39,24 +40,13 @@ PUSH_EVERY = 5.0
 """Seconds between pushes of new parts: a lost driver loses that much, and the running tasks."""
 
 
-# --- push and pull -----------------------------------------------------------------------------
-
-
 def push(
     out: str | Path, place: str, on_tick: OnTick = quiet, *, replace: bool = False
 ) -> dict[str, Any]:
     """Copy a finished OUT to an object store or another folder; a killed push can be repeated.
 
-    Parameters
-    ----------
-    replace
-        Overwrite what another OUT pushed there.
-
-    Raises
-    ------
-    RequestError
-        Or a subclass: OUT isn't finished, somebody is at work on either side, or the place holds
-        what another OUT pushed.
+    Raises RequestError (or a subclass) if OUT isn't finished, somebody is at work on either side,
+    or (without ``replace``) the place holds what another OUT pushed.
     """
     folder = layout.open_out(out, must_exist=True)
     to = open_place(place)
@@ -82,14 +72,11 @@ def push(
 def pull(place: str, out: str | Path, on_tick: OnTick = quiet) -> dict[str, Any]:
     """Copy an OUT from where it was pushed, and check every file; a killed pull can be repeated.
 
-    Raises
-    ------
-    RequestError
-        Or a subclass: there is nothing, somebody is at work on either side, or OUT has results
-        that the place doesn't know.
+    Raises RequestError (or a subclass) if there is nothing, somebody is at work on either side, or
+    OUT has results that the place doesn't know.
     """
     source = open_place(place)
-    if is_leased_or_unreadable(source):
+    if is_leased(source):
         raise BusyError(f"another pomona run is at work on {source}: pull when it has ended")
     existed = local_path(str(out)).exists()
     folder = layout.open_out(out)
@@ -107,16 +94,9 @@ def pull(place: str, out: str | Path, on_tick: OnTick = quiet) -> dict[str, Any]
     return {**record, "seconds": round(time.monotonic() - started, 2)}
 
 
-def is_leased_or_unreadable(place: Place) -> bool:
-    """Return `is_leased`. Raises RequestError if the store doesn't answer."""
-    with refusing(place, "read"):
-        return is_leased(place)
-
-
 def _refuse_nothing(copy: Copy) -> None:
-    if not {"manifest.json", "features/_table.json"} & (
-        copy.record.files.keys() | copy.sizes.keys()
-    ):
+    names = copy.record.files.keys() | copy.sizes.keys()
+    if names.isdisjoint({"manifest.json", "features/_table.json"}):
         raise RequestError(
             f"{copy.place} holds nothing of Pomona's: pomona extract SOURCE --out {copy.place}, or "
             "pomona push, puts it there"
@@ -129,32 +109,19 @@ def _refuse_nesting(out: Out, place: Place) -> None:
         raise RequestError(f"{place} and {out.root} lie in one another: choose another place")
 
 
-# --- OUT on an object store --------------------------------------------------------------------
-
-
 @dataclass
 class Home:
     """The folder that a command works in.
 
-    Attributes
-    ----------
-    folder
-        On this machine.
-    name
-        OUT as the user named it.
-    after
-        To be called with a stage's name when that has ended: it pushes, if OUT is elsewhere.
-    running
-        Whether somebody else is at work on OUT now.
-    lease
-        The lock of the place, if OUT is elsewhere.
+    ``after`` is to be called with a stage's name when that has ended: it pushes, if OUT is
+    elsewhere.
     """
 
-    folder: str
-    name: str
+    folder: str  # on this machine
+    name: str  # OUT as the user named it
     after: Callable[[str], None] = field(default=lambda _: None)
-    running: bool = False
-    lease: Lease | None = None
+    running: bool = False  # whether somebody else is at work on OUT now
+    lease: Lease | None = None  # the lock of the place, if OUT is elsewhere
 
     def ticks(self, on_tick: OnTick) -> OnTick:
         """Wrap a stage's ``on_tick`` so that it raises BusyError once another has taken over."""
@@ -177,21 +144,10 @@ def opened(
 ) -> Iterator[Home]:
     """Yield the folder to work in for OUT, and keep the object store up to date meanwhile.
 
-    Parameters
-    ----------
-    out
-        A folder, which is used as it is, or an object store's URI.
-    source
-        Where photos are read from: OUT must not lie there. Without it OUT must exist.
-    look_only
-        Take no lock at the store and push nothing.
-
-    Raises
-    ------
-    BusyError
-        If another process is at work on OUT.
-    RequestError
-        Or another subclass: OUT can't be reached, or there is none.
+    A folder is used as it is. OUT must not lie in ``source``, where photos are read from; without
+    a source OUT must exist. With ``look_only`` no lock is taken at the store and nothing is pushed.
+    Raises BusyError if another process is at work on OUT, RequestError (or another subclass) if
+    OUT can't be reached, or there is none.
     """
     if not is_store(out):
         yield Home(out, out)
@@ -218,8 +174,6 @@ def copy_of(place: Place) -> Path:
 
 
 def _refuse_photos(place: Place, source: str) -> None:
-    from urllib.parse import urlsplit
-
     if not is_store(source):
         return
     photos = open_source(source)
@@ -233,7 +187,7 @@ def _looking(place: Place, folder: Path, on_tick: OnTick) -> Iterator[Home]:
     folder.mkdir(parents=True, exist_ok=True)
     out = layout.open_out(folder)
     with _tidy(out):
-        running = is_leased_or_unreadable(place)
+        running = is_leased(place)
         if not layout.is_locked(out):  # a run of this machine keeps the folder up to date itself
             with layout.lock(out):
                 copy = open_copy(out, place)
@@ -296,20 +250,14 @@ def _push_at_last(place: Place, push: Callable[..., None]) -> None:
         log.warning("not everything was pushed to %s: %s", place, first_line(error))
 
 
-# --- a model -----------------------------------------------------------------------------------
-
 MODEL_FILES = ("model.json", "model.onnx", "classifier.safetensors")
 
 
 def fetch_model(uri: str) -> Path:
     """Copy a model's folder from an object store into the cache, and return the copy's path.
 
-    Loading the model checks its files' digests.
-
-    Raises
-    ------
-    RequestError
-        If there is no model, or it can't be read.
+    Loading the model checks its files' digests. Raises RequestError if there is none, or it can't
+    be read.
     """
     place = open_place(uri)
     with refusing(place, "read"):

@@ -31,21 +31,11 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """A folder on an object store, or a plain one.
+    """A folder on an object store, or a plain one."""
 
-    Attributes
-    ----------
-    name
-        Its URI without options, or its path.
-    root
-        ``bucket/prefix``, or the absolute path.
-    store
-        The store's URI with options; empty for a plain folder.
-    """
-
-    name: str
-    root: str
-    store: str = ""
+    name: str  # its URI without options, or its path
+    root: str  # bucket/prefix, or the absolute path
+    store: str = ""  # the store's URI with options; empty for a plain folder
 
     @property
     def _files(self) -> Any:
@@ -88,11 +78,7 @@ class Place:
         """Write a small file, atomically."""
 
         def write() -> None:
-            if not self.store:
-                with atomic_file(Path(self.root, name)) as part:
-                    part.write_bytes(content)
-                return
-            with self._files.open_output_stream(f"{self.root}/{name}") as file:
+            with self._writing(name) as file:
                 file.write(content)
 
         retrying(write)
@@ -169,10 +155,7 @@ def _copy(source: Any, target: Any) -> Entry:
 def open_place(text: str) -> Place:
     """Return the place of a URI or a folder's path. Doesn't touch the network.
 
-    Raises
-    ------
-    RequestError
-        If it is a URI of another kind than Arrow's object stores.
+    Raises RequestError if it is a URI of another kind than Arrow's object stores.
     """
     if not is_store(text):
         refuse_uri(text, "a place for OUT")

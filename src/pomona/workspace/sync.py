@@ -32,25 +32,13 @@ PARTS_SECONDS = 30.0
 """Seconds after which no upload of parts starts, so that a stage's end needn't wait for long."""
 
 
-# --- up ----------------------------------------------------------------------------------------
-
-
 def push_files(
     copy: Copy, *, work: bool = False, on_tick: OnTick = quiet, seconds: float | None = None
 ) -> dict[str, Any]:
     """Bring the place up to date; the caller holds OUT's lock.
 
-    Parameters
-    ----------
-    work
-        The parts of an unfinished run go, too.
-    seconds
-        No upload starts after so many. The rest isn't pushed then, nor anything that names it.
-
-    Returns
-    -------
-    dict
-        ``place``, ``files``, ``uploaded``, ``bytes``, ``deleted``, ``whole``.
+    With ``work`` the parts of an unfinished run go, too. No upload starts after so many
+    ``seconds``: the rest isn't pushed then, nor anything that names it.
     """
     with copy.busy, refusing(copy.place, "written"):
         local = local_files(copy, work=work)
@@ -71,10 +59,7 @@ def push_files(
 
 
 def push_parts(copy: Copy) -> int:
-    """Push the new parts of a run, and return the number of files that were sent.
-
-    May run in a thread beside the stage.
-    """
+    """Push a run's new parts, in a thread beside the stage. Returns the number of files sent."""
     with copy.busy:
         local = local_files(copy, work=True)
         empty = not read_json(copy.out.table_file).get("files", True)
@@ -110,9 +95,7 @@ def _upload(copy: Copy, plan: Plan, local: Files, on_tick: OnTick, seconds: floa
     done, noted = 0, time.monotonic()
     end = noted + seconds if seconds is not None else None
     try:
-        for name, entry in copied(
-            plan, lambda name: copy.place.upload(copy.out.root / name, name), end
-        ):
+        for name, entry in copied(plan, lambda n: copy.place.upload(copy.out.root / n, n), end):
             if entry is None:  # removed from OUT meanwhile, as parts are when extract ends
                 del record.files[name]
                 continue
@@ -141,28 +124,12 @@ def _remove(copy: Copy, names: list[str]) -> None:
     copy.note()
 
 
-# --- down --------------------------------------------------------------------------------------
-
-
 def pull_files(copy: Copy, *, everything: bool, on_tick: OnTick = quiet) -> dict[str, Any]:
     """Bring OUT up to date with the place; the caller holds OUT's lock.
 
-    Parameters
-    ----------
-    everything
-        What the place doesn't have is removed from OUT; otherwise only what came from there.
-
-    Returns
-    -------
-    dict
-        ``place``, ``files``, ``downloaded``, ``bytes``, ``deleted``.
-
-    Raises
-    ------
-    MismatchError
-        If the place doesn't hold what was pushed.
-    RequestError
-        If it can't be read.
+    With ``everything`` all that the place doesn't have is removed from OUT; otherwise only what
+    came from there. Raises MismatchError if the place doesn't hold what was pushed, RequestError
+    if it can't be read.
     """
     record, common = copy.record, copy.common
     offered = offer(record.files if record.revision else None, record.going, copy.sizes, copy.place)
@@ -212,20 +179,13 @@ def _download(copy: Copy, plan: Plan, offered: Files, on_tick: OnTick) -> None:
         on_tick(Tick("pull", done, total))
 
 
-# --- both ways ---------------------------------------------------------------------------------
-
-
 def copied(
     plan: Plan, copy_one: Callable[[str], Entry], end: float | None = None
 ) -> Iterator[tuple[str, Entry | None]]:
     """Copy the plan's files, `AT_ONCE` at a time, wave by wave.
 
-    After ``end`` (of the monotonic clock) no copy starts, and no later wave begins.
-
-    Yields
-    ------
-    (str, Entry or None)
-        Each name and what was copied, or None if the file isn't there any more.
+    After ``end`` (of the monotonic clock) no copy starts, and no later wave begins. Yields each
+    name and what was copied, or None if the file isn't there any more.
     """
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for wave in plan.waves:

@@ -24,21 +24,11 @@ INDEX_FILES = ("_table.json", "projection.json", "model.json")
 
 
 class Plan(NamedTuple):
-    """What to copy and what to remove.
+    """What to copy and what to remove, by name."""
 
-    Attributes
-    ----------
-    waves
-        Names to copy. A wave starts when the one before it is whole.
-    remove
-        Names to remove, once everything is copied.
-    same
-        Names that both sides hold alike.
-    """
-
-    waves: list[list[str]]
-    remove: list[str]
-    same: list[str]
+    waves: list[list[str]]  # to copy; a wave starts when the one before it is whole
+    remove: list[str]  # once everything is copied
+    same: list[str]  # what both sides hold alike
 
     @property
     def names(self) -> list[str]:
@@ -47,16 +37,10 @@ class Plan(NamedTuple):
 
 
 def plan_push(local: Files, remote: Files, sizes: dict[str, int]) -> Plan:
-    """Plan how to make the place like OUT.
+    """Plan how to make the place like OUT, whose files are ``local``.
 
-    Parameters
-    ----------
-    local
-        The files of OUT.
-    remote
-        The files that were put there, by the place's record.
-    sizes
-        The size in bytes of each file at the place, by its listing.
+    ``remote`` is what was put there, by the place's record; ``sizes`` the size in bytes of each
+    file that is there now, by its listing.
     """
     whole = {name: entry for name, entry in remote.items() if entry["size"] == sizes.get(name)}
     same = [name for name, entry in local.items() if _agree(entry, whole.get(name))]
@@ -79,18 +63,10 @@ def plan_parts(local: Files, remote: Files, sizes: dict[str, int], *, table_empt
 
 
 def plan_pull(local: Files, offered: Files, common: Files, *, everything: bool) -> Plan:
-    """Plan how to make OUT like the place.
+    """Plan how to make OUT, whose files are ``local``, like the place.
 
-    Parameters
-    ----------
-    local
-        The files of OUT.
-    offered
-        What there is to pull, as `offer` returns it.
-    common
-        What OUT and the place last had in common.
-    everything
-        Remove whatever the place doesn't have, and not only what came from there.
+    ``offered`` is what `offer` returns, ``common`` what OUT and the place last had in common. With
+    ``everything`` all that the place doesn't have is removed, and not only what came from there.
     """
     same = [name for name, entry in local.items() if _agree(entry, offered.get(name))]
     candidates = local.keys() if everything else local.keys() & common.keys()
@@ -101,10 +77,7 @@ def plan_pull(local: Files, offered: Files, common: Files, *, everything: bool) 
 def offer(remote: Files | None, going: set[str], sizes: dict[str, int], place: object) -> Files:
     """Return what there is to pull: by the record, or by the listing where there is no record.
 
-    Raises
-    ------
-    MismatchError
-        If a file of the record isn't there.
+    Raises MismatchError if a file of the record isn't there.
     """
     if remote is None:
         return {name: {"size": size} for name, size in sizes.items() if is_plain(name)}

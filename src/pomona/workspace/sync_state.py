@@ -26,31 +26,17 @@ RECORD = "_push.json"
 class Record:
     """What was pushed to a place, as ``_push.json`` there says.
 
-    Attributes
-    ----------
-    revision
-        A new one with each writing; None if there is no record.
-    files
-        Size and sha256 of each file that was put there; no sha256 before its upload has ended.
-    going
-        Names of files that are about to be removed: nobody pulls them any more.
+    ``files`` are those that were put there, without sha256 before an upload has ended; ``going``
+    names those that are about to be removed: nobody pulls them any more.
     """
 
-    revision: str | None = None
+    revision: str | None = None  # a new one with each writing; None if there is no record
     files: Files = field(default_factory=dict)
     going: set[str] = field(default_factory=set)
 
     @classmethod
     def read(cls, place: Place) -> Record:
-        """Read it.
-
-        Raises
-        ------
-        MismatchError
-            If a newer Pomona wrote it.
-        OSError
-            If the place doesn't answer.
-        """
+        """Read it. Raises MismatchError if a newer Pomona wrote it, and OSError."""
         record = place.read_json(RECORD)
         if record.get("format", FORMAT) > FORMAT:
             raise MismatchError(f"{place} was pushed by a newer Pomona: update")
@@ -67,20 +53,13 @@ class Record:
 class Common:
     """What OUT and a place last had in common, as OUT's ``.places.json`` says.
 
-    Attributes
-    ----------
-    revisions
-        Revisions of the record that OUT wrote or pulled: if the record has another one now,
-        somebody else has written there.
-    files
-        Size, sha256 and ``modified`` (ns) of each file that both had.
-    pulling
-        Whether a pull had begun and not ended.
+    ``revisions`` are those of the record that OUT wrote or pulled: if the record has another one
+    now, somebody else has written there.
     """
 
     revisions: list[str] = field(default_factory=list)
-    files: Files = field(default_factory=dict)
-    pulling: bool = False
+    files: Files = field(default_factory=dict)  # that both had
+    pulling: bool = False  # whether a pull had begun and not ended
 
     @classmethod
     def read(cls, out: Out, place: Place) -> Common:
@@ -98,18 +77,13 @@ class Copy:
     """OUT, its copy at a place, and what is known of both.
 
     One process writes there at a time (`pomona.workspace.lease`), and one of its threads (`busy`).
-
-    Attributes
-    ----------
-    sizes
-        The size in bytes of each file at the place.
     """
 
     out: Out
     place: Place
     record: Record
     common: Common
-    sizes: dict[str, int]
+    sizes: dict[str, int]  # bytes of each file at the place
     busy: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -144,18 +118,12 @@ class Copy:
 def open_copy(out: Out, place: Place) -> Copy:
     """Read and list what is known of OUT's copy at a place.
 
-    Raises
-    ------
-    RequestError
-        If the place can't be listed, or (MismatchError) a newer Pomona wrote there.
+    Raises RequestError if it can't be listed, or (MismatchError) a newer Pomona wrote there.
     """
     with refusing(place, "read"):
         record, sizes = Record.read(place), place.sizes()
     sizes = {name: size for name, size in sizes.items() if name not in (RECORD, LOCK)}
     return Copy(out, place, record, Common.read(out, place), sizes)
-
-
-# --- OUT ---------------------------------------------------------------------------------------
 
 
 def scan(out: Out, *, work: bool) -> dict[str, os.stat_result]:
