@@ -93,11 +93,7 @@ def _reduce(
     run_tasks = executors.runner(spark(), out.root)
     moments = reduce_tasks.moments(out, groups, options.power, run_tasks, tick)
     fitted = fit(
-        moments,
-        options.components,
-        scale=options.scale,
-        whiten=options.whiten,
-        power=options.power,
+        moments, options.components, scale=options.scale, whiten=options.whiten, power=options.power
     )
     seconds = {"fit": time.time() - start}
     tick(len(groups))

@@ -110,11 +110,7 @@ def _is_whole(out: Out, record: dict[str, Any]) -> bool:
 
 
 def _train(
-    out: Out,
-    options: TrainOptions,
-    made_from: dict[str, Any],
-    tuned_on: list[str],
-    on_tick: OnTick,
+    out: Out, options: TrainOptions, made_from: dict[str, Any], tuned_on: list[str], on_tick: OnTick
 ) -> dict[str, Any]:
     start = time.time()
     photos = read_photos(out, "training_pca", options.max_rows)
