@@ -19,6 +19,8 @@ from pomona.model.sampling import SEED, Codes, Flags
 from pomona.photos.source import folder_of
 from pomona.workspace.layout import Out
 
+FOLDERS = {"Training": "training_pca", "Test": "test_pca"}
+"""The PCA table of each split, in OUT."""
 MAX_ROWS = 1_000_000
 """Of a PCA table in memory: 200 MB with 50 components."""
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from pomona.model.pca_table import Photos
     from pomona.model.projection import Projection
 
-PCA_FOLDERS = {"Training": "training_pca", "Test": "test_pca"}
-
 
 @dataclass(frozen=True)
 class Results:
@@ -91,11 +89,11 @@ class Results:
 
         Above ``rows`` it is a sample, stratified by label.
         """
-        from pomona.model.pca_table import read_photos
+        from pomona.model.pca_table import FOLDERS, read_photos
 
-        if split not in PCA_FOLDERS:
+        if split not in FOLDERS:
             raise RequestError(f"a split is {' or '.join(SPLITS)}, not {split}")
-        return read_photos(layout.Out(self.folder), PCA_FOLDERS[split], rows)
+        return read_photos(layout.Out(self.folder), FOLDERS[split], rows)
 
     def projection(self) -> Projection:
         """Return scaler and PCA: ``mean``, ``explained_variance_ratio``, ``transform`` and more."""
