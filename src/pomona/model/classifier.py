@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -157,9 +157,6 @@ def temperature(logits: Array, y: Codes) -> float:
     return float(np.exp(least.x))
 
 
-def calibrated(classifier: Classifier, value: float) -> Classifier:
-    """Return the classifier with another temperature."""
-    return replace(classifier, temperature=value)
 
 
 def encode(names: list[str]) -> tuple[tuple[str, ...], Codes]:

@@ -66,7 +66,7 @@ def select_and_fit(
             **comparison,
         },
     }
-    classifier = cls.calibrated(fitted, settings.temperature)
+    classifier = replace(fitted, temperature=settings.temperature)
     return classifier, replace(detector, threshold=threshold), figures
 
 
