@@ -157,8 +157,6 @@ def temperature(logits: Array, y: Codes) -> float:
     return float(np.exp(least.x))
 
 
-
-
 def encode(names: list[str]) -> tuple[tuple[str, ...], Codes]:
     """Return the labels, sorted, and each name's code; RequestError for fewer than two labels."""
     labels, codes = np.unique(np.asarray(names, object).astype(str), return_inverse=True)
