@@ -336,8 +336,8 @@ def _digests(out: Out, answers: list[dict[str, Any]], names: list[str]) -> dict[
         name: tree_digest({k: v for k, v in files.items() if k.startswith(f"{name}/")})
         for name in names
     }
-    tensors = out.projection / "projection.safetensors"
-    return {**digests, "projection.safetensors": sha256(tensors)}
+    tensors = sha256(out.projection / "projection.safetensors")
+    return {**digests, "projection.safetensors": tensors}
 
 
 def _is_whole(out: Out, record: dict[str, Any]) -> bool:
@@ -345,7 +345,6 @@ def _is_whole(out: Out, record: dict[str, Any]) -> bool:
     about = read_json(out.projection / "projection.json")
     if about.get("made_from") != record["made_from"]:
         return False
-    digests: dict[str, str] = record["digests"]
     empty = tree_digest({})
-    folders = [name for name, digest in digests.items() if digest != empty and "." not in name]
+    folders = [n for n, digest in record["digests"].items() if digest != empty and "." not in n]
     return all((out.root / name).is_dir() for name in (*folders, "projection"))
