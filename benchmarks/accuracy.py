@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,7 +150,7 @@ def scores(train: Photos, test: Photos, away: Rows) -> Iterator[str]:
         settings = classifier.Settings("none", best.strength, t)
         sample = sampling.Sample(z, y, names, groups)
         compared = unknown.compare(sample, settings, lambda: None)
-        fitted = classifier.calibrated(classifier.fit(z, y, names, best.strength), t)
+        fitted = replace(classifier.fit(z, y, names, best.strength), temperature=t)
         for method in unknown.METHODS:
             held = unknown.held_out(method, sample, splits, settings)
             limit = unknown.threshold(held, 0.95)

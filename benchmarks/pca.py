@@ -24,7 +24,7 @@ from pomona.core.files import FORMAT, write_json
 from pomona.core.parquet import even_bounds, open_parquet
 from pomona.core.schema import FEATURES, FEATURES_TABLE, without
 from pomona.model import projection
-from pomona.pipeline import reduce_tasks
+from pomona.pipeline import reduce
 from pomona.spark import tasks
 from pomona.spark.session import Cluster, session
 from pomona.workspace import layout
@@ -45,9 +45,9 @@ def fit_pomona(root: str) -> dict[str, Any]:
     out = layout.open_out(root, must_exist=True)
     with session(Cluster(MASTER, log_file=out.log)) as spark:
         start = time.perf_counter()
-        groups = reduce_tasks.row_groups(out)
+        groups = reduce.row_groups(out)
         run_tasks = functools.partial(tasks.run_tasks, spark)
-        moments = reduce_tasks.moments(out, groups, 1.0, run_tasks, lambda done: None)
+        moments = reduce.moments(out, groups, 1.0, run_tasks, lambda done: None)
         merged = time.perf_counter()
         found = projection.fit(moments, COMPONENTS)
         end = time.perf_counter()

@@ -34,7 +34,7 @@ def small_head(features: Any, method: str = "distance", power: float = 0.5) -> H
     z, y = fitted.transform(features), np.arange(len(features)) % 3
     known = classifier.fit(z, y, ("a", "b", "ünknown"), 0.1)
     detector = replace(unknown.make(method, z, y), threshold=-50.0)
-    return make_head(fitted, classifier.calibrated(known, 1.7), detector)
+    return make_head(fitted, replace(known, temperature=1.7), detector)
 
 
 def save_small_model(folder: Path, features: Any, name: str = "fruits") -> Path:

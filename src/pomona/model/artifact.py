@@ -30,17 +30,8 @@ PACKAGED = Path(__file__).parents[1] / "data" / "model"
 """The model in the package: apple, cherry or tomato. benchmarks/fruits.py makes it."""
 
 
-# --- the folder --------------------------------------------------------------------------------
-
-
 def save_model(folder: Path, backbone_file: bytes, top: Head, about: dict[str, Any]) -> None:
-    """Write the folder.
-
-    Parameters
-    ----------
-    about
-        The content of ``model.json`` beside labels, threshold, digests and the format.
-    """
+    """Write the folder; ``about``: what ``model.json`` says beside what this function adds."""
     from safetensors.numpy import save as to_bytes
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,13 +66,12 @@ def save_model(folder: Path, backbone_file: bytes, top: Head, about: dict[str, A
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
     """Write ``model.json`` with the digests of the files beside it."""
-    digests = {name: sha256(folder / name) for name in FILES}
-    about = {**about, "digests": digests}
+    about = {**about, "digests": {name: sha256(folder / name) for name in FILES}}
     write_json(folder / "model.json", {**about, "digest": _own_digest(about)})
 
 
 def _own_digest(about: dict[str, Any]) -> str:
-    """Return the digest of ``model.json`` without its own, so that a changed label is noticed."""
+    """Return the digest of ``model.json`` without its own: it tells if a label was changed."""
     rest = {name: value for name, value in about.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -94,10 +84,8 @@ class Model:
     ----------
     folder
         From which it was read.
-    about
-        The content of ``model.json``.
-    content
-        The bytes of ``model.onnx``.
+    about, content
+        ``model.json``, and the bytes of ``model.onnx``.
     """
 
     folder: Path
@@ -143,17 +131,13 @@ class Model:
         from safetensors.numpy import load_file
 
         tensors: dict[str, Any] = load_file(self.folder / "classifier.safetensors")
-        detector_tensors = {
-            name.removeprefix("detector."): value
-            for name, value in tensors.items()
-            if name.startswith("detector.")
-        }
+        weight, bias = tensors.pop("weight"), tensors.pop("bias")
+        mean, linear = tensors.pop("mean"), tensors.pop("linear")
+        rest = {name.removeprefix("detector."): value for name, value in tensors.items()}
         about = self.about["unknown"]
-        detector = Detector(about["method"], detector_tensors, about["threshold"])
-        classifier = Classifier(
-            self.labels, tensors["weight"], tensors["bias"], self.about["temperature"]
-        )
-        return Head(self.about["power"], tensors["mean"], tensors["linear"], classifier, detector)
+        detector = Detector(about["method"], rest, about["threshold"])
+        classifier = Classifier(self.labels, weight, bias, self.about["temperature"])
+        return Head(self.about["power"], mean, linear, classifier, detector)
 
 
 def load_model(folder: str | Path) -> Model:

@@ -5,21 +5,17 @@ Fitting needs scikit-learn (extra ``train``) and runs on the driver; applying is
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pomona.core.cpus import available_cpus
 from pomona.core.errors import MissingError, RequestError
-from pomona.model.sampling import Codes, Fold, Rows, Sample, judged
-
-Array = npt.NDArray[np.float64]
+from pomona.model.sampling import Array, Codes, Fold, Rows, Sample, judged
 
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """scikit-learn's C, strongest regularisation first."""
@@ -36,22 +32,12 @@ def check_sklearn() -> None:
 
 @dataclass(frozen=True)
 class Classifier:
-    """From pca_features to probabilities.
+    """From pca_features to probabilities."""
 
-    Attributes
-    ----------
-    labels
-        Sorted; a code is an index into them.
-    weight, bias
-        float64 [labels, k] and [labels]. A label that the fit didn't see has bias −∞.
-    temperature
-        Logits are divided by it (Guo et al. 2017).
-    """
-
-    labels: tuple[str, ...]
-    weight: Array
-    bias: Array
-    temperature: float = 1.0
+    labels: tuple[str, ...]  # sorted; a code is an index into them
+    weight: Array  # float64 [labels, k]
+    bias: Array  # float64 [labels]; −∞ for a label that the fit didn't see
+    temperature: float = 1.0  # logits are divided by it (Guo et al. 2017)
 
     def logits(self, z: Rows) -> Array:
         """Return float64 [n, labels], divided by the temperature."""
@@ -85,9 +71,7 @@ def fit(
     Parameters
     ----------
     z, y
-        float [n, k], and codes [n] of at least two labels.
-    labels
-        All labels, also those that don't occur in ``y``.
+        float [n, k], and codes [n] of at least two of the ``labels``.
     strength, class_weight
         As in `Settings`.
     """
@@ -114,42 +98,25 @@ def fit(
     return Classifier(labels, weight, bias)
 
 
-# --- cross-validation --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Keep BLAS to one thread: folds run side by side.
+def one_thread_each() -> Any:
+    """Return a context manager that keeps BLAS to one thread: folds run side by side.
 
     BLAS threads wait for each other by spinning, which made a fit a hundred times slower on a busy
     machine (docs/log.md); and with one thread sums come out the same on any machine.
     """
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1, "blas"):
-        yield
+    return threadpool_limits(1, "blas")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One strength under cross-validation.
+    """One strength under cross-validation."""
 
-    Attributes
-    ----------
-    strength
-        C.
-    rows
-        Which rows were judged, each once.
-    logits
-        float64 [rows, labels], each row's from the fit that didn't see it.
-    accuracy
-        Share of the judged rows that were right.
-    """
-
-    strength: float
-    rows: Codes
-    logits: Array
-    accuracy: float
+    strength: float  # C
+    rows: Codes  # those that were judged, each once
+    logits: Array  # float64 [rows, labels], each row's from the fit that didn't see it
+    accuracy: float  # share of the judged rows that were right
 
 
 def trial(sample: Sample, splits: list[Fold], strength: float, class_weight: str) -> Trial:
@@ -168,29 +135,13 @@ def trial(sample: Sample, splits: list[Fold], strength: float, class_weight: str
     return Trial(strength, rows, logits, float(right.mean()) if len(rows) else 0.0)
 
 
-def search(
-    sample: Sample, splits: list[Fold], class_weight: str, on_done: Callable[[], None]
-) -> Iterator[Trial]:
-    """Yield a trial for each of `STRENGTHS`."""
-    for strength in STRENGTHS:
-        yield trial(sample, splits, strength, class_weight)
-        on_done()
-
-
-# --- calibration -------------------------------------------------------------------------------
-
-
 def temperature(logits: Array, y: Codes) -> float:
     """Return the temperature with the least Brier score, between 0.05 and 20.
 
     Guo et al. 2017 minimise the log loss. Where whole groups are held out, some are wrong
     throughout, and a few of these dominate the log loss: it made the calibration error larger,
-    while the Brier score, also a proper score, halved it (docs/log.md).
-
-    Parameters
-    ----------
-    logits
-        float64 [n, labels] of held-out photos, −∞ where a fit didn't know the label.
+    while the Brier score, also a proper score, halved it (docs/log.md). The logits, float64
+    [n, labels], are of held-out photos, −∞ where a fit didn't know the label.
     """
     from scipy.optimize import minimize_scalar
 
@@ -206,19 +157,8 @@ def temperature(logits: Array, y: Codes) -> float:
     return float(np.exp(least.x))
 
 
-def calibrated(classifier: Classifier, value: float) -> Classifier:
-    """Return the classifier with another temperature."""
-    return replace(classifier, temperature=value)
-
-
 def encode(names: list[str]) -> tuple[tuple[str, ...], Codes]:
-    """Return the labels, sorted, and each name's code.
-
-    Raises
-    ------
-    RequestError
-        If there are fewer than two labels.
-    """
+    """Return the labels, sorted, and each name's code; RequestError for fewer than two labels."""
     labels, codes = np.unique(np.asarray(names, object).astype(str), return_inverse=True)
     if len(labels) < 2:
         only = f"only one ({labels[0]})" if len(labels) else "none"

@@ -33,17 +33,9 @@ def compare(out: Out, new: Model, champion: Model, on_tick: OnTick = quiet) -> d
     Photos whose label neither model knows are left out; a label that one of them doesn't know is
     wrong for that one. Whether a model would call a photo unknown doesn't matter here.
 
-    Returns
-    -------
-    dict
-        ``photos``, ``by`` (``group`` where OUT's labels are by ``top``, else ``photo``), ``units``,
-        ``accuracy``, ``accuracy_champion``, ``only_new_right``, ``only_champion_right`` (photos),
-        ``p_value`` (one-sided, see `pomona.model.metrics.paired_test`).
-
-    Raises
-    ------
-    RequestError
-        If there are no such photos, or a model needs their files and they can't be read.
+    Units are groups where OUT's labels are by ``top``, else photos; the p-value is that of
+    `pomona.model.metrics.paired_test`. RequestError if there are no such photos, or a model needs
+    their files and they can't be read.
     """
     photos = pca_table.read_photos(out, "test_pca", pca_table.MAX_ROWS)
     known = {*new.labels, *champion.labels}

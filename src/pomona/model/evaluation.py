@@ -6,20 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pomona.model import leakage, metrics
 from pomona.model.classifier import softmax
 from pomona.model.head import Head
 from pomona.model.pca_table import Photos, groups_of, read_photos, unseen_by
-from pomona.model.sampling import Codes
+from pomona.model.sampling import Array, Codes
 from pomona.workspace.layout import Out
 
-LISTED = 1000
-"""Near-copies that metrics.json lists."""
+MISTAKES, NEAR_COPIES = 24, 1000
+"""How many metrics.json lists."""
 
 
-def calibration(logits: npt.NDArray[np.float64], temperature: float, y: Codes) -> dict[str, Any]:
+def calibration(logits: Array, temperature: float, y: Codes) -> dict[str, Any]:
     """Return the calibration error before the temperature, and both reliability tables."""
     before, after = softmax(logits), softmax(logits / temperature)
     return {
@@ -78,16 +77,12 @@ def judge_test(
 
 
 def _mistakes(
-    photos: Photos,
-    probabilities: npt.NDArray[np.float64],
-    y: Codes,
-    labels: tuple[str, ...],
-    most: int = 24,
+    photos: Photos, probabilities: Array, y: Codes, labels: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     """Return the wrong answers that were given with the highest probability."""
     guess, best = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = np.flatnonzero(guess != y)
-    wrong = wrong[np.argsort(-best[wrong], kind="stable")][:most]
+    wrong = wrong[np.argsort(-best[wrong], kind="stable")][:MISTAKES]
     return [
         {
             "path": str(photos.paths[n]),
@@ -117,7 +112,7 @@ def judge_leakage(
         "near_copies": len(copies & set(looked_at)),
         "accuracy_with": float(np.mean([right[path] for path in looked_at])) if looked_at else None,
         "accuracy_without": float(np.mean(rest)) if rest else None,
-        "pairs": nearest["pairs"][:LISTED],
+        "pairs": nearest["pairs"][:NEAR_COPIES],
     }
 
 

@@ -11,32 +11,22 @@ import numpy.typing as npt
 from pomona.backbone import mobilenet
 from pomona.model.classifier import Classifier, softmax
 from pomona.model.projection import Projection, raised
-from pomona.model.sampling import Rows
+from pomona.model.sampling import Array, Rows
 from pomona.model.unknown import Detector
 
 OUTPUTS = ("probabilities", "score", "pca_features", "features")
 ANSWER = ("probabilities", "score")
 """The outputs that an answer needs."""
 
-Array = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True)
 class Head:
-    """What comes after the backbone: projection, classifier, detector.
-
-    Attributes
-    ----------
-    power, mean, linear
-        pca_features are linear · (features^power − mean); float64 [1280] and [k, 1280].
-    classifier, detector
-        On pca_features.
-    """
+    """What comes after the backbone: pca_features are linear · (features^power − mean)."""
 
     power: float
-    mean: Array
-    linear: Array
-    classifier: Classifier
+    mean: Array  # float64 [1280]
+    linear: Array  # float64 [k, 1280]
+    classifier: Classifier  # on pca_features, as the detector
     detector: Detector
 
     def apply(self, features: Rows) -> dict[str, Array]:
@@ -51,9 +41,6 @@ class Head:
 def make_head(projection: Projection, classifier: Classifier, detector: Detector) -> Head:
     """Put a head together."""
     return Head(projection.power, projection.mean, projection.linear(), classifier, detector)
-
-
-# --- the ONNX graph ----------------------------------------------------------------------------
 
 
 class _Graph:
@@ -75,14 +62,9 @@ class _Graph:
 
 
 def to_onnx(backbone_file: bytes, top: Head, outputs: tuple[str, ...] = OUTPUTS) -> bytes:
-    """Append a head to a backbone's ONNX file.
+    """Append a head to a backbone's ONNX file, which has the output ``features``.
 
-    Parameters
-    ----------
-    backbone_file
-        With the output ``features``.
-    outputs
-        Which of `OUTPUTS` the file gives: a phone needs only `ANSWER`.
+    The new file gives some of `OUTPUTS`: a phone needs only `ANSWER`.
     """
     from onnx import TensorProto, checker, helper, load_from_string, numpy_helper
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pomona.backbone.extract import features_of
@@ -28,11 +27,8 @@ MOST_PAIRS = 2_000_000_000
 def near_copies(out: Out) -> dict[str, Any]:
     """Find for each Test photo the Training photo with the highest cosine of features.
 
-    Returns
-    -------
-    dict
-        ``cosine`` (the limit, `ALIKE`), ``looked_at`` (Test photos), ``of``, and ``pairs``: for
-        each near-copy its ``path``, the Training photo ``like``, and their ``cosine``.
+    Returns ``cosine`` (the limit, `ALIKE`), ``looked_at`` (Test photos), ``of``, and ``pairs``: for
+    each near-copy its ``path``, the Training photo ``like``, and their ``cosine``.
     """
     training, test_groups = (list(_row_groups(out, split)) for split in ("Training", "Test"))
     count = sum(rows for _, _, rows in test_groups)
@@ -80,7 +76,7 @@ def _row_groups(out: Out, split: str) -> Iterator[Group]:
 def _read(out: Out, group: Group) -> tuple[list[str], Rows]:
     """Return the paths and the features, scaled to length 1, of the photos that have features."""
     file = pq.ParquetFile(out.features / group[0])
-    table: pa.Table = file.read_row_group(group[1], columns=["path", "features"])
+    table = file.read_row_group(group[1], columns=["path", "features"])
     table = table.filter(table["features"].is_valid())
     rows = features_of(table["features"])
     length = np.sqrt((rows**2).sum(axis=1, keepdims=True))

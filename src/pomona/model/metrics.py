@@ -12,15 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pomona.model.sampling import Codes, Flags
-
-Array = npt.NDArray[np.float64]
+from pomona.model.sampling import Array, Codes, Flags
 
 BINS = 15
 """Of the expected calibration error, as in Guo et al. 2017."""
 DRAWS = 1000
 TOP = 3
-RATIOS = ("precision", "recall", "f1")
 
 
 def measure(probabilities: Array, y: Codes, units: Codes, draws: int = DRAWS) -> dict[str, Any]:
@@ -31,18 +28,18 @@ def measure(probabilities: Array, y: Codes, units: Codes, draws: int = DRAWS) ->
     probabilities, y
         float [n, labels] and codes [n], n > 0.
     units
-        Code [n] of what is drawn in the bootstrap: the photo, or its group, since photos of one
-        group are near-copies and tell little more than one of them.
+        Code [n] of what is drawn in the percentile bootstrap: the photo, or its group, since photos
+        of one group are near-copies and tell little more than one of them.
 
     Returns
     -------
     dict
-        ``photos``, ``units``, and for each metric ``value``, ``low``, ``high`` (percentile
-        bootstrap).
+        ``photos``, ``units``, and for each metric ``value``, ``low``, ``high``.
     """
     guess, best = probabilities.argmax(axis=1), probabilities.max(axis=1)
     right = guess == y
-    among = top_k(probabilities, y)
+    own = probabilities[np.arange(len(y)), y]
+    in_top = (probabilities > own[:, None]).sum(axis=1) < TOP
     labels = probabilities.shape[1]
     cells = y * labels + guess
     bins = _bins(best)
@@ -55,7 +52,7 @@ def measure(probabilities: Array, y: Codes, units: Codes, draws: int = DRAWS) ->
         return (
             float(weight @ right / total),
             float(f1(table)[present].mean()),
-            float(weight @ among / total),
+            float(weight @ in_top / total),
             float(np.abs(gap).sum() / total),
         )
 
@@ -87,12 +84,6 @@ def _with_intervals(
     ]
 
 
-def top_k(probabilities: Array, y: Codes, k: int = TOP) -> Flags:
-    """Tell for each photo whether its label is among the k most probable ones."""
-    own = probabilities[np.arange(len(y)), y]
-    return np.asarray((probabilities > own[:, None]).sum(axis=1) < k)
-
-
 def f1(table: npt.NDArray[Any]) -> Array:
     """Return F1 [labels] of a confusion matrix; 0 where nothing was right."""
     hits = np.diagonal(table).astype(np.float64)
@@ -107,15 +98,10 @@ def per_label(guess: Codes, y: Codes, labels: tuple[str, ...]) -> list[dict[str,
     *ratios, photos = precision_recall_fscore_support(
         y, guess, labels=np.arange(len(labels)), zero_division=np.nan
     )
+    precision, recall, f1s = ([None if np.isnan(r) else float(r) for r in row] for row in ratios)
     return [
-        {
-            "label": label,
-            "photos": int(count),
-            **{
-                name: None if np.isnan(r) else float(r) for name, r in zip(RATIOS, row, strict=True)
-            },
-        }
-        for label, count, *row in zip(labels, photos, *ratios, strict=True)
+        {"label": label, "photos": int(count), "precision": p, "recall": r, "f1": f}
+        for label, count, p, r, f in zip(labels, photos, precision, recall, f1s, strict=True)
     ]
 
 

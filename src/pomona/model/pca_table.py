@@ -19,28 +19,20 @@ from pomona.model.sampling import SEED, Codes, Flags
 from pomona.photos.source import folder_of
 from pomona.workspace.layout import Out
 
+FOLDERS = {"Training": "training_pca", "Test": "test_pca"}
+"""The PCA table of each split, in OUT."""
 MAX_ROWS = 1_000_000
 """Of a PCA table in memory: 200 MB with 50 components."""
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Rows of a PCA table.
+    """Rows of a PCA table."""
 
-    Attributes
-    ----------
-    paths, labels
-        Strings [n].
-    z
-        pca_features, float32 [n, k].
-    of
-        How many rows the table has.
-    """
-
-    paths: npt.NDArray[np.object_]
-    labels: npt.NDArray[np.object_]
-    z: npt.NDArray[np.float32]
-    of: int
+    paths: npt.NDArray[np.object_]  # [n]
+    labels: npt.NDArray[np.object_]  # [n]
+    z: npt.NDArray[np.float32]  # pca_features [n, k]
+    of: int  # how many rows the table has
 
     def take(self, chosen: Any) -> Photos:
         """Return some of the rows."""
@@ -53,10 +45,7 @@ _LABELS = ds.partitioning(pa.schema([("label", pa.string())]), flavor="hive")
 def read_photos(out: Out, table: str, max_rows: int) -> Photos:
     """Read a PCA table, or, above ``max_rows``, a sample of it that is stratified by label.
 
-    Raises
-    ------
-    RequestError
-        If numbers in it aren't finite.
+    RequestError if numbers in it aren't finite.
     """
     folder = out.root / table
     files = sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
@@ -77,10 +66,8 @@ def read_photos(out: Out, table: str, max_rows: int) -> Photos:
 
 
 def _read_some(file: Path, folder: Path, share: float, rng: np.random.Generator) -> pa.Table:
-    columns = ["path", "label", "pca_features"]
-    rows = ds.dataset(str(file), partitioning=_LABELS, partition_base_dir=str(folder)).to_table(
-        columns
-    )
+    dataset = ds.dataset(str(file), partitioning=_LABELS, partition_base_dir=str(folder))
+    rows = dataset.to_table(["path", "label", "pca_features"])
     if share == 1:
         return rows
     most = max(1, round(rows.num_rows * share))
@@ -102,10 +89,7 @@ def groups_of(photos: Photos) -> Codes:
 def unseen_by(photos: Photos, tuned_on: Collection[str]) -> Flags:
     """Return which photos lie in no folder that the weights were tuned on, bool [n].
 
-    Parameters
-    ----------
-    tuned_on
-        Those folders, as `pomona.backbone.weights.mark` gives them.
+    ``tuned_on`` are those folders, as `pomona.backbone.weights.mark` gives them.
     """
     if not tuned_on:
         return np.ones(len(photos.paths), bool)

@@ -13,14 +13,13 @@ import numpy.typing as npt
 
 from pomona.core.errors import MismatchError, RequestError
 from pomona.core.files import FORMAT, read_json, sha256, write_json
-
-Array = npt.NDArray[np.float64]
+from pomona.model.sampling import Array, Flags, Rows
 
 CONSTANT = 1e-12
 """A feature whose variance is below this share of its mean square doesn't vary: it is rounding."""
 
 
-def raised(rows: npt.NDArray[np.floating[Any]], power: float) -> Array:
+def raised(rows: Rows, power: float) -> Array:
     """Return sign(x) |x|^power in float64: power normalisation (Perronnin et al. 2010).
 
     Features are means of many activations, mostly small: the square root brings their distribution
@@ -32,24 +31,14 @@ def raised(rows: npt.NDArray[np.floating[Any]], power: float) -> Array:
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and scatter of rows: enough to fit scaler and PCA, and small enough to merge.
-
-    Attributes
-    ----------
-    count
-        Rows, n.
-    mean
-        float64 [d].
-    scatter
-        Σ(x − mean)(x − mean)ᵀ, float64 [d, d].
-    """
+    """Count, mean and scatter of rows: enough to fit scaler and PCA, and small enough to merge."""
 
     count: int
-    mean: Array
-    scatter: Array
+    mean: Array  # float64 [d]
+    scatter: Array  # Σ(x − mean)(x − mean)ᵀ, float64 [d, d]
 
     @staticmethod
-    def of(rows: npt.NDArray[np.floating[Any]]) -> Moments:
+    def of(rows: Rows) -> Moments:
         """Return the moments of rows [n, d]. Runs on workers."""
         x = rows.astype(np.float64)
         if not len(x):
@@ -91,8 +80,6 @@ class Projection:
         float64 [r] for all r components with variance, so that the whole curve can be drawn.
     count
         Rows that it was fitted on.
-    scaled, whiten, power
-        The options.
     """
 
     mean: Array
@@ -122,7 +109,7 @@ class Projection:
             weight = weight / np.sqrt(self.explained_variance)[:, None]
         return weight
 
-    def transform(self, rows: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
+    def transform(self, rows: Rows) -> npt.NDArray[np.float32]:
         """Return pca_features, float32 [n, k]; computed in float64. Runs on workers."""
         centred = raised(rows, self.power) - self.mean
         return np.asarray(centred @ self.linear().T, np.float32)
@@ -166,8 +153,6 @@ def fit(
         Bring features to standard deviation 1 (divisor n − 1) first.
     whiten
         Bring pca_features to standard deviation 1.
-    power
-        That features were raised to.
 
     Raises
     ------
@@ -197,7 +182,7 @@ def fit(
     )
 
 
-def _covariance(moments: Moments) -> tuple[Array, npt.NDArray[np.bool_]]:
+def _covariance(moments: Moments) -> tuple[Array, Flags]:
     """Return the covariance [d, d] of the features, and which of them vary."""
     if moments.count < 2:
         raise RequestError(
@@ -233,8 +218,6 @@ def count_for(ratio: Array, share: float) -> int:
     return min(int(np.searchsorted(kept, share - 1e-12)) + 1, len(ratio))
 
 
-# --- files -------------------------------------------------------------------------------------
-
 _TENSORS = ("mean", "scale", "components", "explained_variance", "explained_variance_ratio")
 
 
@@ -263,12 +246,7 @@ def save_projection(projection: Projection, folder: Path, made_from: dict[str, A
 def load_projection(folder: Path) -> Projection:
     """Read what `save_projection` wrote. Runs no code from the files.
 
-    Raises
-    ------
-    RequestError
-        If they are missing.
-    MismatchError
-        If they were changed, or are of a newer format.
+    RequestError if they are missing, MismatchError if they were changed or are of a newer format.
     """
     from safetensors.numpy import load_file
 

@@ -15,8 +15,6 @@ from pomona.backbone.spec import BackboneSpec
 from pomona.core.errors import RequestError
 from pomona.model.artifact import Model
 
-# --- answers -----------------------------------------------------------------------------------
-
 ANSWERS = pa.schema(
     [
         ("label", pa.string()),  # null: unknown, or the photo can't be used
@@ -61,17 +59,9 @@ def with_threads(recogniser: Recogniser, threads: int) -> Recogniser:
 def recognise(
     batches: Iterator[pa.RecordBatch], recogniser: Recogniser
 ) -> Iterator[pa.RecordBatch]:
-    """Answer for photos. Runs on workers.
+    """Answer for photos, in batches as `pomona.extract` takes them. Runs on workers.
 
-    Parameters
-    ----------
-    batches
-        As `pomona.extract` takes them: with a column ``content``.
-
-    Yields
-    ------
-    pa.RecordBatch
-        One for each that came in: its columns less ``content``, then `ANSWERS`.
+    Yields a batch for each that came in: its columns less ``content``, then `ANSWERS`.
     """
     for batch in batches:
         rows = answer_photos(batch["content"].to_pylist(), recogniser)

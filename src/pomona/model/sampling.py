@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.floating[Any]]
 Codes = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -21,25 +22,13 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Sample:
-    """Photos on which a classifier is fitted or its settings are chosen.
+    """Photos on which a classifier is fitted or its settings are chosen."""
 
-    Attributes
-    ----------
-    z, y
-        pca_features, float [n, k], and the codes of the labels [n].
-    labels
-        All labels, also those that don't occur in ``y``; a code is an index into them.
-    groups
-        Code [n] of each photo's group, or None where photos are held out one by one.
-    unseen
-        bool [n]: photos on which the backbone's weights were not tuned; None: all.
-    """
-
-    z: Rows
-    y: Codes
-    labels: tuple[str, ...]
-    groups: Codes | None = None
-    unseen: Flags | None = None
+    z: Rows  # pca_features, float [n, k]
+    y: Codes  # the labels [n]
+    labels: tuple[str, ...]  # all, also those that don't occur in y; a code is an index into them
+    groups: Codes | None = None  # [n]; None where photos are held out one by one
+    unseen: Flags | None = None  # [n]: the backbone's weights were not tuned on them; None: all
 
     @property
     def tuned(self) -> bool:
@@ -54,17 +43,14 @@ class Sample:
         """
         return self.y if self.groups is None or self.tuned else self.groups
 
-    def take(self, rows: Codes) -> Sample:
-        """Return some of the photos."""
-        groups = None if self.groups is None else self.groups[rows]
-        unseen = None if self.unseen is None else self.unseen[rows]
-        return Sample(self.z[rows], self.y[rows], self.labels, groups, unseen)
-
     def at_most(self, count: int) -> Sample:
         """Return the sample itself, or so many of its photos, drawn at random."""
         if len(self.y) <= count:
             return self
-        return self.take(np.sort(np.random.default_rng(SEED).permutation(len(self.y))[:count]))
+        rows = np.sort(np.random.default_rng(SEED).permutation(len(self.y))[:count])
+        groups = None if self.groups is None else self.groups[rows]
+        unseen = None if self.unseen is None else self.unseen[rows]
+        return replace(self, z=self.z[rows], y=self.y[rows], groups=groups, unseen=unseen)
 
 
 def usable_groups(y: Codes, groups: Codes | None) -> Codes | None:
@@ -82,10 +68,7 @@ def _groups_by_label(y: Codes, groups: Codes) -> Codes:
 def folds(y: Codes, groups: Codes | None, count: int = FOLDS) -> list[Fold]:
     """Cut rows into folds, stratified by label; a group is never torn apart.
 
-    Returns
-    -------
-    list
-        Empty where there are too few photos to hold any out: no label has two.
+    There are none where there are too few photos to hold any out: no label has two.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 

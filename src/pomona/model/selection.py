@@ -30,8 +30,6 @@ def select_and_fit(
 
     Parameters
     ----------
-    class_weight
-        As in `Settings`.
     method
         One of `pomona.model.unknown.METHODS`, or ``auto``: the one with the highest AUROC.
     keep
@@ -44,11 +42,7 @@ def select_and_fit(
     tuple
         Classifier, detector, and the figures for metrics.json.
     """
-    figures: dict[str, Any] = {
-        "search": [],
-        "cross_validation": None,
-        "class_weight": class_weight,
-    }
+    figures: dict[str, Any] = {"search": [], "cross_validation": None, "class_weight": class_weight}
     settings = Settings(class_weight)
     sample = everything.at_most(SEARCH_ROWS)
     splits, weights_saw = choose_folds(sample)
@@ -72,11 +66,8 @@ def select_and_fit(
             **comparison,
         },
     }
-    return (
-        cls.calibrated(fitted, settings.temperature),
-        replace(detector, threshold=threshold),
-        figures,
-    )
+    classifier = replace(fitted, temperature=settings.temperature)
+    return classifier, replace(detector, threshold=threshold), figures
 
 
 def choose_folds(sample: Sample) -> tuple[list[Fold], bool]:
@@ -105,8 +96,10 @@ def choose_strength(
     """
     best: Trial | None = None
     accuracies = []
-    for trial in cls.search(sample, splits, class_weight, on_done):
-        accuracies.append({"strength": trial.strength, "accuracy": trial.accuracy})
+    for strength in cls.STRENGTHS:
+        trial = cls.trial(sample, splits, strength, class_weight)
+        on_done()
+        accuracies.append({"strength": strength, "accuracy": trial.accuracy})
         if best is None or trial.accuracy > best.accuracy:
             best = trial
     assert best is not None

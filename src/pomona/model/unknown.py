@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pomona.model.classifier import Array, Settings, fit, softmax
+from pomona.model.classifier import Settings, fit, softmax
 from pomona.model.metrics import auroc
-from pomona.model.sampling import Codes, Fold, Rows, Sample, folds, judged, pick_evenly
+from pomona.model.sampling import Array, Codes, Fold, Rows, Sample, folds, judged, pick_evenly
 
 METHODS = ("max_probability", "energy", "distance", "neighbours")
 REFERENCES = 2000
@@ -28,17 +28,10 @@ DEFAULT = "distance"
 
 @dataclass(frozen=True)
 class Detector:
-    """A score and the threshold below which a photo is unknown.
+    """A score, one of `METHODS`, and the threshold below which a photo is unknown.
 
-    Attributes
-    ----------
-    method
-        One of `METHODS`.
-    tensors
-        For ``distance`` and ``neighbours``: ``whitening`` [k, k], after which the covariance within
-        kinds is the identity, and ``centres`` [m, k], whitened.
-    threshold
-        A photo with a lower score is unknown.
+    For ``distance`` and ``neighbours`` the tensors are ``whitening`` [k, k], after which the
+    covariance within kinds is the identity, and ``centres`` [m, k], whitened.
     """
 
     method: str
@@ -46,13 +39,7 @@ class Detector:
     threshold: float = -np.inf
 
     def score(self, z: Rows, logits: Array) -> Array:
-        """Return float64 [n].
-
-        Parameters
-        ----------
-        z, logits
-            pca_features [n, k]; logits [n, labels] divided by the temperature.
-        """
+        """Return float64 [n], from pca_features [n, k] and logits divided by the temperature."""
         return _SCORES[self.method](z.astype(np.float64), logits, self.tensors)
 
 
@@ -92,15 +79,7 @@ _SCORES: dict[str, Callable[[Array, Array, dict[str, Array]], Array]] = {
 
 
 def make(method: str, z: Rows, kinds: Codes) -> Detector:
-    """Fit a detector on known photos.
-
-    Parameters
-    ----------
-    z
-        float [n, k].
-    kinds
-        Code [n] of what a centre stands for: the label, or the group where there are groups.
-    """
+    """Fit a detector on known photos, float [n, k], and their kinds [n]: see `Sample.kinds`."""
     if method in ("max_probability", "energy"):
         return Detector(method)
     rows = z.astype(np.float64)
@@ -128,9 +107,6 @@ def threshold(scores: Array, keep: float) -> float:
     return float(np.quantile(scores, 1 - keep)) if len(scores) else -np.inf
 
 
-# --- held-out scores ---------------------------------------------------------------------------
-
-
 def held_out(method: str, sample: Sample, splits: list[Fold], settings: Settings) -> Array:
     """Return the scores of the judged rows, each from a detector that wasn't fitted on it."""
     scores = [
@@ -144,11 +120,8 @@ def held_out(method: str, sample: Sample, splits: list[Fold], settings: Settings
 def compare(sample: Sample, settings: Settings, on_done: Callable[[], None]) -> dict[str, Any]:
     """Leave whole labels out and measure which score tells their photos from held-out known ones.
 
-    Returns
-    -------
-    dict
-        ``auroc`` by method, mean over the rounds, and ``rounds`` (the labels left out in each);
-        empty where there are fewer than three labels.
+    Returns ``auroc`` by method, mean over the rounds, and ``rounds`` (the labels left out in each);
+    nothing where there are fewer than three labels.
     """
     rounds: list[list[str]] = []
     areas: dict[str, list[float]] = {method: [] for method in METHODS}
@@ -182,11 +155,7 @@ def left_out(y: Codes) -> list[Codes]:
 
 
 def _scores(
-    sample: Sample,
-    fitted: Codes,
-    wanted: list[Codes],
-    methods: tuple[str, ...],
-    settings: Settings,
+    sample: Sample, fitted: Codes, wanted: list[Codes], methods: tuple[str, ...], settings: Settings
 ) -> dict[str, list[Array]]:
     """Fit classifier and detectors on some rows; return the scores of others, by method."""
     z, y = sample.z, sample.y

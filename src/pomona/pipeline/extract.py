@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,28 +12,79 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pomona.backbone import extract as backbone
 from pomona.backbone.spec import BackboneSpec, make_spec, onnx_file
-from pomona.backbone.weights import Weights, load_weights
-from pomona.core.errors import CrashError, MismatchError, RequestError, SourceError
+from pomona.backbone.weights import load_weights
+from pomona.core.errors import MismatchError, RequestError, SourceError
 from pomona.core.files import FORMAT, atomic_file, read_json, sha256, write_json
-from pomona.core.parquet import even_bounds, write_chunks
+from pomona.core.parquet import even_bounds, sliced, write_chunks
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import utc_now
 from pomona.core.schema import SPLITS, UNREADABLE
 from pomona.core.uris import local_path
 from pomona.photos.listing import Listing, list_files
+from pomona.photos.reading import read
 from pomona.photos.source import SUFFIXES, Source, arrange, open_source
-from pomona.pipeline.extract_hadoop import add_missing, run_hadoop
-from pomona.pipeline.extract_task import ExtractTask, photos_per_task
-from pomona.spark import binary_files, executors, resources, tasks
+from pomona.pipeline.extract_hadoop import run_hadoop
+from pomona.spark import binary_files, executors, resources
 from pomona.spark.session import Cluster, lazy_session
+from pomona.spark.tasks import Answer, at_task
 from pomona.workspace import feature_table, layout, tombstones
 from pomona.workspace.compaction import WriteFile, commit_compaction, plan_compaction
 from pomona.workspace.layout import Out
 
-log = logging.getLogger("pomona")
-
 GetSpark = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class ExtractTask:
+    """Extract chunks of a list of photos into parts. A `pomona.spark.tasks.ChunkTask`."""
+
+    chunks: str
+    source: Source
+    spec: BackboneSpec
+    part: feature_table.PartFile
+
+    @property
+    def folder(self) -> str:
+        """The folder of the parts."""
+        return self.part.folder
+
+    def write(self, photos: pa.RecordBatch, number: int, folder: str) -> Answer:
+        """Write the part of chunk ``number``. Runs on workers."""
+        spec = at_task(self.spec)
+        # Sliced before reading: a worker holds the bytes of one network batch, not of the chunk.
+        rows = backbone.extract(read(sliced([photos], spec.batch_size), self.source), spec)
+        part = self.part._replace(folder=folder)
+        return feature_table.write_part(part, number, rows)._asdict()
+
+    def done(self) -> set[int]:
+        """Return the chunks whose parts are in place."""
+        paths = Path(self.folder).glob(f"{self.part.run}-*")
+        return {feature_table.task_of(path.name) for path in paths}
+
+    def careful(self) -> ExtractTask:
+        """Return the task with photos decoded in child processes."""
+        return replace(self, spec=replace(self.spec, guard="child"))
+
+
+PHOTOS_PER_TASK = 512
+"""About five seconds of work: what a killed task loses, and the step of the progress shown. The
+gap between tasks is 0.08 s, since the weights are sent with each."""
+MOST_TASKS = 50_000
+"""What Spark's scheduler handles with ease; above it tasks grow."""
+
+
+def photos_per_task(todo: int, slots: int) -> int:
+    """Return a task's size such that tasks are short, not too many, and all slots end together.
+
+    >>> photos_per_task(100, 2), photos_per_task(16_525, 2), photos_per_task(100_000_000, 64)
+    (8, 487, 1999)
+    """
+    share = -(-todo // (8 * slots))
+    most = max(8, min(PHOTOS_PER_TASK, share), -(-todo // MOST_TASKS))
+    rounds = -(-todo // (most * slots))
+    return max(8, -(-todo // (rounds * slots)))
 
 
 @dataclass(frozen=True)
@@ -55,7 +105,7 @@ class ExtractOptions:
 
 @dataclass(frozen=True)
 class Extraction:
-    """One call of `extract`: what its steps share."""
+    """What the steps of `extract` share."""
 
     out: Out
     source: Source
@@ -91,10 +141,15 @@ def extract(
     if options.reader == "spark":
         opened = replace(opened, kind="hadoop")
     cluster = cluster or Cluster()
-    weights = load_weights(
-        options.weights, lambda done, total: on_tick(Tick("weights", done, total))
+    weights = load_weights(options.weights, lambda *done: on_tick(Tick("weights", *done)))
+    spec = make_spec(
+        weights,
+        image_size=options.image_size,
+        backend=options.backend,
+        device=options.device,
+        batch_size=options.batch_size,
+        elsewhere=resources.gpus_elsewhere(cluster, options.device),
     )
-    spec = _spec(weights, options, cluster)
     folder = layout.open_out(out)
     master = resources.local_master(cluster.master, spec.device)
     cluster = replace(cluster, log_file=folder.log, master=master)
@@ -112,7 +167,7 @@ def extract(
         if not folder.backbone.exists():
             with atomic_file(folder.backbone) as part:
                 part.write_bytes(onnx_file(spec))
-        return _extract(stage, photos, table, {"list": time.time() - started}, forgotten)
+        return _extract(stage, photos, table, time.time() - started, forgotten)
 
 
 def _refuse_nesting(source: Source, out: str) -> None:
@@ -125,24 +180,14 @@ def _refuse_nesting(source: Source, out: str) -> None:
         raise RequestError(f"the source lies inside --out {out}: choose another folder")
 
 
-def _spec(weights: Weights, options: ExtractOptions, cluster: Cluster) -> BackboneSpec:
-    return make_spec(
-        weights,
-        image_size=options.image_size,
-        backend=options.backend,
-        device=options.device,
-        batch_size=options.batch_size,
-        elsewhere=resources.gpus_elsewhere(cluster, options.device),
-    )
-
-
 def _table(stage: Extraction) -> dict[str, Any]:
     """Return the content of ``_table.json``; refuse what doesn't fit the table that is there."""
     out, source, spec, options = stage.out, stage.source, stage.spec, stage.options
     table = read_json(out.table_file)
+    fingerprint = spec.fingerprint()
     asked = {
         "format": FORMAT,
-        "spec": spec.fingerprint(),
+        "spec": fingerprint,
         "weights": spec.weights,
         "tuned_on": list(stage.tuned_on),
         "source": source.name,
@@ -151,9 +196,8 @@ def _table(stage: Extraction) -> dict[str, Any]:
     }
     if not table:
         return {**asked, "files": {}}
-    for key, new in spec.fingerprint().items():
-        old = table["spec"].get(key)
-        if old != new:
+    for key, new in fingerprint.items():
+        if (old := table["spec"].get(key)) != new:
             raise MismatchError(
                 f"{out.root} was made with {key} {_short(old)}, now it is {_short(new)}, and "
                 "features of both don't mix: keep the old setting, or choose another --out"
@@ -167,21 +211,17 @@ def _table(stage: Extraction) -> dict[str, Any]:
 
 
 def _short(value: object) -> str:
-    if isinstance(value, dict):
-        return f"size {value.get('image_size')}"
-    return str(value)[:12]
+    return f"size {value.get('image_size')}" if isinstance(value, dict) else str(value)[:12]
 
 
 def _list(stage: Extraction) -> pa.Table:
-    listing = list_source(stage.source, stage.spark, stage.on_tick)
-    photos = arrange(
-        listing.files, stage.options.label, stage.options.test_fraction, root=stage.source.folder
-    )
+    source, options = stage.source, stage.options
+    listing = list_source(source, stage.spark, stage.on_tick)
+    photos = arrange(listing.files, options.label, options.test_fraction, root=source.folder)
     if not photos.num_rows:
-        others = sum(listing.others.values())
         raise SourceError(
-            f"{stage.source.name} holds no photos ({others} other files): photos end in "
-            f"{' '.join(SUFFIXES)}"
+            f"{source.name} holds no photos ({sum(listing.others.values())} other files): photos "
+            f"end in {' '.join(SUFFIXES)}"
         )
     return photos
 
@@ -195,12 +235,9 @@ def list_source(source: Source, spark: GetSpark, on_tick: OnTick = quiet) -> Lis
 
 
 def _extract(
-    stage: Extraction,
-    photos: pa.Table,
-    table: dict[str, Any],
-    seconds: dict[str, float],
-    forgotten: int,
+    stage: Extraction, photos: pa.Table, table: dict[str, Any], listing: float, forgotten: int
 ) -> dict[str, Any]:
+    seconds = {"list": listing}
     parts = feature_table.parts_folder(stage.out, stage.spec.fingerprint())
     index = feature_table.index(stage.out, parts)
     if stage.options.keep_deleted:
@@ -255,7 +292,7 @@ def _compute(stage: Extraction, todo: pa.Table, parts: Path, total: int) -> None
                 f"the executors don't see {stage.out.root}, and photos of {stage.source.name} need "
                 "that: choose an --out on storage that driver and executors share"
             )
-        _run_hadoop(stage, session, todo, per_task, fitted, part, poll)
+        run_hadoop(session, stage.out, stage.source.root, todo, per_task, fitted, part, poll)
     else:
         bounds = even_bounds(todo.num_rows, per_task)
         chunks = stage.out.work / "todo.arrow"
@@ -263,29 +300,6 @@ def _compute(stage: Extraction, todo: pa.Table, parts: Path, total: int) -> None
         task = ExtractTask(str(chunks), stage.source, fitted, part)
         executors.run_chunks(session, task, range(len(bounds) - 1), stage.out.root, poll)
     poll()
-
-
-def _run_hadoop(
-    stage: Extraction,
-    session: Any,
-    todo: pa.Table,
-    per_task: int,
-    spec: BackboneSpec,
-    part: feature_table.PartFile,
-    poll: tasks.Poll,
-) -> None:
-    def missing() -> pa.Table:
-        rows = feature_table.match(todo, feature_table.index(stage.out, Path(part.folder)))
-        return rows.filter(pc.is_null(rows["file"])).select(todo.column_names)
-
-    try:
-        photos = binary_files.HadoopPhotos(stage.source.root, todo)
-        run_hadoop(session, photos, per_task, spec, part, poll)
-    except CrashError:  # where a task has one try: the rest again, in child processes
-        photos = binary_files.HadoopPhotos(stage.source.root, missing())
-        again = part._replace(run=feature_table.new_run())  # its parts are numbered from 0 again
-        run_hadoop(session, photos, per_task, replace(spec, guard="child"), again, poll)
-    add_missing(missing(), spec, part, todo.num_rows)
 
 
 def _compact(
@@ -333,5 +347,4 @@ def _record(stage: Extraction, photos: pa.Table) -> dict[str, Any]:
 
 def rejected_share(record: dict[str, Any]) -> float:
     """Return the share of photos without features, from an extract record."""
-    rejected: int = sum(record["rejected"].values())
-    return rejected / max(1, int(record["photos"]))
+    return float(sum(record["rejected"].values()) / max(1, record["photos"]))

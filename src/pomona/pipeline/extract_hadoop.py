@@ -5,31 +5,61 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pomona.backbone.extract import extract
 from pomona.backbone.spec import BackboneSpec
+from pomona.core.errors import CrashError
 from pomona.core.schema import ddl
 from pomona.photos import reading
 from pomona.spark.binary_files import BINARY_FILE, HadoopPhotos, binary_files
 from pomona.spark.resources import slots
-from pomona.spark.tasks import ANSWERS, Answer, Poll, answer, at_task, collect, partition
+from pomona.spark.tasks import ANSWERS, Poll, answer, at_task, collect, partition
+from pomona.workspace import feature_table
 from pomona.workspace.feature_table import PartFile, write_part
+from pomona.workspace.layout import Out
 
 PARTITION_BYTES = 128 << 20
 
 
 def run_hadoop(
     spark: Any,
-    photos: HadoopPhotos,
+    out: Out,
+    root: str,
+    todo: pa.Table,
     per_task: int,
     spec: BackboneSpec,
     part: PartFile,
-    poll: Poll | None = None,
-) -> list[Answer]:
-    """Extract photos of a source that only Hadoop reads, about ``per_task`` in each partition.
+    poll: Poll,
+) -> None:
+    """Extract photos of a source that only Hadoop reads, about ``per_task`` in each partition."""
+
+    def missing() -> pa.Table:
+        rows = feature_table.match(todo, feature_table.index(out, Path(part.folder)))
+        return rows.filter(pc.is_null(rows["file"])).select(todo.column_names)
+
+    try:
+        _run(spark, HadoopPhotos(root, todo), per_task, spec, part, poll)
+    except CrashError:  # where a task has one try: the rest again, in child processes
+        again = part._replace(run=feature_table.new_run())  # its parts are numbered from 0 again
+        careful = replace(spec, guard="child")
+        _run(spark, HadoopPhotos(root, missing()), per_task, careful, again, poll)
+    # binaryFile gave no row for empty and unreadable photos.
+    for photos in missing().combine_chunks().to_batches():
+        contents = [None if size else b"" for size in photos["size"].to_pylist()]
+        rows = extract(iter([reading.with_content(photos, contents)]), spec)
+        write_part(part, todo.num_rows, rows)
+
+
+def _run(
+    spark: Any, photos: HadoopPhotos, per_task: int, spec: BackboneSpec, part: PartFile, poll: Poll
+) -> None:
+    """Let Spark read the photos and workers extract them.
 
     Spark counts a file as at least ``openCostInBytes``. Its default of 4 MiB puts 32 small photos
     into a partition; here it is set so that ``per_task`` fit. A run that goes on after a kill reads
@@ -45,7 +75,7 @@ def run_hadoop(
     on_worker = functools.partial(_hadoop_on_worker, photos, spec, part)
     with _conf(spark, settings):
         frame = binary_files(spark, photos.root).select(*BINARY_FILE.names)
-        return collect(frame.mapInArrow(on_worker, ddl(ANSWERS)), poll)
+        collect(frame.mapInArrow(on_worker, ddl(ANSWERS)), poll)
 
 
 def _hadoop_on_worker(
@@ -54,13 +84,6 @@ def _hadoop_on_worker(
     """Write a partition's part and yield its counts. Runs on workers."""
     rows = extract(photos(batches), at_task(spec))
     yield answer(write_part(part, partition(), rows)._asdict())
-
-
-def add_missing(missing: pa.Table, spec: BackboneSpec, part: PartFile, task: int) -> None:
-    """Write a part for photos for which ``binaryFile`` gave no row: empty or unreadable ones."""
-    for photos in missing.combine_chunks().to_batches():
-        contents = [None if size else b"" for size in photos["size"].to_pylist()]
-        write_part(part, task, extract(iter([reading.with_content(photos, contents)]), spec))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -17,20 +18,19 @@ import pyarrow.parquet as pq
 
 from pomona.core.cpus import available_cpus
 from pomona.core.errors import MismatchError, RequestError, SourceError
-from pomona.core.files import FORMAT, read_json, write_json
-from pomona.core.parquet import even_bounds, read_chunk, write_chunks
+from pomona.core.files import FORMAT, atomic_file, read_json, write_json
+from pomona.core.parquet import even_bounds, read_chunk, sliced, write_chunks
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.uris import local_path
 from pomona.model.artifact import Model
-from pomona.model.recogniser import Recogniser, make_recogniser, with_threads
+from pomona.model.recogniser import ANSWERS, Recogniser, make_recogniser, recognise, with_threads
 from pomona.photos.listing import list_files
-from pomona.photos.source import SUFFIXES, Source, is_photo, open_source
-from pomona.pipeline.predict_task import ROWS, PredictTask, answers, part_name
+from pomona.photos.reading import read, with_content
+from pomona.photos.source import MAX_BYTES, SUFFIXES, Source, is_photo, open_source
 from pomona.spark import executors
 from pomona.spark.resources import fit_spec, gpus_elsewhere
 from pomona.spark.session import Cluster, session
-
-__all__ = ["ROWS", "SPARK_ABOVE", "PredictOptions", "predict"]
+from pomona.spark.tasks import at_task
 
 STDIN = "-"
 SPARK_ABOVE = 2000
@@ -41,6 +41,12 @@ SHOW_PROGRESS_ABOVE = 100
 
 PHOTOS = pa.schema([("path", pa.string()), ("shown", pa.string())])
 """The path in the source, and the path that is shown with the answer."""
+ROWS = pa.schema([("path", pa.string()), *ANSWERS])
+"""An answer of `predict`; ``path`` is the argument, with the rest of the way for a folder."""
+
+OnAnswers = Callable[[pa.RecordBatch], None]
+PhotoSet = tuple[Source | None, pa.Table]
+"""The photos of one argument: where they lie (None: standard input), and `PHOTOS`."""
 
 
 @dataclass(frozen=True)
@@ -59,41 +65,8 @@ class PredictOptions:
         return Cluster(self.master or "local[*]", self.spark_conf, log_file)
 
 
-# --- the photos --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PhotoSet:
-    """The photos of one argument.
-
-    Attributes
-    ----------
-    source
-        Where they lie; None: standard input.
-    photos
-        As `PHOTOS`.
-    """
-
-    source: Source | None
-    photos: pa.Table
-
-
-def find_photos(arguments: list[str], on_tick: OnTick = quiet) -> list[PhotoSet]:
-    """Find the photos of the arguments.
-
-    Raises
-    ------
-    SourceError
-        If one doesn't exist, or a folder holds no photos.
-    """
-    if not arguments:
-        raise RequestError("predict takes photos, folders, URIs, or - for standard input")
-    if arguments.count(STDIN) > 1:
-        raise RequestError("standard input can be read once: give - once")
-    return [_find_photos(argument, on_tick) for argument in arguments]
-
-
 def _find_photos(argument: str, on_tick: OnTick) -> PhotoSet:
+    """Find the photos of an argument; SourceError if it doesn't exist, or holds no photos."""
     if argument == STDIN:
         return _one_photo(None, STDIN, STDIN)
     path = local_path(argument)
@@ -115,7 +88,7 @@ def _find_photos(argument: str, on_tick: OnTick) -> PhotoSet:
 
 
 def _one_photo(source: Source | None, name: str, shown: str) -> PhotoSet:
-    return PhotoSet(source, pa.table([[name], [shown]], schema=PHOTOS))
+    return source, pa.table([[name], [shown]], schema=PHOTOS)
 
 
 def _photos_in(source: Source, argument: str, on_tick: OnTick) -> PhotoSet:
@@ -129,10 +102,7 @@ def _photos_in(source: Source, argument: str, on_tick: OnTick) -> PhotoSet:
     paths = files.sort_by("path")["path"]
     start = source.name if source.kind == "object" else argument.rstrip("/")
     shown = pa.array([f"{start}/{path}" for path in paths.to_pylist()], pa.string())
-    return PhotoSet(source, pa.table([paths, shown], schema=PHOTOS))
-
-
-# --- answers -----------------------------------------------------------------------------------
+    return source, pa.table([paths, shown], schema=PHOTOS)
 
 
 def predict(
@@ -140,7 +110,7 @@ def predict(
     model: Model,
     options: PredictOptions | None = None,
     on_tick: OnTick = quiet,
-    on_answers: Callable[[pa.RecordBatch], None] | None = None,
+    on_answers: OnAnswers | None = None,
 ) -> dict[str, Any]:
     """Answer for all photos of the arguments.
 
@@ -166,8 +136,12 @@ def predict(
     options = options or PredictOptions()
     elsewhere = options.master is not None and gpus_elsewhere(options.cluster(), options.device)
     recogniser = make_recogniser(model, options.top, device=options.device, elsewhere=elsewhere)
-    photo_sets = find_photos(arguments, on_tick)
-    count = sum(part.photos.num_rows for part in photo_sets)
+    if not arguments:
+        raise RequestError("predict takes photos, folders, URIs, or - for standard input")
+    if arguments.count(STDIN) > 1:
+        raise RequestError("standard input can be read once: give - once")
+    photo_sets = [_find_photos(argument, on_tick) for argument in arguments]
+    count = sum(photos.num_rows for _, photos in photo_sets)
     if options.most and count > options.most and options.out is None:
         raise RequestError(
             f"{count:,} photos are too many for a table: add --out FOLDER (Parquet), --csv or "
@@ -176,17 +150,11 @@ def predict(
     start = time.time()
     with contextlib.closing(_answers(photo_sets, recogniser, model, options, on_tick)) as batches:
         counts = _count(batches, None if options.out else on_answers)
-    return {
-        **counts,
-        "seconds": round(time.time() - start, 2),
-        "model": model.version,
-        "out": options.out,
-    }
+    seconds = round(time.time() - start, 2)
+    return {**counts, "seconds": seconds, "model": model.version, "out": options.out}
 
 
-def _count(
-    batches: Iterator[pa.RecordBatch], on_answers: Callable[[pa.RecordBatch], None] | None
-) -> dict[str, Any]:
+def _count(batches: Iterator[pa.RecordBatch], on_answers: OnAnswers | None) -> dict[str, Any]:
     """Count answers and hand them on."""
     photos = unknown = 0
     rejected: Counter[str] = Counter()
@@ -214,7 +182,7 @@ def _answers(
     on_tick: OnTick,
 ) -> Generator[pa.RecordBatch, None, None]:
     """Yield the answers as `ROWS`, whoever computes them: this process, or Spark through files."""
-    count = sum(part.photos.num_rows for part in photo_sets)
+    count = sum(photos.num_rows for _, photos in photo_sets)
     by_spark = options.master is not None or count > SPARK_ABOVE
     if options.out is None and not by_spark:
         yield from _answer_here(photo_sets, count, recogniser, on_tick)
@@ -230,9 +198,9 @@ def _answer_here(
 ) -> Iterator[pa.RecordBatch]:
     recogniser = with_threads(recogniser, available_cpus())
     done = rejected = 0
-    for part in photo_sets:
-        for photos in part.photos.to_batches():
-            for batch in answers(photos, part.source, recogniser):
+    for source, photos in photo_sets:
+        for some in photos.to_batches():
+            for batch in _answer(some, source, recogniser):
                 done += batch.num_rows
                 rejected += batch.num_rows - batch["error"].null_count
                 if count > SHOW_PROGRESS_ABOVE:
@@ -240,7 +208,54 @@ def _answer_here(
                 yield batch
 
 
-# --- into files --------------------------------------------------------------------------------
+def _answer(
+    photos: pa.RecordBatch, source: Source | None, recogniser: Recogniser
+) -> Iterator[pa.RecordBatch]:
+    """Yield the answers for photos of one source, as `ROWS`, a few at a time. Runs on workers."""
+    batches = sliced([photos], recogniser.spec.batch_size)  # before reading: it bounds the bytes
+    with_bytes = _standard_input(batches) if source is None else read(batches, source)
+    for batch in recognise(with_bytes, recogniser):
+        columns = [batch[name] for name in ("shown", *ANSWERS.names)]
+        yield pa.RecordBatch.from_arrays(columns, schema=ROWS)
+
+
+def _standard_input(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        content = sys.stdin.buffer.read(MAX_BYTES + 1)
+        yield with_content(batch, [content] * batch.num_rows)
+
+
+@dataclass(frozen=True)
+class PredictTask:
+    """Answer chunks of photos into Parquet files. A `pomona.spark.tasks.ChunkTask`."""
+
+    chunks: str
+    sources: tuple[Source | None, ...]
+    recogniser: Recogniser
+    folder: str
+
+    def write(self, photos: pa.RecordBatch, number: int, folder: str) -> dict[str, Any]:
+        """Write the answers of chunk ``number``. Runs on workers."""
+        recogniser = replace(self.recogniser, spec=at_task(self.recogniser.spec))
+        path = Path(folder, _part_name(number))
+        with atomic_file(path) as part, pq.ParquetWriter(part, ROWS) as writer:
+            for batch in _answer(photos, self.sources[number], recogniser):
+                writer.write_batch(batch)
+        return {}
+
+    def done(self) -> set[int]:
+        """Return the chunks whose answers are in place."""
+        names = {path.name for path in Path(self.folder).glob("part-*.parquet")}
+        return {number for number in range(len(self.sources)) if _part_name(number) in names}
+
+    def careful(self) -> PredictTask:
+        """Return the task with photos decoded in child processes."""
+        spec = replace(self.recogniser.spec, guard="child")
+        return replace(self, recogniser=replace(self.recogniser, spec=spec))
+
+
+def _part_name(number: int) -> str:
+    return f"part-{number:05d}.parquet"
 
 
 def _write_files(
@@ -253,10 +268,10 @@ def _write_files(
     by_spark: bool,
 ) -> list[Path]:
     """Answer into Parquet files; what an earlier run of the same request did isn't done again."""
-    if any(part.source is None for part in photo_sets):
+    if any(source is None for source, _ in photo_sets):
         raise RequestError("standard input is one photo: leave --out and --master out")
     bounds, sources = _cut(photo_sets)
-    photos = pa.concat_tables([part.photos for part in photo_sets])
+    photos = pa.concat_tables([photos for _, photos in photo_sets])
     _claim(folder, _request(photos, model, options))
     chunks = folder / "_todo.arrow"
     task = PredictTask(str(chunks), tuple(sources), recogniser, str(folder))
@@ -271,21 +286,24 @@ def _write_files(
             on_tick(Tick("spark"))
             _run_on_spark(task, todo, options.cluster(folder / "_spark.log"), poll)
         else:
-            _run_here(task, todo, poll)
+            here = replace(task, recogniser=with_threads(recogniser, available_cpus()))
+            for number in todo:
+                poll()
+                here.write(read_chunk(task.chunks, number), number, task.folder)
         chunks.unlink()
     poll()
-    return [folder / part_name(number) for number in range(len(sources))]
+    return [folder / _part_name(number) for number in range(len(sources))]
 
 
 def _cut(photo_sets: list[PhotoSet]) -> tuple[list[int], list[Source | None]]:
     """Cut photos into chunks of one source each: bounds, and the source of each chunk."""
     bounds: list[int] = [0]
     sources: list[Source | None] = []
-    for part in photo_sets:
+    for source, photos in photo_sets:
         first = bounds[-1]
-        ends = [first + end for end in even_bounds(part.photos.num_rows, PER_TASK)[1:]]
+        ends = [first + end for end in even_bounds(photos.num_rows, PER_TASK)[1:]]
         bounds += ends
-        sources += [part.source] * len(ends)
+        sources += [source] * len(ends)
     return bounds, sources
 
 
@@ -316,13 +334,6 @@ def _claim(folder: Path, request: dict[str, Any]) -> None:
         write_json(about, request)
     except OSError as error:
         raise RequestError(f"--out {folder} can't be written: {error.strerror}") from error
-
-
-def _run_here(task: PredictTask, todo: list[int], poll: Callable[[], None]) -> None:
-    task = replace(task, recogniser=with_threads(task.recogniser, available_cpus()))
-    for number in todo:
-        poll()
-        task.write(read_chunk(task.chunks, number), number, task.folder)
 
 
 def _run_on_spark(

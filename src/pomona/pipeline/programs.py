@@ -6,23 +6,29 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
+from pomona.backbone.spec import find_device
 from pomona.core.errors import RequestError
 from pomona.core.files import read_json
 from pomona.core.schema import FEATURES_TABLE, SPLITS
-from pomona.workspace import layout
-
-if TYPE_CHECKING:
-    from pomona.model.artifact import Model
-    from pomona.model.pca_table import Photos
-    from pomona.model.projection import Projection
-
-PCA_FOLDERS = {"Training": "training_pca", "Test": "test_pca"}
+from pomona.model.artifact import PACKAGED, Model, load_model
+from pomona.model.pca_table import FOLDERS, Photos, read_photos
+from pomona.model.projection import Projection, load_projection
+from pomona.model.recogniser import answer_photos, make_recogniser
+from pomona.photos.source import arrange, open_source
+from pomona.pipeline.extract import list_source
+from pomona.pipeline.predict import PredictOptions
+from pomona.pipeline.predict import predict as predict_files
+from pomona.pipeline.status import status
+from pomona.registry.tracking import store_of, without_password
+from pomona.spark.resources import local_master
+from pomona.spark.session import Cluster, active_session, session
+from pomona.workspace import feature_table, layout
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,6 @@ class Results:
 
     def status(self) -> dict[str, Any]:
         """Return ``photos``, ``done``, ``rejected``, ``todo`` and more, as ``pomona status``."""
-        from pomona.pipeline.status import status
-
         return status(self.folder)
 
     def manifest(self) -> dict[str, Any]:
@@ -63,8 +67,6 @@ class Results:
 
     def mlflow_store(self) -> str:
         """Return where runs of this OUT are recorded, as it may be shown."""
-        from pomona.registry.tracking import store_of, without_password
-
         return without_password(store_of(layout.Out(self.folder)))
 
     def features(self, rows: int | None = None) -> pa.Table:
@@ -80,8 +82,6 @@ class Results:
 
     def rejected(self) -> pa.Table:
         """Return ``path``, ``split``, ``label`` and ``error`` of the photos without features."""
-        from pomona.workspace import feature_table
-
         out = layout.Out(self.folder)
         rows = feature_table.index(out, out.work / "none", look_only=True).rows
         return rows.filter(pc.is_valid(rows["error"])).select(["path", "split", "label", "error"])
@@ -91,22 +91,16 @@ class Results:
 
         Above ``rows`` it is a sample, stratified by label.
         """
-        from pomona.model.pca_table import read_photos
-
-        if split not in PCA_FOLDERS:
+        if split not in FOLDERS:
             raise RequestError(f"a split is {' or '.join(SPLITS)}, not {split}")
-        return read_photos(layout.Out(self.folder), PCA_FOLDERS[split], rows)
+        return read_photos(layout.Out(self.folder), FOLDERS[split], rows)
 
     def projection(self) -> Projection:
         """Return scaler and PCA: ``mean``, ``explained_variance_ratio``, ``transform`` and more."""
-        from pomona.model.projection import load_projection
-
         return load_projection(layout.Out(self.folder).projection)
 
     def model(self) -> Model:
         """Return the model, checked, as `load_model` does."""
-        from pomona.model.artifact import load_model
-
         return load_model(self.model_folder)
 
 
@@ -133,10 +127,6 @@ def list_photos(
     label, test_fraction
         As ``pomona extract`` takes them.
     """
-    from pomona.photos.source import arrange, open_source
-    from pomona.pipeline.extract import list_source
-    from pomona.spark.session import active_session
-
     place = open_source(source)
     listing = list_source(place, active_session)
     return arrange(listing.files, label, test_fraction, root=place.folder)
@@ -157,10 +147,6 @@ def spark_session(
     log_file
         Takes what the JVM and the workers print.
     """
-    from pomona.backbone.spec import find_device
-    from pomona.spark.resources import local_master
-    from pomona.spark.session import Cluster, session
-
     master = local_master(master, find_device("onnx", "auto"))
     with session(Cluster(master, tuple((conf or {}).items()), log_file)) as spark:
         yield spark
@@ -203,11 +189,6 @@ def predict(
     >>> [answer["unknown"] for answer in predict([file.getvalue(), file.getvalue()])]
     [True, True]
     """
-    from pomona.model.artifact import PACKAGED, Model, load_model
-    from pomona.model.recogniser import answer_photos, make_recogniser
-    from pomona.pipeline.predict import PredictOptions
-    from pomona.pipeline.predict import predict as predict_files
-
     if not isinstance(model, Model):
         model = load_model(model or PACKAGED)
     items = [photos] if isinstance(photos, str | Path | bytes) else list(photos)

@@ -1,23 +1,66 @@
-"""The stage ``reduce``: scaler and PCA, fitted on Training and applied to all photos."""
+"""The stage ``reduce``: scaler and PCA, fitted on Training and applied to all photos.
+
+Two passes over ``OUT/features``: moments, then projected rows. Both are tasks that read row groups
+and write into ``OUT/_work``; whoever runs them (``run_tasks``), the sums are the same.
+"""
 
 from __future__ import annotations
 
+import itertools
+import shutil
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pcsv
+import pyarrow.parquet as pq
+
+from pomona.backbone.extract import features_of
 from pomona.core.errors import RequestError
-from pomona.core.files import read_json
+from pomona.core.files import atomic_file, read_json, sha256, tree_digest
+from pomona.core.parquet import even_bounds, gather, read_chunk, write_chunks
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import utc_now
-from pomona.model.projection import Projection, count_for, fit, load_projection
-from pomona.pipeline import reduce_tasks
-from pomona.pipeline.extract import GetSpark
+from pomona.core.schema import PCA_TABLE, without
+from pomona.model.pca_table import FOLDERS
+from pomona.model.projection import (
+    Moments,
+    Projection,
+    count_for,
+    fit,
+    load_projection,
+    merge,
+    raised,
+    save_projection,
+)
+from pomona.pipeline.report_figures import check_matplotlib, plot_variance
 from pomona.spark import executors
 from pomona.spark.session import Cluster, lazy_session
 from pomona.workspace import feature_table, layout
-from pomona.workspace.layout import Out
+from pomona.workspace.compaction import cut_by_split
+from pomona.workspace.layout import Move, Out
+
+RunTasks = Callable[..., list[dict[str, Any]]]
+"""``run_tasks(task, count)``: the answers of ``task(0) … task(count - 1)``."""
+
+GROUPS_PER_TASK = 4
+"""20 MB of features: a second of work."""
+MOST_MOMENTS = 64
+"""Partial moments take 13 MB each; above so many, tasks grow."""
+
+ROWS_PER_TASK = 100_000
+VALUES_PER_TASK = 32_000_000
+"""128 MB of pca_features: what one task holds, and a file's size."""
+
+Group = tuple[str, int]
+"""(file relative to OUT, row group)."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +94,6 @@ def reduce(
         raise RequestError(f"--power is above 0 and up to 1, not {options.power:g}")
     folder = layout.open_out(out, must_exist=True)
     if options.plots:
-        from pomona.pipeline.report_figures import check_matplotlib
-
         check_matplotlib()
     cluster = replace(cluster or Cluster(), log_file=folder.log)
     with layout.lock(folder), lazy_session(cluster) as spark:
@@ -61,11 +102,11 @@ def reduce(
         settings = {name: getattr(options, name) for name in names}
         made_from = {"features": feature_table.digest(folder), "settings": settings}
         old = read_json(folder.manifest).get("stages", {}).get("reduce", {})
-        if old.get("made_from") == made_from and reduce_tasks.is_whole(folder, old):
-            if options.plots and not (folder.report / "pca_variance.png").exists():
-                _plot(load_projection(folder.projection), folder.report)
-            return dict(old)
-        return _reduce(folder, options, made_from, spark, on_tick)
+        whole = old.get("made_from") == made_from and _is_whole(folder, old)
+        record = old if whole else _reduce(folder, options, made_from, spark(), on_tick)
+        if options.plots and not (picture := folder.report / "pca_variance.png").exists():
+            plot_variance(load_projection(folder.projection), picture)
+        return dict(record)
 
 
 def _refuse_unfinished(out: Out) -> None:
@@ -80,46 +121,27 @@ def _refuse_unfinished(out: Out) -> None:
 
 
 def _reduce(
-    out: Out, options: ReduceOptions, made_from: dict[str, Any], spark: GetSpark, on_tick: OnTick
+    out: Out, options: ReduceOptions, made_from: dict[str, Any], spark: Any, on_tick: OnTick
 ) -> dict[str, Any]:
     start = time.time()
-    groups = reduce_tasks.row_groups(out)
+    groups = row_groups(out)
     steps = len(groups) + 1
 
     def tick(done: int) -> None:
         on_tick(Tick("reduce", done, steps))
 
     tick(0)
-    run_tasks = executors.runner(spark(), out.root)
-    moments = reduce_tasks.moments(out, groups, options.power, run_tasks, tick)
-    fitted = fit(
-        moments,
-        options.components,
-        scale=options.scale,
-        whiten=options.whiten,
-        power=options.power,
-    )
-    seconds = {"fit": time.time() - start}
+    run_tasks = executors.runner(spark, out.root)
+    training = moments(out, groups, options.power, run_tasks, tick)
+    scale, whiten, power = options.scale, options.whiten, options.power
+    projection = fit(training, options.components, scale=scale, whiten=whiten, power=power)
+    fitted = time.time()
     tick(len(groups))
-    digests, rows = reduce_tasks.write(out, fitted, made_from, run_tasks)
-    if options.plots:
-        _plot(fitted, out.report)
+    digests, rows = _write(out, projection, made_from, run_tasks)
     tick(steps)
-    seconds["transform"] = time.time() - start - seconds["fit"]
-    record = _record(fitted, made_from, digests, rows, seconds)
-    layout.update(out, "reduce", record)
-    return record
-
-
-def _record(
-    projection: Projection,
-    made_from: dict[str, Any],
-    digests: dict[str, str],
-    rows: dict[str, int],
-    seconds: dict[str, float],
-) -> dict[str, Any]:
     ratio = projection.explained_variance_ratio
-    return {
+    seconds = {"fit": fitted - start, "transform": time.time() - fitted}
+    record = {
         "made_from": made_from,
         "photos_fitted": projection.count,
         "rows": rows,
@@ -134,9 +156,195 @@ def _record(
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
         },
     }
+    layout.update(out, "reduce", record)
+    return record
 
 
-def _plot(projection: Projection, folder: Path) -> None:
-    from pomona.pipeline.report_figures import plot_variance
+def row_groups(out: Out) -> list[list[Group]]:
+    """Cut the Training photos' row groups into tasks, always the same: it fixes the sums' order."""
+    files = sorted(read_json(out.table_file)["files"])
+    groups = [
+        (f"features/{name}", number)
+        for name in files
+        if name.startswith("split=Training/")
+        for number in range(pq.ParquetFile(out.features / name).num_row_groups)
+    ]
+    most = max(GROUPS_PER_TASK, -(-len(groups) // MOST_MOMENTS))
+    return [groups[a:b] for a, b in itertools.pairwise(even_bounds(len(groups), most))]
 
-    plot_variance(projection, folder / "pca_variance.png")
+
+@dataclass(frozen=True)
+class MomentsTask:
+    """Write the moments of some row groups. Picklable; called on workers."""
+
+    root: str
+    groups: tuple[tuple[Group, ...], ...]
+    to: str
+    power: float
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Write ``to/NUMBER.npz``."""
+        total = merge(self._group(*group) for group in self.groups[number])
+        with atomic_file(Path(self.to, f"{number}.npz")) as part, part.open("wb") as file:
+            np.savez(file, count=total.count, mean=total.mean, scatter=total.scatter)
+        return {}
+
+    def _group(self, name: str, group: int) -> Moments:
+        file = pq.ParquetFile(Path(self.root, name))
+        column = file.read_row_group(group, ["features"], use_threads=False)["features"]
+        return Moments.of(raised(features_of(column.drop_null()), self.power))
+
+
+def moments(
+    out: Out,
+    groups: list[list[Group]],
+    power: float,
+    run_tasks: RunTasks,
+    on_done: Callable[[int], None],
+) -> Moments:
+    """Return the moments of the Training photos. The driver holds two partial moments at a time."""
+    folder = out.work / f"moments-{feature_table.new_run()}"
+    folder.mkdir(parents=True)
+    task = MomentsTask(str(out.root), tuple(tuple(group) for group in groups), str(folder), power)
+    run_tasks(task, len(groups), lambda: on_done(len(list(folder.glob("[0-9]*.npz")))))
+    total = merge(_load(folder / f"{number}.npz") for number in range(len(groups)))
+    shutil.rmtree(folder)
+    return total
+
+
+def _load(path: Path) -> Moments:
+    with np.load(path, allow_pickle=False) as part:
+        return Moments(int(part["count"]), part["mean"], part["scatter"])
+
+
+def partition(label: str) -> str:
+    """Name a label's folder as Spark and Hive do, so that pandas, pyarrow and DuckDB read it back.
+
+    >>> partition("Apple 10"), partition("50% = half"), partition("Pêche")
+    ('label=Apple 10', 'label=50%25 %3D half', 'label=Pêche')
+    """
+    return "label=" + "".join(
+        f"%{ord(c):02X}" if c in "\"#%'*/:=?\\{[]^\x7f" or ord(c) < 0x20 else c for c in label
+    )
+
+
+@dataclass(frozen=True)
+class ProjectTask:
+    """Write the PCA rows of one chunk: Parquet by label, and CSV. Picklable; called on workers."""
+
+    chunks: str
+    root: str
+    files: tuple[str, ...]
+    projection: Projection
+    staged: str
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Return ``files``: the sha256 of each file written, by name."""
+        plan = read_chunk(self.chunks, number)
+        parts = [
+            self.projection.transform(features_of(rows["features"]))
+            for _, rows in gather(plan, self.root, self.files, ["features"])
+        ]
+        values = np.concatenate(parts)
+        name = FOLDERS[plan["split"][0].as_py()]
+        written = [
+            *_write_labels(plan, values, Path(self.staged, name), number),
+            _write_csv(plan, values, Path(self.staged, f"{name}_csv"), number),
+        ]
+        staged = Path(self.staged)
+        return {
+            "files": {p.relative_to(staged).as_posix(): sha256(p) for p in written},
+            "rows": {name: plan.num_rows},
+        }
+
+
+def _write_labels(
+    plan: pa.RecordBatch, values: npt.NDArray[np.float32], folder: Path, number: int
+) -> Iterator[Path]:
+    count, k = values.shape
+    offsets = pa.array(np.arange(0, count * k + 1, k, dtype=np.int32))
+    lists = pa.ListArray.from_arrays(offsets, pa.array(values.ravel()))
+    table = pa.table([plan["path"], plan["label"], plan["filename"], lists], schema=PCA_TABLE)
+    labels = plan["label"].to_pylist()
+    cuts = [0, *(n for n in range(1, count) if labels[n] != labels[n - 1]), count]
+    for start, stop in itertools.pairwise(cuts):
+        path = folder / partition(labels[start]) / f"part-{number:05d}.parquet"
+        rows = table.slice(start, stop - start).select(without(PCA_TABLE, "label").names)
+        with atomic_file(path) as part:
+            pq.write_table(rows, part, compression="zstd", use_dictionary=False)
+        yield path
+
+
+def _write_csv(
+    plan: pa.RecordBatch, values: npt.NDArray[np.float32], folder: Path, number: int
+) -> Path:
+    path = folder / f"part-{number:05d}.csv"
+    columns = {"label": plan["label"], "filename": plan["filename"]}
+    columns |= {f"f_{n}": pa.array(np.ascontiguousarray(v)) for n, v in enumerate(values.T)}
+    with atomic_file(path) as part:
+        pcsv.write_csv(pa.table(columns), part)
+    return path
+
+
+def _write(
+    out: Out, projection: Projection, made_from: dict[str, Any], run_tasks: RunTasks
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Write the PCA tables and the projection, whole or not at all.
+
+    Returns digests by output, and rows by table.
+    """
+    # A new name, so that a task that outlives a killed driver can't write into this run's files.
+    staged = out.work / f"reduce-{feature_table.new_run()}"
+    plan, files, bounds = _plan(out, projection.k)
+    chunks = out.work / "project.arrow"
+    write_chunks(chunks, plan, bounds)
+    task = ProjectTask(str(chunks), str(out.root), files, projection, str(staged))
+    answers = run_tasks(task, len(bounds) - 1)
+    save_projection(projection, staged / "projection", made_from)
+    names = [f"{name}{kind}" for name in FOLDERS.values() for kind in ("", "_csv")]
+    moves: list[Move] = [
+        (f"_work/{staged.name}/{name}" if (staged / name).exists() else None, name)
+        for name in (*names, "projection")
+    ]
+    # Of another projection:
+    moves += [(None, f"report/{n}") for n in ("pca_variance.png", "metrics.json", "report.html")]
+    layout.commit(out, moves)
+    shutil.rmtree(out.work, ignore_errors=True)
+    rows = Counter(dict.fromkeys(FOLDERS.values(), 0))
+    for answer in answers:
+        rows.update(answer["rows"])
+    return _digests(out, answers, names), dict(rows)
+
+
+def _plan(out: Out, k: int) -> tuple[pa.Table, tuple[str, ...], list[int]]:
+    """Return rows with features sorted by split and label, their files, and the tasks' bounds.
+
+    A task holds rows of one split.
+    """
+    index = feature_table.index(out, out.work / "none")
+    rows = index.rows.filter(pc.is_null(index.rows["error"]))
+    rows = rows.sort_by([(name, "ascending") for name in ("split", "label", "path")])
+    rows = rows.select(["path", "split", "label", "filename", "file", "row"])
+    most = max(1, min(ROWS_PER_TASK, VALUES_PER_TASK // k))
+    ends = [end for _, cuts in cut_by_split(rows, most) for end in cuts]
+    return rows, tuple(index.files), [0, *ends]
+
+
+def _digests(out: Out, answers: list[dict[str, Any]], names: list[str]) -> dict[str, str]:
+    files = {name: sha for answer in answers for name, sha in answer["files"].items()}
+    digests = {
+        name: tree_digest({k: v for k, v in files.items() if k.startswith(f"{name}/")})
+        for name in names
+    }
+    tensors = sha256(out.projection / "projection.safetensors")
+    return {**digests, "projection.safetensors": tensors}
+
+
+def _is_whole(out: Out, record: dict[str, Any]) -> bool:
+    """Tell whether the outputs that a record names are there, made as it says and not later."""
+    about = read_json(out.projection / "projection.json")
+    if about.get("made_from") != record["made_from"]:
+        return False
+    empty = tree_digest({})
+    folders = [n for n, digest in record["digests"].items() if digest != empty and "." not in n]
+    return all((out.root / name).is_dir() for name in (*folders, "projection"))

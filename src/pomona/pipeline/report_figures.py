@@ -37,9 +37,6 @@ def check_matplotlib() -> None:
             )
 
 
-# --- curves ------------------------------------------------------------------------------------
-
-
 def plot_variance(projection: Projection, path: Path) -> None:
     """Draw each component's variance and the cumulative curve, with lines at 95 % and 99 %."""
     figure = variance(projection)
@@ -72,23 +69,11 @@ def _plot_cumulative(axes: Any, projection: Projection) -> None:
     for share, below in ((0.95, -11), (0.99, 3)):
         needs = count_for(ratio, share)
         axes.axhline(100 * share, color="grey", lw=0.8, ls="--")
-        note = f"{share:.0%}: {needs} components"
-        axes.annotate(
-            note,
-            (len(kept), 100 * share),
-            (0, below),
-            textcoords="offset points",
-            ha="right",
-            size=9,
-        )
-    axes.plot(k, 100 * projection.kept, "o", color=BLUE)
-    axes.annotate(
-        f"{k} components: {projection.kept:.1%}",
-        (k, 100 * projection.kept),
-        (10, -14),
-        textcoords="offset points",
-        color=BLUE,
-    )
+        place, note = (len(kept), 100 * share), f"{share:.0%}: {needs} components"
+        axes.annotate(note, place, (0, below), textcoords="offset points", ha="right", size=9)
+    place, note = (k, 100 * projection.kept), f"{k} components: {projection.kept:.1%}"
+    axes.plot(*place, "o", color=BLUE)
+    axes.annotate(note, place, (10, -14), textcoords="offset points", color=BLUE)
     axes.set(xlabel="components", ylabel="% of variance", ylim=(0, 106), title="Cumulative")
 
 
@@ -97,9 +82,8 @@ def reliability(parts: dict[str, dict[str, Any]]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(parts), 4.6), layout="constrained")
-    for axes, (name, part) in zip(
-        np.atleast_1d(figure.subplots(1, len(parts))), parts.items(), strict=True
-    ):
+    all_axes = np.atleast_1d(figure.subplots(1, len(parts)))
+    for axes, (name, part) in zip(all_axes, parts.items(), strict=True):
         axes.plot([0, 1], [0, 1], color="grey", lw=0.8, ls="--")
         for key, words, colour in (
             ("reliability_before", "before", "grey"),
@@ -110,13 +94,8 @@ def reliability(parts: dict[str, dict[str, Any]]) -> Any:
             size = 200 * np.sqrt(np.array([r["photos"] for r in rows]) / part["photos"])
             axes.plot(x, y, color=colour, lw=1, zorder=1)
             axes.scatter(x, y, s=size, color=colour, alpha=0.8, label=words, zorder=2)
-        axes.set(
-            xlabel="highest probability",
-            ylabel="share that was right",
-            title=name,
-            xlim=(0, 1.02),
-            ylim=(0, 1.05),
-        )
+        axes.set(xlabel="highest probability", ylabel="share that was right", title=name)
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.05))
         axes.legend(frameon=False, loc="lower right", markerscale=0.5)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -133,8 +112,6 @@ def svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-# --- thumbnails --------------------------------------------------------------------------------
-
 Pixels = npt.NDArray[np.uint8]
 PATIENCE = 15.0
 """Seconds that photos which can't be read may cost in all: an object store out of reach takes six
@@ -144,19 +121,9 @@ for each."""
 def read_thumbnails(
     source: str, wanted: Iterable[tuple[str, int]]
 ) -> dict[tuple[str, int], Pixels]:
-    """Read photos, each once, and scale them.
+    """Read photos, each once, and scale them to squares of so many pixels. The source may be gone.
 
-    Parameters
-    ----------
-    source
-        The source's URI; it may be gone.
-    wanted
-        Paths in the source, and the side of the square to scale to, in pixels.
-
-    Returns
-    -------
-    dict
-        uint8 [size, size, 3] by path and size, without photos that can't be shown.
+    Returns uint8 [size, size, 3] by path and size, without photos that can't be shown.
     """
     sizes: dict[str, set[int]] = {}
     for path, size in wanted:

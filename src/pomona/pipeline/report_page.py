@@ -29,14 +29,9 @@ LABELS_SHOWN = 30
 
 
 def write(out: Out, training: Photos, test: Photos, source: str | None = None) -> Path:
-    """Write the page from what there is in OUT, and return its path.
+    """Write the page from what there is in OUT and the PCA tables, or samples, and return its path.
 
-    Parameters
-    ----------
-    training, test
-        The PCA tables, or samples of them.
-    source
-        The source's URI with its options, where it is known; OUT holds it without them.
+    The source is its URI with its options, where it is known; OUT holds it without them.
     """
     from jinja2 import Environment, PackageLoader
 
@@ -107,11 +102,7 @@ def _labels(out: Out) -> list[tuple[str, int]]:
 def _rejected(out: Out) -> list[dict[str, Any]]:
     if not out.rejected.exists():
         return []
-    rows: list[dict[str, Any]] = feature_table.read_rejected(out.rejected).to_pylist()
-    return rows[:REJECTED_SHOWN]
-
-
-# --- the map -----------------------------------------------------------------------------------
+    return list(feature_table.read_rejected(out.rejected)[:REJECTED_SHOWN].to_pylist())
 
 
 def _map(parts: list[Photos]) -> dict[str, Any] | None:
@@ -174,9 +165,6 @@ def _luminance(rgb: tuple[float, float, float]) -> float:
     """Return the relative luminance of WCAG 2."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-# --- the model ---------------------------------------------------------------------------------
 
 
 def _of_model(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pomona.core.progress import OnTick, Tick, quiet
-from pomona.model.pca_table import read_photos
+from pomona.model.pca_table import FOLDERS, read_photos
 from pomona.model.selection import SEARCH_ROWS
+from pomona.pipeline import report_page
 from pomona.pipeline.extract import ExtractOptions, extract
 from pomona.pipeline.reduce import ReduceOptions, reduce
+from pomona.pipeline.report_figures import check_matplotlib
 from pomona.pipeline.train import TrainOptions, check, train
 from pomona.spark.session import Cluster
 from pomona.workspace import layout
@@ -42,8 +44,6 @@ def run(
     """
     plots = (reduce_options or ReduceOptions()).plots
     if plots:
-        from pomona.pipeline.report_figures import check_matplotlib
-
         check_matplotlib()  # before the long part, not after it
     if train_options:
         check(train_options)
@@ -67,13 +67,9 @@ def report(out: str | Path, on_tick: OnTick = quiet, source: str | None = None) 
 
     Thumbnails come from the source, by default the one that OUT names.
     """
-    from pomona.pipeline import report_page
-
     folder = layout.open_out(out, must_exist=True)
     on_tick(Tick("report"))
-    training, test = (
-        read_photos(folder, table, SEARCH_ROWS) for table in ("training_pca", "test_pca")
-    )
+    training, test = (read_photos(folder, table, SEARCH_ROWS) for table in FOLDERS.values())
     return report_page.write(folder, training, test, source)
 
 

@@ -55,13 +55,7 @@ def status(out: str | Path) -> dict[str, Any]:
 
 
 def stale_stages(out: Out, stages: dict[str, Any]) -> list[str]:
-    """Return the stages whose results are missing or older than their inputs, in running order.
-
-    Parameters
-    ----------
-    stages
-        The records in OUT's manifest.
-    """
+    """Return the stages whose results are missing or older than their inputs, in running order."""
     reduced = stages.get("reduce", {})
     if reduced.get("made_from", {}).get("features") != feature_table.digest(out):
         return ["reduce", "train"]

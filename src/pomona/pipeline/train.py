@@ -22,7 +22,7 @@ from pomona.model.projection import load_projection
 from pomona.model.sampling import Sample, usable_groups
 from pomona.pipeline.status import stale_stages
 from pomona.workspace import feature_table, layout
-from pomona.workspace.layout import Out
+from pomona.workspace.layout import Move, Out
 
 RECIPE = 1
 """Raise it when the same rows and options would give another model: then old ones are remade."""
@@ -72,19 +72,19 @@ def train(
     folder = layout.open_out(out, must_exist=True)
     with layout.lock(folder):
         reduced = _reduced(folder)
+        table = read_json(folder.table_file)
         made_from = {
             "digests": {name: reduced["digests"][name] for name in _INPUTS},
-            "label": read_json(folder.table_file)["label"],
+            "label": table["label"],
             "settings": options.__dict__,
             "recipe": RECIPE,
         }
-        tuned_on = read_json(folder.table_file).get("tuned_on")
-        if tuned_on:
+        if tuned_on := table.get("tuned_on") or []:
             made_from["tuned_on"] = hashlib.sha256(" ".join(tuned_on).encode()).hexdigest()
         old = read_json(folder.manifest).get("stages", {}).get("train", {})
         if old.get("made_from") == made_from and _is_whole(folder, old):
             return dict(old)
-        return _train(folder, options, made_from, tuned_on or [], on_tick)
+        return _train(folder, options, made_from, tuned_on, on_tick)
 
 
 _INPUTS = ("training_pca", "test_pca", "projection.safetensors")
@@ -110,11 +110,7 @@ def _is_whole(out: Out, record: dict[str, Any]) -> bool:
 
 
 def _train(
-    out: Out,
-    options: TrainOptions,
-    made_from: dict[str, Any],
-    tuned_on: list[str],
-    on_tick: OnTick,
+    out: Out, options: TrainOptions, made_from: dict[str, Any], tuned_on: list[str], on_tick: OnTick
 ) -> dict[str, Any]:
     start = time.time()
     photos = read_photos(out, "training_pca", options.max_rows)
@@ -131,18 +127,14 @@ def _train(
     seconds = {"fit": time.time() - start}
     head = make_head(load_projection(out.projection), classifier, detector)
     steps()
-    figures["test"], right = judge_test(
-        out, head, options.max_rows, tuned_on, by_group=groups is not None
-    )
+    by_group = groups is not None
+    figures["test"], right = judge_test(out, head, options.max_rows, tuned_on, by_group=by_group)
     steps()
     figures["leakage"] = judge_leakage(out, right, steps)
     seconds["evaluate"] = time.time() - start - seconds["fit"]
     record = _write(out, head, figures, made_from, seconds)
     steps(steps.total)  # also those that were left out because there was nothing to hold out
     return record
-
-
-# --- writing -----------------------------------------------------------------------------------
 
 
 def _write(
@@ -158,14 +150,12 @@ def _write(
     about = _about(out, table, figures, made_from)
     artifact.save_model(staged / "model", backbone_file(out, table), head, about)
     write_json(staged / "metrics.json", {"format": FORMAT, **figures})
-    layout.commit(
-        out,
-        [
-            (f"_work/{staged.name}/model", "model"),
-            (f"_work/{staged.name}/metrics.json", "report/metrics.json"),
-            (None, "report/report.html"),  # of another model
-        ],
-    )
+    moves: list[Move] = [
+        (f"_work/{staged.name}/model", "model"),
+        (f"_work/{staged.name}/metrics.json", "report/metrics.json"),
+        (None, "report/report.html"),  # of another model
+    ]
+    layout.commit(out, moves)
     shutil.rmtree(out.work, ignore_errors=True)
     record = {
         "made_from": made_from,
@@ -211,13 +201,7 @@ def _about(
 
 
 def backbone_file(out: Out, table: dict[str, Any]) -> bytes:
-    """Return the ONNX file of the network that made the features.
-
-    Raises
-    ------
-    MismatchError
-        If it is missing, or is of other weights.
-    """
+    """Return the ONNX file of the network that made the features, or raise MismatchError."""
     import onnx
 
     if not out.backbone.exists():

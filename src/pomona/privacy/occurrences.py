@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from pomona.backbone.extract import features_of
 from pomona.core.files import read_json
 from pomona.core.parquet import gather
-from pomona.pipeline import reduce_tasks
+from pomona.model.pca_table import FOLDERS
+from pomona.pipeline.reduce import partition
 from pomona.privacy.names_in_text import Names
 from pomona.registry import lineage
 from pomona.registry.lineage import Lineage
@@ -22,7 +23,7 @@ from pomona.workspace import feature_table
 from pomona.workspace.feature_table import Index
 from pomona.workspace.layout import Out
 
-PCA_TABLES = tuple(reduce_tasks.FOLDERS.values())
+PCA_TABLES = tuple(FOLDERS.values())
 DERIVED = (
     "projection",
     "model",
@@ -145,7 +146,7 @@ def _lost_labels(erased: pa.ChunkedArray, kept: pa.ChunkedArray) -> list[str]:
     """Return the folders of labels that lose their last photo, as logs may name them."""
     labels = pc.unique(erased)
     lost = labels.filter(pc.invert(pc.is_in(labels, pc.unique(kept)))).to_pylist()
-    return [name for label in lost for name in (f"label={label}", reduce_tasks.partition(label))]
+    return [name for label in lost for name in (f"label={label}", partition(label))]
 
 
 def _is_stale(out: Out, names: Names) -> bool:
