@@ -47,15 +47,15 @@ def finetune(
     kept then.
     """
     request = open_request(source, out, options or FinetuneOptions(), cluster or Cluster(), on_tick)
-    out = request.out
-    with layout.lock(out):
-        tombstones.refuse_erasing(out)
+    folder = request.out
+    with layout.lock(folder):
+        tombstones.refuse_erasing(folder)
         photos = _list_photos(request)
         made_from = request.made_from(photos)
-        if record := _finished(out, made_from):
+        if record := _finished(folder, made_from):
             return record
-        _refuse_other_run(out, made_from)
-        if not (out.tuning / JOB).exists():
+        _refuse_other_run(folder, made_from)
+        if not (folder.tuning / JOB).exists():
             prepare(request, photos, made_from)
         try:
             _train(request)
@@ -63,7 +63,7 @@ def finetune(
             _write(request, finished=False)
             raise
         record = _write(request, finished=True)
-        shutil.rmtree(out.tuning, ignore_errors=True)
+        shutil.rmtree(folder.tuning, ignore_errors=True)
         return record
 
 
