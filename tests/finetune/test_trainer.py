@@ -11,7 +11,7 @@ import torch
 
 from pomona.backbone import mobilenet
 from pomona.core.errors import JobError
-from pomona.finetune import checkpoint, evaluation, trainer
+from pomona.finetune import checkpoint, trainer
 from pomona.finetune.checkpoint import Training, read_progress
 from pomona.finetune.dataset import Dataset
 from pomona.finetune.learner import Learner
@@ -37,7 +37,7 @@ def test_stops_early_when_held_out_groups_say_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "PATIENCE", 2)
-    monkeypatch.setattr(evaluation, "sort_key", lambda entry: (-entry.get("step", 99), 0.0))
+    monkeypatch.setattr(trainer, "sort_key", lambda entry: (-entry.get("step", 99), 0.0))
     trainer.train(folder, "cpu")
     progress = read_progress(folder / trainer.CHECKPOINT)
     assert progress.ended == "early"

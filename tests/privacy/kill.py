@@ -16,14 +16,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from pomona.privacy import copies, forget, staging
+from pomona.privacy import copies, erase, forget, staging
 
 POINTS: dict[str, tuple[Any, str]] = {
     "move": (Path, "rename"),
     "remove": (Path, "unlink"),
     "copies": (copies, "clean"),
     "stage": (staging, "stage"),
-    "rebuild": (forget, "rebuild_derived"),
+    "rebuild": (erase, "rebuild_derived"),
 }
 
 

@@ -12,8 +12,7 @@ from pyarrow.fs import FileSystem
 
 from pomona.cli import render
 from pomona.privacy import forget, names_in_text
-from pomona.privacy.erase import erase_photos
-from pomona.privacy.rebuild import rebuild_derived
+from pomona.privacy.erase import erase_photos, rebuild_derived
 from pomona.workspace import lease, remote
 from pomona.workspace.remote_folder import open_place
 from tests.privacy.conftest import QUIET, SECRET, write, write_answers
@@ -48,8 +47,8 @@ def test_a_store_knows_before_anything_is_made_again(
         seen.append("rebuild")
         return rebuild_derived(*words)
 
-    monkeypatch.setattr(forget, "erase_photos", erase)
-    monkeypatch.setattr(forget, "rebuild_derived", rebuild)
+    monkeypatch.setattr("pomona.privacy.erase.erase_photos", erase)
+    monkeypatch.setattr("pomona.privacy.erase.rebuild_derived", rebuild)
     code, _, stderr = command("forget", "--out", uri, *SECRET, "--yes", "--no-rebuild")
     assert code == 0, stderr
     with remote.opened(uri, look_only=True) as home:

@@ -23,28 +23,19 @@ white, and JPEG leaves some grey at its edge."""
 BORDER = 0.5
 """Least share of a photo's border that is white if the photo counts as taken on white."""
 
+# Structuring elements [n, h, w]: of each photo by itself.
 FOUR_NEIGHBOURS = np.array([[[0] * 3] * 3, [[0, 1, 0], [1, 1, 1], [0, 1, 0]], [[0] * 3] * 3])
 SQUARE = np.ones((1, 3, 3))
-"""Structuring elements [n, h, w]: of each photo by itself."""
 
-SCALE = (0.7, 1.4)
-"""Zoom: below 1 the fruit gets smaller, above 1 the photo is cropped."""
-SHIFT = 0.1
-"""Greatest translation along each axis, as a share of the side."""
-STRETCH = 0.15
-"""Greatest change of the aspect ratio: a factor of e to the power of this."""
-BRIGHTNESS, CONTRAST, SATURATION = 0.25, 0.2, 0.4
-"""Factors are drawn from 1 ± these."""
-HUE = 0.3
-"""Greatest rotation about the grey axis, in radians."""
-TINT = 0.05
-"""Greatest offset of each channel (white is 1), as coloured light gives."""
-NOISE = 0.02
-"""Greatest standard deviation of the sensor noise."""
-KEEP_WHITE = 0.5
-"""Share of the photos that keep their white background: photos of Test have one too."""
-BLURRED = 0.2
-"""Share of the photos that are blurred."""
+SCALE = (0.7, 1.4)  # zoom: below 1 the fruit gets smaller, above 1 the photo is cropped
+SHIFT = 0.1  # greatest translation along each axis, as a share of the side
+STRETCH = 0.15  # greatest change of the aspect ratio: a factor of e to the power of this
+BRIGHTNESS, CONTRAST, SATURATION = 0.25, 0.2, 0.4  # factors are drawn from 1 ± these
+HUE = 0.3  # greatest rotation about the grey axis, in radians
+TINT = 0.05  # greatest offset of each channel (white is 1), as coloured light gives
+NOISE = 0.02  # greatest standard deviation of the sensor noise
+KEEP_WHITE = 0.5  # share of photos that keep their white background: those of Test have one too
+BLURRED = 0.2  # share of photos that are blurred
 OCTAVES = {1: 0.25, 2: 0.25, 5: 0.2, 16: 0.1, 64: 0.06}
 """Octaves of the noise that replaces backgrounds: cells along a side, and greatest amplitude."""
 
@@ -129,35 +120,26 @@ def _matrices(uniform: Uniform) -> torch.Tensor:
     return torch.stack([*x, *y], dim=1).reshape(-1, 2, 3)
 
 
-_LUMA = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
-
-
 def _colours(uniform: Uniform) -> torch.Tensor:
     """Return brightness, contrast, saturation and hue as one matrix: all are affine."""
-    n3 = (-1, 1, 1)
-    brightness = uniform(1 - BRIGHTNESS, 1 + BRIGHTNESS).reshape(n3)
-    contrast = uniform(1 - CONTRAST, 1 + CONTRAST).reshape(n3)
-    saturation = uniform(1 - SATURATION, 1 + SATURATION).reshape(n3)
-    angle = uniform(-HUE, HUE).reshape(n3)
+    brightness, contrast, saturation = (
+        uniform(1 - most, 1 + most, 1, 1) for most in (BRIGHTNESS, CONTRAST, SATURATION)
+    )
+    angle = uniform(-HUE, HUE, 1, 1)
     one = torch.eye(3)
-    grey = _LUMA.expand(3, 3)  # maps each channel to the luma
+    grey = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)  # each channel to luma, ITU-R BT.601
     axis = torch.full((3, 3), 1 / 3)
     cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
     hue = torch.cos(angle) * one + (1 - torch.cos(angle)) * axis + torch.sin(angle) * cross
     mix = brightness * contrast * (saturation * one + (1 - saturation) * grey) @ hue
-    shift = (0.5 * (1 - contrast) + uniform(-TINT, TINT, 3).unsqueeze(2)).reshape(-1, 3, 1)
+    shift = 0.5 * (1 - contrast) + uniform(-TINT, TINT, 3, 1)
     return torch.cat([mix, shift], dim=2)
 
 
 def apply(photos: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Return augmented photos, float32 [n, 3, h, w] in 0…1.
 
-    Parameters
-    ----------
-    photos
-        uint8 [n, h, w, 4]: RGB, and the mask of `foreground_masks`.
-    draws
-        Of the same n photos.
+    ``photos`` are uint8 [n, h, w, 4]: RGB, and the mask of `foreground_masks`.
     """
     _, height, width, _ = photos.shape
     planes = photos.permute(0, 3, 1, 2).float() / 255
@@ -170,14 +152,15 @@ def apply(photos: torch.Tensor, draws: Draws) -> torch.Tensor:
         moved[whole] = functional.grid_sample(
             planes[whole], grid[whole], padding_mode="reflection", align_corners=False
         )
-    moved[:, :3] += 1
-    rgb, mask = moved[:, :3], moved[:, 3:]
+    rgb, mask = moved[:, :3] + 1, moved[:, 3:]
     mix, shift = draws.colour[:, :, :3], draws.colour[:, :, 3:]
     lit = torch.baddbmm(shift, mix, rgb.flatten(2)).reshape(rgb.shape)
-    covered = 1 - draws.replace.reshape(-1, 1, 1, 1) * (1 - mask)
+    replace, blur, noise = (
+        value.reshape(-1, 1, 1, 1) for value in (draws.replace, draws.blur, draws.noise)
+    )
+    covered = 1 - replace * (1 - mask)
     scene = lit * covered + _background(draws, height, width) * (1 - covered)
-    soft = torch.lerp(scene, _binomial(scene), draws.blur.reshape(-1, 1, 1, 1))
-    return (soft + draws.noise.reshape(-1, 1, 1, 1) * draws.grain).clamp(0, 1)
+    return (torch.lerp(scene, _binomial(scene), blur) + noise * draws.grain).clamp(0, 1)
 
 
 def _background(draws: Draws, height: int, width: int) -> torch.Tensor:

@@ -63,20 +63,16 @@ class Batches:
         self.varieties = [dataset.train[keys == key] for key in np.unique(keys)]
 
     def batch(self, step: int, world: World) -> tuple[Codes, torch.Tensor]:
-        """Return this process's part of a batch.
+        """Return this process's part of a batch: rows of the dataset [n], and their pixels.
 
-        Returns
-        -------
-        tuple
-            Rows of the dataset [n], and their augmented pixels [n, 3, h, w] on the device.
+        These are augmented, [n, 3, h, w], on the device.
         """
         size, side = self.recipe.batch_size, self.dataset.photos.shape[1]
         seeds = np.random.SeedSequence([self.recipe.seed, step + 1_000_000])
         rng = np.random.default_rng(seeds)
         generator = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
         count = len(self.varieties)
-        rounds = -(-size // count)
-        chosen = np.concatenate([rng.permutation(count) for _ in range(rounds)])[:size]
+        chosen = np.concatenate([rng.permutation(count) for _ in range(0, size, count)])[:size]
         rows = np.array([rng.choice(self.varieties[variety]) for variety in chosen])
         rows = rows[world.rank :: world.size]
         draws = augmentation.draw(size, side, generator).part(world.rank, world.size)

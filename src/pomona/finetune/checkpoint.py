@@ -1,40 +1,62 @@
-"""The state of a training, and its checkpoints: one safetensors file with JSON in it. Needs torch.
+"""The state of a training, with the moving average of its weights, and its checkpoints.
 
-Runs on the driver, or on workers.
+A checkpoint is one safetensors file with JSON in it. Needs torch. Runs on workers, too.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pomona.core.files import atomic_file
-from pomona.finetune.averaging import MovingAverage
 from pomona.finetune.learner import Learner
-from pomona.finetune.network import Tensors
-from pomona.finetune.recipe import Plan
+from pomona.finetune.network import Network, Tensors
+from pomona.finetune.recipe import Plan, Progress, Recipe
 
 METADATA = "pomona"
 PARTS = ("network", "average", "best", "start", "optimizer")
 """Key of the file's metadata, and prefixes of its tensors' names."""
 
 
-@dataclass
-class Progress:
-    """What a training has come to, as JSON."""
+class MovingAverage:
+    """The averaged weights, and the ``start`` that the result stays near."""
 
-    step: int = 0
-    ended: str = ""  # why: planned, or early
-    best: dict[str, Any] = field(default_factory=dict)  # of the history
-    before: dict[str, Any] = field(default_factory=dict)  # trained weights before the first step
-    history: list[dict[str, Any]] = field(default_factory=list)  # evaluations
-    losses: list[float] = field(default_factory=list)  # of each step
+    def __init__(self, network: Network, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.start = copy_of(network.state_dict())
+        self.weights = copy_of(self.start)
+
+    def update(self, network: Network, step: int, share: float) -> None:
+        """Move the average towards the network's weights after ``step`` steps.
+
+        An exponential moving average with the horizon `Recipe.average`; in the first steps, which
+        are fewer than the horizon, a plain mean. ``share`` of the schedule was done before the last
+        step.
+        """
+        horizon = max(1.0, self.recipe.average * step / max(share, 1e-9))
+        weight = 1 / min(horizon, 1 + step)
+        for key, value in network.state_dict().items():
+            if value.is_floating_point():
+                self.weights[key].lerp_(value, weight)
+            else:
+                self.weights[key].copy_(value)
+
+    def result(self) -> Tensors:
+        """Return what training has led to: weights between start and average, `Recipe.blend`."""
+        blend = self.recipe.blend
+        if blend == 1:
+            return copy_of(self.weights)
+        return {k: torch.lerp(self.start[k], value, blend) for k, value in self.weights.items()}
+
+
+def copy_of(state: Tensors) -> Tensors:
+    """Return a state dict with tensors of its own."""
+    return {key: value.detach().clone() for key, value in state.items()}
 
 
 class Training:
@@ -106,7 +128,4 @@ def read(path: Path, device: str) -> tuple[Plan, Progress, dict[str, Tensors]]:
 
 def read_progress(path: Path) -> Progress:
     """Return a checkpoint's progress; where there is none, that of a training yet to begin."""
-    if not path.exists():
-        return Progress()
-    with safe_open(path, "np") as file:
-        return Progress(**json.loads(file.metadata()[METADATA])["progress"])
+    return read(path, "cpu")[1] if path.exists() else Progress()

@@ -17,22 +17,13 @@ START, TEACHER = "start.safetensors", "teacher.safetensors"
 
 @dataclass(frozen=True)
 class Dataset:
-    """Photos in memory (or mapped into it), and what is known about them.
-
-    Attributes
-    ----------
-    photos
-        uint8 [n, side, side, 4]: RGB and the mask of `augmentation.foreground_masks`.
-    labels, groups
-        Codes [n]; −1 where training knows no such label or group.
-    train, held_out, test
-        Rows.
-    """
+    """Photos in memory (or mapped into it), and what is known about them."""
 
     photos: npt.NDArray[np.uint8]
-    labels: Codes
+    """[n, side, side, 4]: RGB and the mask of `augmentation.foreground_masks`."""
+    labels: Codes  # [n], as groups: −1 where training knows no such label or group
     groups: Codes
-    train: Codes
+    train: Codes  # rows, as held_out and test
     held_out: Codes
     test: Codes
 

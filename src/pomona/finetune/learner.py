@@ -15,10 +15,8 @@ from pomona.finetune.recipe import Recipe, learning_rate_factor
 from pomona.finetune.teacher import Teacher
 
 MAX_GRADIENT_NORM = 5.0
-
 PROBE_PHOTOS = 4000
 """The most photos that heads are initialised on."""
-
 PROBE_PENALTY = 0.005
 """L2 penalty of that logistic regression, on standardised features."""
 
@@ -52,12 +50,8 @@ class Learner:
     def step(self, number: int, share: float) -> float:
         """Train on one batch, and return its mean loss.
 
-        Parameters
-        ----------
-        number
-            Of the step, from 0: decides the batch.
-        share
-            Share of the schedule that is done: decides the learning rates.
+        The step's ``number``, from 0, decides the batch; the ``share`` of the schedule that is done
+        decides the learning rates.
         """
         factor = learning_rate_factor(share, self.recipe.warmup)
         for group in self.optimizer.param_groups:
@@ -131,17 +125,16 @@ def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         groups.setdefault((name.startswith("heads"), parameter.ndim > 1), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "peak": recipe.head_rate if of_heads else recipe.rate,
-                "lr": 0.0,
-                "weight_decay": recipe.decay if decays else 0.0,
-            }
-            for (of_heads, decays), parameters in groups.items()
-        ]
-    )
+    options = [
+        {
+            "params": parameters,
+            "peak": recipe.head_rate if of_heads else recipe.rate,
+            "lr": 0.0,
+            "weight_decay": recipe.decay if decays else 0.0,
+        }
+        for (of_heads, decays), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(options)
 
 
 def _logistic_regression(

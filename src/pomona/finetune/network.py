@@ -1,7 +1,4 @@
-"""The network that is trained: the backbone and its classification heads. Needs torch.
-
-Runs on the driver, or on workers.
-"""
+"""The network that is trained: the backbone and its heads. Needs torch. Runs on workers, too."""
 
 from __future__ import annotations
 
@@ -30,12 +27,7 @@ EVALUATION_BATCH = 64
 class Network(nn.Module):
     """Pixels in 0…1 to features, and a linear head for each classification.
 
-    Parameters
-    ----------
-    classes
-        Number of classes of each head, by its name.
-    norm
-        As in `Recipe`.
+    ``classes`` has the number of classes of each head; ``norm`` is as in `Recipe`.
     """
 
     def __init__(self, classes: Mapping[str, int], *, norm: bool) -> None:

@@ -1,9 +1,9 @@
-"""How weights are trained: the recipe, and the schedule of a run. Needs no torch."""
+"""How weights are trained: the recipe, a run's schedule and its progress. Needs no torch."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pomona.backbone.weights import Weights
@@ -22,12 +22,8 @@ class Recipe:
         takes a third less time on a CPU.
     rate, head_rate
         AdamW's peak learning rates, of the backbone and of the heads.
-    decay
-        AdamW's weight decay.
     warmup
         Share of the run in which learning rates rise.
-    smoothing
-        Label smoothing.
     average
         Horizon of the moving average of the weights, as a share of the run. The averaged weights
         are evaluated and kept.
@@ -45,8 +41,6 @@ class Recipe:
         Share of the run, from its start, with blockwise distillation: each block learns on its own
         to give what the teacher's block gives (Li et al. 2020, "Blockwisely supervised neural
         architecture search with knowledge distillation"). A random start learns much faster so.
-    mixed
-        Mixed precision: convolve in bfloat16.
     """
 
     image_size: int = 224
@@ -54,15 +48,15 @@ class Recipe:
     norm: bool = False
     rate: float = 2e-4
     head_rate: float = 5e-4
-    decay: float = 1e-2
+    decay: float = 1e-2  # AdamW's weight decay
     warmup: float = 0.1
-    smoothing: float = 0.1
+    smoothing: float = 0.1  # of labels
     average: float = 0.15
     blend: float = 1.0
     variety: float = 0.5
     distill: float = 0.0
     apart: float = 0.0
-    mixed: bool = False
+    mixed: bool = False  # convolve in bfloat16
     seed: int = 0
 
 
@@ -97,11 +91,8 @@ def adapt(recipe: Recipe, start: Weights, teacher: Weights | None) -> Recipe:
     return recipe if other_teacher else replace(recipe, blend=BLEND)
 
 
-# --- the schedule ------------------------------------------------------------------------------
-
 WARM_UP_STEPS = 5
 """Steps whose speed says little: libraries warm up, and a pause looks like a slow machine."""
-
 WARM_UP_SECONDS = 60.0
 """The most that one of them counts for."""
 
@@ -114,7 +105,6 @@ class Plan:
     allows at the speed of the last steps; so a machine that slows down still ends in time, at the
     end of the schedule. A step that takes much longer than the last ones (the machine slept, or the
     process was paused) doesn't count in full.
-
     """
 
     steps: int | None = None
@@ -132,9 +122,7 @@ class Plan:
         seconds = min(seconds, 5 * usual, WARM_UP_SECONDS if warming_up else math.inf)
         self.typical = usual if warming_up else 0.9 * usual + 0.1 * seconds
         self.spent += seconds
-        increments = []
-        if self.steps is not None:
-            increments.append(1 / self.steps)
+        increments = [] if self.steps is None else [1 / self.steps]
         if self.seconds is not None:
             left = max(0.0, self.seconds - self.spent)
             increment = (1 - self.share) / max(1.0, left / self.typical)
@@ -142,6 +130,18 @@ class Plan:
         self.share = min(1.0, self.share + max(increments))
         if 1 - self.share < 1e-9:
             self.share = 1.0
+
+
+@dataclass
+class Progress:
+    """What a training has come to, as JSON."""
+
+    step: int = 0
+    ended: str = ""  # why: planned, or early
+    best: dict[str, Any] = field(default_factory=dict)  # of the history
+    before: dict[str, Any] = field(default_factory=dict)  # trained weights before the first step
+    history: list[dict[str, Any]] = field(default_factory=list)  # evaluations
+    losses: list[float] = field(default_factory=list)  # of each step
 
 
 def learning_rate_factor(share: float, warmup: float) -> float:

@@ -25,10 +25,9 @@ class Teacher:
 
     def __init__(self, state: mobilenet.State, batches: Batches) -> None:
         self.network = build(state, {}, norm=False).to(batches.device).eval()
-        self.mixed = batches.recipe.mixed
-        self.rotations: list[torch.Tensor | None] = []
-        if batches.recipe.apart:
-            self.rotations = _rotations(batches.recipe.seed, batches.device)
+        recipe = batches.recipe
+        self.mixed = recipe.mixed
+        self.rotations = _rotations(recipe.seed, batches.device) if recipe.apart else []
         of_features: list[torch.Tensor] = []
         of_blocks: dict[int, list[torch.Tensor]] = {}
         for n in range(SAMPLE_BATCHES):
@@ -43,10 +42,8 @@ class Teacher:
 
     def targets(self, pixels: torch.Tensor, *, blockwise: bool) -> tuple[torch.Tensor, Targets]:
         """Return the features of these pixels and, with ``blockwise``, the blocks' targets."""
-        with (
-            torch.no_grad(),
-            torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.mixed),
-        ):
+        autocast = torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.mixed)
+        with torch.no_grad(), autocast:
             maps = self.network.maps(pixels)
             rotated = [
                 None if rotation is None else functional.conv2d(output, rotation)
@@ -60,13 +57,12 @@ class Teacher:
 
     def block_distance(self, maps: Sequence[torch.Tensor], targets: Targets) -> torch.Tensor:
         """Return how far the blocks' outputs are from their targets, summed over the blocks."""
-        return torch.stack(
-            [
-                _distance(maps[block], target, self.scales[block])
-                for block, target in enumerate(targets)
-                if target is not None
-            ]
-        ).sum()
+        distances = [
+            _distance(maps[block], target, self.scales[block])
+            for block, target in enumerate(targets)
+            if target is not None
+        ]
+        return torch.stack(distances).sum()
 
 
 def _rotations(seed: int, device: str) -> list[torch.Tensor | None]:

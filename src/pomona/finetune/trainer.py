@@ -1,7 +1,6 @@
 """Training from a folder: steps, evaluations and checkpoints to the end of the plan. Needs torch.
 
-A run that is resumed from a checkpoint does what it would have done without the break. Runs on the
-driver, or on workers.
+A resumed run does what it would have done without the break. Runs on workers, too.
 """
 
 from __future__ import annotations
@@ -9,38 +8,36 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file
+from torch.nn import functional
 
 from pomona.core.cpus import available_cpus
 from pomona.core.errors import JobError
 from pomona.core.files import read_json, write_json
-from pomona.finetune import checkpoint, evaluation
-from pomona.finetune.averaging import copy_of
+from pomona.finetune import checkpoint
 from pomona.finetune.batches import World
-from pomona.finetune.checkpoint import Progress, Training
-from pomona.finetune.dataset import JOB, START, TEACHER, load_dataset
+from pomona.finetune.checkpoint import Training, copy_of
+from pomona.finetune.dataset import JOB, START, TEACHER, Codes, Dataset, load_dataset
 from pomona.finetune.learner import Learner, head_sizes
-from pomona.finetune.network import Network
-from pomona.finetune.recipe import Plan, Recipe
+from pomona.finetune.network import Network, features_of
+from pomona.finetune.recipe import Plan, Progress, Recipe
 
 CHECKPOINT = "checkpoint.safetensors"
 PROGRESS = "progress.json"
 """Where several processes leave what one tells its ``on_step``."""
-
 STOP = "stop"
 """A file that ends several processes: a signal reaches the driver alone."""
 
 SAVE_EVERY = 60.0
 """Seconds between checkpoints: what a kill costs at most."""
-
 EVALUATIONS = 20
 """Number of evaluations over the whole plan."""
-
 PATIENCE = 10
 """Evaluations without a better one after which a run ends early. Many, as accuracy on varieties
 never seen drops for a while when learning rates are at their peak."""
@@ -54,27 +51,20 @@ def train(
 ) -> None:
     """Train as a folder's ``job.json`` says, and leave the result in its checkpoint.
 
-    Resumes from the checkpoint that is there.
-
-    Parameters
-    ----------
-    folder
-        As `pomona.pipeline.finetune` fills it. Each process maps the photos; the first one writes.
-    device
-        ``cpu``, ``cuda`` or ``cuda:1``.
+    Resumes from the checkpoint that is there. `pomona.pipeline.finetune` fills the folder. Each
+    process maps the photos; the first one writes. ``device`` is ``cpu``, ``cuda`` or ``cuda:1``.
     """
     world = world or World()
     if world.size == 1:
         torch.set_num_threads(_threads())  # what ran before may have left another number
     torch.backends.cudnn.deterministic = True  # so that the seed decides on a GPU, too
     training = _open(folder, device, world)
-    plan, progress = training.plan, training.progress
+    learner, plan, progress = training.learner, training.plan, training.progress
     saved = time.monotonic()
     while not progress.ended:
         evaluated = int(plan.share * EVALUATIONS)
         step(training)
-        due = int(plan.share * EVALUATIONS) > evaluated
-        due = due and not training.learner.blockwise(plan.share)
+        due = int(plan.share * EVALUATIONS) > evaluated and not learner.blockwise(plan.share)
         if due:
             evaluate(training)
         progress.ended = _why_ended(training)
@@ -85,7 +75,7 @@ def train(
         if late:
             saved = time.monotonic()
         if on_step:
-            done = progress.step * training.learner.recipe.batch_size
+            done = progress.step * learner.recipe.batch_size
             on_step(done, round(done / max(plan.share, 1e-9)))
         if world.agree(stop):
             return
@@ -121,19 +111,15 @@ def load_result(folder: Path, device: str) -> tuple[Network, Progress, float]:
     return network, progress, plan.spent
 
 
-# --- the parts of the loop ---------------------------------------------------------------------
-
-
 def _open(folder: Path, device: str, world: World) -> Training:
     """Begin a training, or resume it."""
     began = time.monotonic()
     job = read_json(folder / JOB)
-    teacher = folder / TEACHER
     learner = Learner(
         Recipe(**job["recipe"]),
         load_dataset(folder),
         load_file(folder / START),
-        teacher=load_file(teacher) if teacher.exists() else None,
+        teacher=load_file(folder / TEACHER) if (folder / TEACHER).exists() else None,
         device=device,
         world=world,
     )
@@ -183,7 +169,7 @@ def evaluate(training: Training) -> None:
     if world.rank == 0:
         trained = copy_of(network.state_dict())
         network.load_state_dict(result)
-        metrics = evaluation.evaluate(network, learner.dataset, held_out, learner.device)
+        metrics = metrics_of(network, learner.dataset, held_out, learner.device)
         network.load_state_dict(trained)
     entry = {
         "step": progress.step,
@@ -193,10 +179,35 @@ def evaluate(training: Training) -> None:
         **metrics,
     }
     progress.history.append(entry)
-    better = evaluation.sort_key(entry) > evaluation.sort_key(progress.best)
-    if world.agree(better or not len(held_out)):
+    if world.agree(sort_key(entry) > sort_key(progress.best) or not len(held_out)):
         progress.best, training.best = entry, result
     training.plan.spent += time.monotonic() - began
+
+
+def metrics_of(network: Network, dataset: Dataset, rows: Codes, device: str) -> dict[str, float]:
+    """Return the accuracy over photos, and accuracy and cross-entropy as means over groups.
+
+    Rows of the dataset are taken without augmentation; without rows there are no metrics.
+    """
+    if not len(rows):
+        return {}
+    features = features_of(network, dataset.photos, rows, device)
+    with torch.inference_mode():
+        logits = network.heads["label"](features).cpu()
+    labels, groups = torch.from_numpy(dataset.labels[rows]), dataset.groups[rows]
+    right = (logits.argmax(dim=1) == labels).numpy()
+    losses = functional.cross_entropy(logits, labels, reduction="none").numpy()
+    weight = 1 / np.bincount(groups)[groups]
+    return {
+        "accuracy": round(float(right.mean()), 5),
+        "accuracy_by_group": round(float(np.average(right, weights=weight)), 5),
+        "loss": round(float(np.average(losses, weights=weight)), 5),
+    }
+
+
+def sort_key(evaluation: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the sort key of evaluations: higher accuracy by group, then lower loss."""
+    return (evaluation.get("accuracy_by_group", -1.0), -evaluation.get("loss", math.inf))
 
 
 def _why_ended(training: Training) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -18,25 +16,17 @@ from pomona.core.files import atomic_file, read_json, sha256, write_json
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import utc_now, versions
 from pomona.finetune.dataset import JOB, load_dataset
+from pomona.finetune.recipe import Progress
 from pomona.photos.listing import list_files
 from pomona.photos.source import arrange
 from pomona.pipeline.finetune_dataset import prepare
-from pomona.pipeline.finetune_request import (
-    OPTIONS,
-    FinetuneOptions,
-    Request,
-    check,
-    open_request,
-)
+from pomona.pipeline.finetune_request import FinetuneOptions, Request, open_request
 from pomona.spark import tasks
 from pomona.spark.session import Cluster, session
 from pomona.workspace import layout, tombstones
 from pomona.workspace.layout import Out
 
-if TYPE_CHECKING:
-    from pomona.finetune.checkpoint import Progress
-
-__all__ = ["OPTIONS", "FinetuneOptions", "check", "finetune", "track"]
+__all__ = ["FinetuneOptions", "finetune", "track"]
 
 
 def finetune(
@@ -48,26 +38,33 @@ def finetune(
 ) -> dict[str, Any]:
     """Train weights on the photos of a source, and write them to ``OUT/weights.safetensors``.
 
-    After a kill it resumes from its last checkpoint. Ctrl-C leaves the best weights so far. Nothing
-    is computed if OUT holds the weights of the same photos and options.
+    Returns the manifest's record, which is ``OUT/weights.json``, too. After a kill it resumes from
+    its last checkpoint. Ctrl-C leaves the best weights so far. Nothing is computed if OUT holds the
+    weights of the same photos and options.
 
-    Returns
-    -------
-    dict
-        The manifest's record, which is ``OUT/weights.json``, too.
-
-    Raises
-    ------
-    RequestError
-        If the request can't be met, also as one of its subclasses.
-    JobError
-        If the disk is too full, the loss became NaN, or Spark gave up (with several processes).
-        What is done is kept.
+    Raises RequestError, or one of its subclasses, if the request can't be met; JobError if the disk
+    is too full, the loss became NaN, or Spark gave up (with several processes): what is done is
+    kept then.
     """
     request = open_request(source, out, options or FinetuneOptions(), cluster or Cluster(), on_tick)
-    with layout.lock(request.out):
-        tombstones.refuse_erasing(request.out)
-        return _finetune(request, _list_photos(request))
+    folder = request.out
+    with layout.lock(folder):
+        tombstones.refuse_erasing(folder)
+        photos = _list_photos(request)
+        made_from = request.made_from(photos)
+        if record := _finished(folder, made_from):
+            return record
+        _refuse_other_run(folder, made_from)
+        if not (folder.tuning / JOB).exists():
+            prepare(request, photos, made_from)
+        try:
+            _train(request)
+        except KeyboardInterrupt:
+            _write(request, finished=False)
+            raise
+        record = _write(request, finished=True)
+        shutil.rmtree(folder.tuning, ignore_errors=True)
+        return record
 
 
 def track(out: str | Path, record: dict[str, Any]) -> str:
@@ -101,36 +98,14 @@ def _list_photos(request: Request) -> pa.Table:
     return photos
 
 
-def _finetune(request: Request, photos: pa.Table) -> dict[str, Any]:
-    """Do what isn't done yet, and return the record."""
-    out, made_from = request.out, request.made_from(photos)
-    if record := _finished(out, made_from):
-        return record
-    _refuse_other_run(out, made_from)
-    if not (out.tuning / JOB).exists():
-        prepare(request, photos, made_from)
-    try:
-        _train(request)
-    except KeyboardInterrupt:
-        _write(request, finished=False)
-        raise
-    record = _write(request, finished=True)
-    shutil.rmtree(out.tuning, ignore_errors=True)
-    return record
-
-
 def _finished(out: Out, made_from: dict[str, Any]) -> dict[str, Any]:
     """Return the record of the weights in OUT; empty where there are none, or damaged ones.
 
-    Raises
-    ------
-    MismatchError
-        If they were made from something else.
+    Raises MismatchError if they were made from something else.
     """
     record = read_json(out.tuned_about)
-    if not record.get("finished") or not out.tuned.exists():
-        return {}
-    if sha256(out.tuned) != record["digests"][out.tuned.name]:
+    is_there = record.get("finished") and out.tuned.exists()
+    if not is_there or sha256(out.tuned) != record["digests"][out.tuned.name]:
         return {}
     if record["made_from"] != made_from:
         raise MismatchError(
@@ -160,8 +135,7 @@ def _differences(made_from: dict[str, Any], other: dict[str, Any]) -> str:
 
 def _train(request: Request) -> None:
     """Train in this process, or in several that Spark starts."""
-    from pomona.finetune import trainer
-    from pomona.finetune.checkpoint import read_progress
+    from pomona.finetune import checkpoint, trainer
 
     folder, processes = request.out.tuning, request.options.processes
 
@@ -177,37 +151,27 @@ def _train(request: Request) -> None:
         return
     stop, log_file = folder / trainer.STOP, request.out.log
     stop.unlink(missing_ok=True)
-    with session(replace(request.cluster, log_file=log_file)) as spark, _touched_on_error(stop):
-        on_gpu = request.device == "cuda"
-        function, argument = trainer.train_together, str(folder)
-        tasks.run_torch(spark, processes, on_gpu, function, argument, poll, log_file)
-    if not read_progress(folder / trainer.CHECKPOINT).ended:
+    on_gpu, function = request.device == "cuda", trainer.train_together
+    with session(replace(request.cluster, log_file=log_file)) as spark:
+        try:
+            tasks.run_torch(spark, processes, on_gpu, function, str(folder), poll, log_file)
+        except BaseException:
+            stop.touch()
+            raise
+    if not checkpoint.read_progress(folder / trainer.CHECKPOINT).ended:
         raise JobError("the processes ended before the training did: run the same command again")
-
-
-@contextlib.contextmanager
-def _touched_on_error(stop: Path) -> Iterator[None]:
-    """Create a file if the block raises."""
-    try:
-        yield
-    except BaseException:
-        stop.touch()
-        raise
 
 
 def _write(request: Request, *, finished: bool) -> dict[str, Any]:
     """Write the best weights so far, if there are any, and the JSON beside them."""
-    from pomona.finetune import trainer
-    from pomona.finetune.checkpoint import read_progress
-    from pomona.finetune.evaluation import evaluate
-    from pomona.finetune.network import weights_of
+    from pomona.finetune import checkpoint, network, trainer
 
     out, device = request.out, request.device
-    if not read_progress(out.tuning / trainer.CHECKPOINT).best:
+    if not checkpoint.read_progress(out.tuning / trainer.CHECKPOINT).best:
         return {}
     job = read_json(out.tuning / JOB)
-    network, progress, seconds = trainer.load_result(out.tuning, device)
-    state = weights_of(network)
+    trained, progress, seconds = trainer.load_result(out.tuning, device)
+    state = network.weights_of(trained)
     with atomic_file(out.tuned) as part:
         part.write_bytes(to_bytes(state, (*request.tuned_on, *job["tuned_on"])))
     record = {
@@ -223,7 +187,7 @@ def _write(request: Request, *, finished: bool) -> dict[str, Any]:
     }
     if finished and request.options.judge_test:
         dataset = load_dataset(out.tuning)
-        record["test"] = evaluate(network, dataset, dataset.test, device)
+        record["test"] = trainer.metrics_of(trained, dataset, dataset.test, device)
     write_json(out.tuned_about, record)
     layout.update(out, "finetune", {k: v for k, v in record.items() if k != "history"})
     return record

@@ -173,10 +173,7 @@ def _check_labels(labels: Sized) -> None:
 
 
 def _check_space(root: Path, pixels: int) -> None:
-    """Refuse a disk that can't take so many bytes of pixels.
-
-    Writing into a mapped file on a full disk ends the process without a message.
-    """
+    """Refuse a full disk: writing into a file mapped on one ends the process without a message."""
     needed = pixels + (200 << 20)
     free = shutil.disk_usage(root).free
     if free < needed:

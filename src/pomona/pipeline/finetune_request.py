@@ -19,9 +19,7 @@ from pomona.spark.session import Cluster
 from pomona.workspace import layout
 from pomona.workspace.layout import Out
 
-DEFAULT_EPOCHS = 20.0
-"""Where neither epochs nor minutes are given."""
-
+DEFAULT_EPOCHS = 20.0  # where neither epochs nor minutes are given
 NO_TEACHER = "none"
 PRECISIONS = ("auto", "float32", "mixed")
 
@@ -51,19 +49,8 @@ class FinetuneOptions:
     fold: int = 0
 
 
-OPTIONS = tuple(FinetuneOptions.__dataclass_fields__)
-
-
-def check(options: FinetuneOptions) -> None:
-    """Refuse wrong options before any work.
-
-    Raises
-    ------
-    MissingError
-        If PyTorch isn't installed.
-    RequestError
-        If a value is out of range.
-    """
+def _check(options: FinetuneOptions) -> None:
+    """Refuse values out of range, and to go on without PyTorch, before any work."""
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -106,19 +93,14 @@ class Request:
     @property
     def epochs(self) -> float | None:
         """Epochs to train for; None where minutes alone limit it."""
-        default = None if self.options.minutes is not None else DEFAULT_EPOCHS
-        return default if self.options.epochs is None else self.options.epochs
+        asked = self.options.epochs
+        return DEFAULT_EPOCHS if asked is None and self.options.minutes is None else asked
 
     @property
     def recipe(self) -> Recipe:
         """How to train."""
-        options = self.options
-        recipe = Recipe(
-            image_size=options.image_size,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            mixed=_mixed(options.precision, self.device),
-        )
+        options, mixed = self.options, _mixed(self.options.precision, self.device)
+        recipe = Recipe(options.image_size, options.batch_size, mixed=mixed, seed=options.seed)
         return adapt(recipe, self.start, self.teacher)
 
     def made_from(self, photos: pa.Table) -> dict[str, Any]:
@@ -143,7 +125,7 @@ def open_request(
     source: str | Path, out: str | Path, options: FinetuneOptions, cluster: Cluster, on_tick: OnTick
 ) -> Request:
     """Check options, and open the source, OUT and the weights."""
-    check(options)
+    _check(options)
     if options.processes > 1 and cluster.master.startswith("sc://"):
         raise RequestError("--processes needs a Spark of its own: local[*] or spark://, not sc://")
     opened = open_source(source)

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 
 from pomona.core.errors import RequestError
 from pomona.core.files import atomic_file, read_json, write_json
-from pomona.core.schema import REJECTED
 from pomona.privacy.names_in_text import A_PHOTO, Names
 from pomona.privacy.occurrences import DERIVED, Occurrences
+from pomona.workspace.feature_table import read_rejected
 from pomona.workspace.layout import Out
 
 STORE, ARTIFACTS = "mlflow.db", "mlflow-artifacts"
@@ -46,45 +46,24 @@ BINARY = (".onnx", ".safetensors", ".png")
 
 @dataclass
 class Copies:
-    """What was done to the copies; in the receipt as it is.
+    """What was done to the copies; in the receipt as it is."""
 
-    Attributes
-    ----------
-    log_lines
-        Lines removed from the log.
-    values
-        Values of MLflow's database that named a photo.
-    rewritten, removed
-        Files and folders of MLflow's store.
-    answers
-        Rows removed from `predict`'s answers in OUT.
-    left
-        Files in OUT that aren't Pomona's and name a photo: they are not touched.
-    """
-
-    log_lines: int = 0
-    values: int = 0
-    rewritten: int = 0
-    removed: int = 0
-    answers: int = 0
+    log_lines: int = 0  # removed from the log
+    values: int = 0  # of MLflow's database that named a photo
+    rewritten: int = 0  # files and folders of MLflow's store
+    removed: int = 0  # files and folders of MLflow's store
+    answers: int = 0  # rows removed from `predict`'s answers in OUT
     left: list[str] = field(default_factory=list)
+    """Files in OUT that aren't Pomona's and name a photo: they are not touched."""
 
 
 def clean(
     out: Out, occurrences: Occurrences, saw_photo: Callable[[dict[str, Any]], bool]
 ) -> Copies:
-    """Clean all copies in OUT.
+    """Clean all copies in OUT. Raises RequestError if MLflow's database is in use.
 
-    Parameters
-    ----------
-    saw_photo
-        Tells from a ``model.json`` whether that model may have been trained with a photo; copies
-        of such models in MLflow's store are removed.
-
-    Raises
-    ------
-    RequestError
-        If MLflow's database is in use.
+    ``saw_photo`` tells from a ``model.json`` whether that model may have been trained with a photo;
+    copies of such models in MLflow's store are removed.
     """
     names, done = occurrences.names, Copies()
     done.log_lines = _clean_log(out.log, names)
@@ -132,9 +111,6 @@ def _clean_places(file: Path, occurrences: Occurrences) -> None:
         }
     if record:
         write_json(file, record)
-
-
-# --- MLflow's store ----------------------------------------------------------------------------
 
 
 def _clean_database(database: Path, names: Names) -> int:
@@ -203,7 +179,7 @@ def _clean_artifacts(
 def _rewrite(path: Path, names: Names) -> bool:
     """Write a list or JSON without the photos. Returns whether no name is left in it."""
     if path.name == "rejected.csv":
-        rows = _read_rejected(path)
+        rows = read_rejected(path)
         is_named = pc.is_in(rows["path"], pa.array(sorted(names.paths), pa.string()))
         with atomic_file(path) as part:
             pcsv.write_csv(rows.filter(pc.invert(is_named)), part)
@@ -212,17 +188,6 @@ def _rewrite(path: Path, names: Names) -> bool:
         return False
     write_json(path, names.pruned(read_json(path)))
     return not names.are_in_file(path)
-
-
-def _read_rejected(path: Path) -> pa.Table:
-    return pcsv.read_csv(
-        path,
-        parse_options=pcsv.ParseOptions(newlines_in_values=True),
-        convert_options=pcsv.ConvertOptions(column_types=REJECTED),
-    )
-
-
-# --- answers, and what isn't Pomona's ----------------------------------------------------------
 
 
 def _clean_other(out: Out, path: Path, occurrences: Occurrences, done: Copies) -> None:
@@ -249,8 +214,5 @@ def _clean_answers(file: Path, paths: frozenset[str]) -> int:
 
 def _ends_with_any(path: str, paths: frozenset[str]) -> bool:
     """Tell whether a path is one of some, or one of them below some folder."""
-    while path not in paths:
-        _, slash, path = path.partition("/")
-        if not slash:
-            return False
-    return True
+    parts = path.split("/")
+    return any("/".join(parts[first:]) in paths for first in range(len(parts)))

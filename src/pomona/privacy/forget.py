@@ -38,9 +38,8 @@ from typing import Any
 from pomona.core.errors import RequestError
 from pomona.core.progress import OnTick, quiet
 from pomona.core.uris import local_path
-from pomona.privacy.erase import ERASE, begin, erase_photos, is_erased, plan, refuse_other
+from pomona.privacy import erase
 from pomona.privacy.occurrences import Tables, read_tables
-from pomona.privacy.rebuild import REBUILD, rebuild_derived
 from pomona.privacy.selection import first_of, read_list, select
 from pomona.spark.session import Cluster
 from pomona.workspace import layout, tombstones
@@ -51,27 +50,13 @@ __all__ = ["ForgetOptions", "allow", "finish", "forget", "read_list"]
 
 @dataclass(frozen=True)
 class ForgetOptions:
-    """How photos are forgotten; see ``pomona forget --help``.
+    """How photos are forgotten; see ``pomona forget --help``."""
 
-    Attributes
-    ----------
-    listed
-        Exact paths, beside the photos and patterns that are named.
-    rebuild
-        Make again what was made from the photos.
-    retire
-        Delete the versions in ``OUT/mlflow.db`` that were trained with the photos.
-    missing_ok
-        Take exact paths that neither the tables nor the source hold.
-    dry_run
-        Return what would go, and change nothing.
-    """
-
-    listed: tuple[str, ...] = ()
-    rebuild: bool = True
-    retire: bool = False
-    missing_ok: bool = False
-    dry_run: bool = False
+    listed: tuple[str, ...] = ()  # exact paths, beside the photos and patterns that are named
+    rebuild: bool = True  # make again what was made from the photos
+    retire: bool = False  # delete the versions in ``OUT/mlflow.db`` that were trained with them
+    missing_ok: bool = False  # take exact paths that neither the tables nor the source hold
+    dry_run: bool = False  # return what would go, and change nothing
 
 
 def forget(
@@ -84,14 +69,9 @@ def forget(
 ) -> dict[str, Any]:
     """Erase photos from OUT and put a tombstone in each one's place. Returns the receipt.
 
-    Parameters
-    ----------
-    photos
-        Paths as in the table, or patterns (`pomona.privacy.selection.matcher`). With none at all,
-        a forget that isn't finished is ended.
-    after
-        Called when the tombstones are written and when the photos are erased, before anything is
-        made again; nothing holds OUT then.
+    ``photos`` are paths as in the table, or patterns (`pomona.privacy.selection.matcher`); with
+    none at all, a forget that isn't finished is ended. ``after`` is called when the tombstones are
+    written and when the photos are erased, before anything is made again; nothing holds OUT then.
 
     Returns
     -------
@@ -111,22 +91,22 @@ def forget(
     begun = None
     with layout.lock(folder):
         unfinished = tombstones.pending(folder)
-        if unfinished.get("phase") == ERASE and not options.dry_run:  # of a forget that was killed
-            erase_photos(folder, (*photos, *options.listed), on_tick)
+        if unfinished.get("phase") == erase.ERASE and not options.dry_run:  # a kill left it
+            erase.erase_photos(folder, (*photos, *options.listed), on_tick)
         tables = read_tables(folder)
         paths = _to_erase(folder, tables, photos, options, unfinished)
         if options.dry_run:
             nothing = {"photos": 0, "pending": unfinished}
-            return plan(folder, tables, paths) if paths else nothing
+            return erase.plan(folder, tables, paths) if paths else nothing
         if paths:
-            begun = begin(folder, paths, rebuild=options.rebuild, retire=options.retire)
+            begun = erase.begin(folder, paths, rebuild=options.rebuild, retire=options.retire)
     after("forget")
     if begun:
         with layout.lock(folder):
-            refuse_other(folder, begun)
-            erase_photos(folder, paths, on_tick)
+            erase.refuse_other(folder, begun)
+            erase.erase_photos(folder, paths, on_tick)
         after("forget")
-    receipt = rebuild_derived(folder, cluster, on_tick)
+    receipt = erase.rebuild_derived(folder, cluster, on_tick)
     if not (photos or options.listed):
         _refuse_unnamed(folder)
     return receipt
@@ -144,16 +124,10 @@ def _to_erase(
         if not unfinished:
             raise RequestError("forget takes photos: paths as in the table, patterns, or --list")
         return frozenset()
-    under_way = unfinished.get("phase") in (ERASE, REBUILD)
-    paths = select(
-        out,
-        tables.paths,
-        photos,
-        options.listed,
-        missing_ok=options.missing_ok,
-        may_be_gone=under_way,
-    )
-    return frozenset() if under_way and is_erased(out, tables, paths) else paths
+    under_way = unfinished.get("phase") in (erase.ERASE, erase.REBUILD)
+    flags = {"missing_ok": options.missing_ok, "may_be_gone": under_way}
+    paths = select(out, tables.paths, photos, options.listed, **flags)
+    return frozenset() if under_way and erase.is_erased(out, tables, paths) else paths
 
 
 def _refuse_unnamed(out: Out) -> None:
@@ -180,20 +154,17 @@ def finish(
         return None
     with layout.lock(folder):  # a journal may hold its beginning: the lock completes that
         phase = tombstones.pending(folder).get("phase")
-        if phase == ERASE:
-            erase_photos(folder, (), on_tick)
-    if not rebuild or phase not in (ERASE, REBUILD):
+        if phase == erase.ERASE:
+            erase.erase_photos(folder, (), on_tick)
+    if not rebuild or phase not in (erase.ERASE, erase.REBUILD):
         return None
-    return rebuild_derived(folder, cluster, on_tick)
+    return erase.rebuild_derived(folder, cluster, on_tick)
 
 
 def allow(out: str | Path, photos: Sequence[str]) -> dict[str, Any]:
     """Remove tombstones, so that the next ``extract`` takes these photos in again.
 
-    Raises
-    ------
-    RequestError
-        If one of them has none. Nothing has changed then.
+    If one of them has none, that is a RequestError, and nothing has changed.
     """
     folder = layout.open_out(out, must_exist=True)
     if not photos:

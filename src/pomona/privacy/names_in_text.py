@@ -13,36 +13,30 @@ from urllib.parse import quote
 
 from pomona.photos.source import SUFFIXES
 
-GONE = "(forgotten)"
-"""Replaces a name."""
+GONE = "(forgotten)"  # replaces a name
 MANY = 200
 """Searching a report of 1 MB for more names than this takes seconds."""
 
-_FLAGS = re.IGNORECASE | re.DOTALL
-ANY_PHOTO = rf".*(?:{'|'.join(re.escape(suffix) for suffix in SUFFIXES)}).*"
-A_PHOTO = re.compile(b"|".join(re.escape(s.encode()) for s in SUFFIXES), re.IGNORECASE)
-"""Finds the name of any photo in bytes, by its suffix."""
+_SUFFIX = "|".join(re.escape(suffix) for suffix in SUFFIXES)
+ANY_PHOTO = re.compile(rf".*(?:{_SUFFIX}).*", re.IGNORECASE | re.DOTALL)
+"""Matches text that names any photo, by its suffix."""
+A_PHOTO = re.compile(_SUFFIX.encode(), re.IGNORECASE)
+"""Finds the name of any photo in bytes."""
 
 
 class Names:
     """Find and replace some names in text.
 
     With more than `MANY` names any photo's name counts as one of them, because a regular expression
-    of so many alternatives is slow: too much is removed then, never too little.
-
-    Parameters
-    ----------
-    paths
-        Of the photos.
-    others
-        File names that no other photo has, and other words to find.
+    of so many alternatives is slow: too much is removed then, never too little. ``others`` are file
+    names that no other photo has, and other words to find.
     """
 
     def __init__(self, paths: Iterable[str], others: Iterable[str] = ()) -> None:
         self.paths = frozenset(paths)
         names = [*self.paths, *others]
         if len(names) > MANY:
-            self._text, self._bytes = re.compile(ANY_PHOTO, _FLAGS), A_PHOTO
+            self._text, self._bytes = ANY_PHOTO, A_PHOTO
             return
         written = {form for name in names if name for form in forms(name)}
         pattern = "|".join(_pattern(form) for form in sorted(written, key=len, reverse=True))
@@ -57,11 +51,8 @@ class Names:
         """Tell whether a file holds one of the names, without reading it into memory."""
         if not path.stat().st_size:
             return False
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        ):
-            return self._bytes.search(content) is not None
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+            return self._bytes.search(whole) is not None
 
     def replaced(self, text: str) -> str:
         """Return the text with `GONE` in the place of each name."""
@@ -76,9 +67,8 @@ class Names:
         return self.replaced(value) if isinstance(value, str) else value
 
     def _in_item(self, item: Any) -> bool:
-        if isinstance(item, dict):
-            return any(isinstance(v, str) and self._text.search(v) for v in item.values())
-        return isinstance(item, str) and self._text.search(item) is not None
+        values = item.values() if isinstance(item, dict) else [item]
+        return any(isinstance(value, str) and self._text.search(value) for value in values)
 
 
 def _pattern(form: str) -> str:
@@ -92,15 +82,15 @@ def forms(name: str) -> set[str]:
     >>> sorted(forms("a&b.jpg"))
     ['a%26b.jpg', 'a&amp;b.jpg', 'a&b.jpg', 'a\\u0026b.jpg']
     """
-    ascii_json = json.dumps(name)[1:-1]
+    ascii_json, in_html = json.dumps(name)[1:-1], html.escape(name)
     in_script = "".join(f"\\u{ord(c):04x}" if c in "<>&'" else c for c in ascii_json)
     return {
         name,
         ascii_json,
         in_script,
         json.dumps(name, ensure_ascii=False)[1:-1],
-        html.escape(name),
-        html.escape(name).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
+        in_html,
+        in_html.replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
         quote(name),
         name.replace('"', '""'),
         repr(name)[1:-1],

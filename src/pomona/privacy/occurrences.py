@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,29 +32,21 @@ DERIVED = (
 )
 """What is made from the features, and can hold a photo's numbers."""
 REPORT_FILES = ("report.html", "metrics.json", "pca_variance.png")
+REMOVED = (*DERIVED, "export", *(f"report/{name}" for name in REPORT_FILES))
+"""What is removed, as it may have been made with a photo."""
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The rows that OUT holds.
-
-    Attributes
-    ----------
-    index
-        Rows of the table of features and of the parts of an unfinished extract.
-    pca_paths
-        The column ``path`` of each PCA table.
-    """
+    """The rows that OUT holds: ``index`` has those of features and of an unfinished extract."""
 
     index: Index
-    pca_paths: dict[str, pa.ChunkedArray]
+    pca_paths: dict[str, pa.ChunkedArray]  # the column ``path`` of each PCA table
 
     @cached_property
     def paths(self) -> pa.Array:
         """Each path in any of the tables once."""
-        columns = [self.index.rows["path"], *self.pca_paths.values()]
-        chunks = [chunk for column in columns for chunk in column.chunks]
-        return pc.unique(pa.chunked_array(chunks, pa.string()))
+        return pc.unique(_joined([self.index.rows["path"], *self.pca_paths.values()]))
 
 
 def read_tables(out: Out) -> Tables:
@@ -63,38 +56,25 @@ def read_tables(out: Out) -> Tables:
     pca_paths = {}
     for name in PCA_TABLES:
         files = sorted((out.root / name).rglob("*.parquet"))
-        columns = [pq.ParquetFile(file).read(["path"])["path"] for file in files]
-        chunks = [chunk for column in columns for chunk in column.chunks]
-        pca_paths[name] = pa.chunked_array(chunks, pa.string())
+        pca_paths[name] = _joined(pq.ParquetFile(file).read(["path"])["path"] for file in files)
     return Tables(index, pca_paths)
+
+
+def _joined(columns: Iterable[pa.ChunkedArray]) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
 
 
 @dataclass(frozen=True)
 class Occurrences:
-    """Where photos that are to be erased occur in OUT.
+    """Where photos that are to be erased occur in OUT."""
 
-    Attributes
-    ----------
-    paths
-        The photos.
-    index
-        All rows of the table of features and of parts.
-    erased
-        Which of those rows go, bool [rows].
-    names
-        The photos' names as text.
-    pca_rows
-        How many rows go, by PCA table.
-    stale
-        Whether report, model or export may hold a photo that the tables don't hold any more.
-    """
-
-    paths: frozenset[str]
-    index: Index
-    erased: npt.NDArray[np.bool_]
+    paths: frozenset[str]  # of the photos
+    index: Index  # as in `Tables`
+    erased: npt.NDArray[np.bool_]  # [rows of the index]: which go
     names: Names
-    pca_rows: dict[str, int]
+    pca_rows: dict[str, int]  # how many go, by PCA table
     stale: bool
+    """Whether report, model or export may hold a photo that the tables don't hold any more."""
 
     @cached_property
     def in_table(self) -> npt.NDArray[np.bool_]:
@@ -164,28 +144,24 @@ def _is_stale(out: Out, names: Names) -> bool:
     return bool(exported) and exported.get("digest") != newest
 
 
-def training_features(out: Out, occurrences: Occurrences) -> npt.NDArray[np.float32]:
-    """Return the features [n, 1280] of the Training photos that go."""
+def lineage_of(out: Out, occurrences: Occurrences) -> Lineage:
+    """Return what tells the models that were trained with the photos."""
+    in_pca = bool(occurrences.pca_rows["training_pca"])
     rows = occurrences.index.rows.filter(pa.array(occurrences.erased))
+    # What is in no table now may have been a Training photo, unless its path says Test.
+    absent = occurrences.paths.difference(rows["path"].to_pylist())
+    unseen = not in_pca and any(not path.startswith("Test/") for path in absent)
+    vectors = _training_features(out, occurrences.index, rows)
+    return lineage.of(out, in_pca=in_pca, unseen=unseen, vectors=vectors)
+
+
+def _training_features(out: Out, index: Index, rows: pa.Table) -> npt.NDArray[np.float32]:
+    """Return the features [n, 1280] of those of the rows that are Training photos."""
     rows = rows.filter(pc.and_(pc.equal(rows["split"], "Training"), pc.is_null(rows["error"])))
     plan = rows.select(["file", "row"]).combine_chunks().to_batches()
     parts = [
         features_of(table["features"])
         for batch in plan
-        for _, table in gather(batch, str(out.root), occurrences.index.files, ["features"])
+        for _, table in gather(batch, str(out.root), index.files, ["features"])
     ]
     return np.concatenate(parts) if parts else np.zeros((0, 1280), np.float32)
-
-
-def lineage_of(out: Out, occurrences: Occurrences) -> Lineage:
-    """Return what tells the models that were trained with the photos."""
-    in_pca = bool(occurrences.pca_rows["training_pca"])
-    in_rows = occurrences.index.rows.filter(pa.array(occurrences.erased))["path"].to_pylist()
-    # What is in no table now may have been a Training photo, unless its path says Test.
-    unseen = any(not path.startswith("Test/") for path in occurrences.paths - set(in_rows))
-    return lineage.of(
-        out,
-        in_pca=in_pca,
-        unseen=unseen and not in_pca,
-        vectors=training_features(out, occurrences),
-    )

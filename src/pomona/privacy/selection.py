@@ -18,21 +18,13 @@ from pomona.photos.source import open_source
 from pomona.workspace import tombstones
 from pomona.workspace.layout import Out
 
-STDIN = "-"
-
 _WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 
 def read_list(file: str) -> tuple[str, ...]:
-    """Return the lines of a file, or of standard input (``-``).
-
-    Raises
-    ------
-    RequestError
-        If it can't be read, isn't UTF-8, or holds none.
-    """
+    """Return the lines of a file, or of standard input (``-``); refuse a file without any."""
     try:
-        content = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         lines = [line for line in re.split(r"\r?\n", content.decode()) if line]
     except OSError as error:
         raise RequestError(f"--list {file} can't be read: {error.strerror}") from error
@@ -76,23 +68,10 @@ def select(
 ) -> frozenset[str]:
     """Return the paths of the photos that are meant.
 
-    Parameters
-    ----------
-    known
-        All paths in OUT's tables.
-    photos
-        Paths as in the table, with or without the source's address in front, or patterns.
-    listed
-        Exact paths only.
-    missing_ok
-        Take exact paths that neither the tables nor the source hold.
-    may_be_gone
-        Accept a pattern that matches nothing: an interrupted forget may have erased its photos.
-
-    Raises
-    ------
-    RequestError
-        If a pattern matches nothing, or a path is neither in the tables nor in the source.
+    ``known`` are all paths in OUT's tables. ``photos`` are paths as in the table, with or without
+    the source's address in front, or patterns; ``listed`` are exact paths only. Refused are exact
+    paths that neither the tables nor the source hold, unless ``missing_ok``, and patterns that
+    match nothing, unless they ``may_be_gone``: an interrupted forget may have erased their photos.
     """
     address = f"{read_json(out.table_file)['source'].rstrip('/')}/"
     patterns = {name.removeprefix(address) for name in photos}

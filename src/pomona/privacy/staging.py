@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pomona.core.files import atomic_file, read_json, sha256, tree_digest, write_json
 from pomona.core.parquet import open_parquet
 from pomona.core.schema import FEATURES_TABLE, SPLITS, without
-from pomona.privacy.occurrences import DERIVED, REPORT_FILES, Occurrences
+from pomona.privacy.occurrences import REMOVED, Occurrences
 from pomona.workspace import feature_table
 from pomona.workspace.compaction import next_generation
 from pomona.workspace.layout import Move, Out
@@ -29,22 +29,12 @@ from pomona.workspace.layout import Move, Out
 
 @dataclass
 class Change:
-    """Files that are staged, and the moves that put them in place.
-
-    Attributes
-    ----------
-    staged
-        A folder in ``OUT/_work``.
-    moves
-        For `pomona.workspace.layout.commit`.
-    counts
-        Of files ``rewritten`` and ``removed``.
-    """
+    """Files that are staged, and the moves that put them in place."""
 
     out: Out
-    staged: Path
-    moves: list[Move] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
+    staged: Path  # a folder in ``OUT/_work``
+    moves: list[Move] = field(default_factory=list)  # for `pomona.workspace.layout.commit`
+    counts: Counter[str] = field(default_factory=Counter)  # files ``rewritten`` and ``removed``
 
     def remove(self, name: str) -> None:
         """Remove a file or folder of OUT, if it is there."""
@@ -60,32 +50,32 @@ class Change:
         return staged
 
 
-def stage(out: Out, occurrences: Occurrences, change: Change, *, drop_records: bool) -> None:
+def stage(occurrences: Occurrences, change: Change, *, drop_records: bool) -> None:
     """Stage all of OUT that changes.
 
     With ``drop_records`` the manifest's records of reduce and train go: they aren't made again.
     """
-    _stage_plan(out, occurrences, change)
-    _stage_parts(out, occurrences, change)
-    change.remove(out.tuning.name)  # it holds pixels of all photos
+    _stage_plan(occurrences, change)
+    _stage_parts(occurrences, change)
+    change.remove(change.out.tuning.name)  # it holds pixels of all photos
     if not occurrences.in_derived:
         return
-    files = _stage_table(out, occurrences, change)
-    _stage_manifest(out, occurrences, files, change, drop_records=drop_records)
-    for name in (*DERIVED, "export", *(f"report/{name}" for name in REPORT_FILES)):
+    files = _stage_table(occurrences, change)
+    _stage_manifest(occurrences, files, change, drop_records=drop_records)
+    for name in REMOVED:
         change.remove(name)
 
 
-def _stage_table(out: Out, occurrences: Occurrences, change: Change) -> dict[str, Any]:
+def _stage_table(occurrences: Occurrences, change: Change) -> dict[str, Any]:
     """Stage the table's files that change, and ``_table.json``; return its entries by file."""
+    out, index = change.out, occurrences.index
     table = read_json(out.table_file)
     files = dict(table.get("files", {}))
-    generation = next_generation(occurrences.index)
-    counter: Counter[str] = Counter()
+    generation, counter = next_generation(index), Counter[str]()
     for number, rows in occurrences.rows_by_file.items():
-        if number >= occurrences.index.table_files:
+        if number >= index.table_files:
             continue
-        old = occurrences.index.files[number].removeprefix("features/")
+        old = index.files[number].removeprefix("features/")
         split = old.partition("/")[0]
         about = files.pop(old)
         change.remove(f"features/{old}")
@@ -120,19 +110,16 @@ def _copy_without(
     return {"rows": count, "rejected": rejected}
 
 
-# --- an extract that isn't finished ------------------------------------------------------------
-
-
-def _stage_plan(out: Out, occurrences: Occurrences, change: Change) -> None:
+def _stage_plan(occurrences: Occurrences, change: Change) -> None:
     """Subtract the photos from the counts of an unfinished extract."""
-    plan = read_json(out.work / "plan.json")
+    plan = read_json(change.out.work / "plan.json")
     if not plan:
         return
     paths, in_table = occurrences.index.rows["path"], occurrences.in_table
     erased = occurrences.erased
     before = set(paths.filter(pa.array(erased & in_table)).to_pylist())
     parts = set(paths.filter(pa.array(erased & ~in_table)).to_pylist())
-    todo = _paths_to_do(out) & occurrences.paths
+    todo = _paths_to_do(change.out) & occurrences.paths
     plan["photos"] -= len(before | parts | todo)
     plan["before"] -= len(before - todo)
     write_json(change.put("_work/plan.json"), plan)
@@ -147,14 +134,14 @@ def _paths_to_do(out: Out) -> set[str]:
         return set()
 
 
-def _stage_parts(out: Out, occurrences: Occurrences, change: Change) -> None:
+def _stage_parts(occurrences: Occurrences, change: Change) -> None:
     """Stage the parts of an unfinished extract; all else that killed runs left is removed."""
-    index = occurrences.index
+    out, index = change.out, occurrences.index
     parts = {out.root / name for name in index.files[index.table_files :]}
     for number, rows in occurrences.rows_by_file.items():
         if number >= index.table_files:
             change.remove(index.files[number])
-            _stage_part(out, index.files[number], rows, change)
+            _stage_part(index.files[number], rows, change)
     for path in sorted(out.work.glob("*")) if out.work.is_dir() else []:
         if path in (change.staged, out.work / "plan.json"):
             continue
@@ -165,30 +152,22 @@ def _stage_parts(out: Out, occurrences: Occurrences, change: Change) -> None:
             change.remove(unfinished.relative_to(out.root).as_posix())
 
 
-def _stage_part(out: Out, name: str, rows: npt.NDArray[np.int64], change: Change) -> None:
+def _stage_part(name: str, rows: npt.NDArray[np.int64], change: Change) -> None:
     """Stage one part; its name tells its counts, which are known when it is written."""
     run, task, old_rows, _ = Path(name).stem.split("-")
     if int(old_rows) == len(rows):
         return
     spare = change.staged / f"part-{len(change.moves)}"
-    counts = _copy_without(out.root / name, spare, rows, FEATURES_TABLE)
+    counts = _copy_without(change.out.root / name, spare, rows, FEATURES_TABLE)
     new = feature_table.PART_FORMAT.format(run=run, task=int(task), **counts)
     spare.rename(change.put(f"{Path(name).parent.as_posix()}/{new}"))
 
 
-# --- lists -------------------------------------------------------------------------------------
-
-
 def _stage_manifest(
-    out: Out,
-    occurrences: Occurrences,
-    files: dict[str, Any],
-    change: Change,
-    *,
-    drop_records: bool,
+    occurrences: Occurrences, files: dict[str, Any], change: Change, *, drop_records: bool
 ) -> None:
     """Stage ``rejected.csv`` and the record of extract, with the counts of what is left."""
-    manifest = read_json(out.manifest)
+    manifest = read_json(change.out.manifest)
     record = manifest.get("stages", {}).get("extract")
     if not record:
         change.remove("rejected.csv")
