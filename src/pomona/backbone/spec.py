@@ -27,20 +27,16 @@ class BackboneSpec:
         The weights' name and the sha256 of their values.
     image_size
         Side of the square that a photo is stretched to, in pixels.
-    backend
-        ``onnx`` or ``torch``.
-    device
-        ``cpu`` or ``cuda``.
+    backend, device
+        ``onnx`` or ``torch``; ``cpu`` or ``cuda``.
     precision
         ``float32``, or ``mixed`` (float16 convolutions) on a GPU with torch.
     batch_size
         Photos per call of the network.
     threads
         CPU threads of one worker: one per task slot.
-    memory_share
-        Share of a GPU's memory that one worker may take.
-    gpu
-        Which GPU, where there are several.
+    memory_share, gpu
+        Share of a GPU's memory that one worker may take; which GPU, where there are several.
     guard
         How photos that crash or stall the decoder are contained (`pomona.photos.isolation`).
     pixels
@@ -77,9 +73,6 @@ class BackboneSpec:
         }
 
 
-# --- making a spec, on the driver --------------------------------------------------------------
-
-
 def make_spec(
     weights: Weights,
     *,
@@ -91,10 +84,7 @@ def make_spec(
 ) -> BackboneSpec:
     """Combine weights, backend and device. Runs on the driver.
 
-    Parameters
-    ----------
-    elsewhere
-        The GPUs are the workers': this machine needs none.
+    With ``elsewhere`` the GPUs are the workers': this machine needs none.
 
     Raises
     ------
@@ -123,17 +113,7 @@ def make_spec(
 
 
 def find_device(backend: str, device: str, *, elsewhere: bool = False) -> str:
-    """Return ``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``.
-
-    With ``elsewhere`` workers have GPUs, and this machine needs none.
-
-    Raises
-    ------
-    RequestError
-        If it is another word.
-    MissingError
-        If ``cuda`` isn't there.
-    """
+    """Return ``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``; errors as of `make_spec`."""
     if device not in ("auto", "cpu", "cuda"):
         raise RequestError(f"--device is auto, cpu or cuda, not {device}")
     if device == "cpu":
