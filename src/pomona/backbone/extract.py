@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,13 +20,10 @@ import pyarrow as pa
 
 from pomona.backbone import mobilenet
 from pomona.backbone.session import onnx_session
-from pomona.backbone.spec import BackboneSpec
+from pomona.backbone.spec import BackboneSpec, Runner
 from pomona.core.schema import FEATURES
 from pomona.photos import isolation
 from pomona.photos.decoding import Photo, decode
-
-Runner = Callable[[npt.NDArray[np.uint8]], list[npt.NDArray[np.float32]]]
-"""From uint8 [n, h, w, 3] to the spec's outputs in their order, float32 [n, …] each."""
 
 SCORE = "score"
 """The one output that is a number for each photo; all others are vectors."""

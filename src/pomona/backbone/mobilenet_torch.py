@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,7 @@ from safetensors.torch import load
 from torch import nn
 
 from pomona.backbone import mobilenet
-from pomona.backbone.spec import BackboneSpec
+from pomona.backbone.spec import BackboneSpec, Runner
 from pomona.core.errors import MissingError
 
 
@@ -92,9 +91,7 @@ def read_pth(content: bytes, where: str) -> dict[str, npt.NDArray[np.generic]]:
     return {key: value.detach().float().numpy() for key, value in tensors.items()}
 
 
-def build_runner(
-    spec: BackboneSpec,
-) -> Callable[[npt.NDArray[np.uint8]], list[npt.NDArray[np.float32]]]:
+def build_runner(spec: BackboneSpec) -> Runner:
     """Return a function from uint8 [n, h, w, 3] to float32 [n, 1280]. Runs on workers.
 
     With mixed precision a GPU convolves in float16; the mean is taken in float32.

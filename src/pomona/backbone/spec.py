@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from pomona.backbone import mobilenet
 from pomona.backbone.session import gpu_memory, onnx_session
@@ -15,6 +19,9 @@ from pomona.photos.isolation import Guard
 CPU_BATCH = 8
 """ONNX Runtime gains nothing from larger batches on a CPU."""
 GPU_BATCH = 128
+
+Runner = Callable[[npt.NDArray[np.uint8]], list[npt.NDArray[np.float32]]]
+"""From uint8 [n, h, w, 3] to the spec's outputs in their order, float32 [n, …] each."""
 
 
 @dataclass(frozen=True)

@@ -195,16 +195,12 @@ def _store(proto: Any, per_channel: bool) -> None:
         highest = np.abs(weight).max(axis=(1, 2, 3) if per_channel else None)
         scale = np.maximum(highest, np.finfo(np.float32).tiny) / 127
         wide = scale.reshape(-1, 1, 1, 1) if per_channel else scale
-        tensors[key].CopyFrom(
-            numpy_helper.from_array(np.round(weight / wide).astype(np.int8), f"{key}.int8")
-        )
-        proto.graph.initializer.append(
-            numpy_helper.from_array(scale.astype(np.float32), f"{key}.scale")
-        )
+        stored, scales = f"{key}.int8", f"{key}.scale"
+        integers = np.round(weight / wide).astype(np.int8)
+        tensors[key].CopyFrom(numpy_helper.from_array(integers, stored))
+        proto.graph.initializer.append(numpy_helper.from_array(scale.astype(np.float32), scales))
         nodes.append(
-            helper.make_node(
-                "DequantizeLinear", [f"{key}.int8", f"{key}.scale"], [key], f"{key}.stored", axis=0
-            )
+            helper.make_node("DequantizeLinear", [stored, scales], [key], f"{key}.stored", axis=0)
         )
     put_first(proto, nodes)
 

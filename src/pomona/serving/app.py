@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse, Response
@@ -31,7 +32,7 @@ from starlette.types import Receive, Scope, Send
 import pomona
 from pomona.core.errors import PomonaError
 from pomona.model.recogniser import to_json
-from pomona.serving import openapi, prometheus
+from pomona.serving import openapi
 from pomona.serving.middleware import PROBLEM, Gate
 from pomona.serving.problem_details import Problem, described
 from pomona.serving.service import Fetch, Service, Settings
@@ -208,7 +209,7 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Return figures for Prometheus."""
-        return Response(service.metrics.text(), media_type=prometheus.MEDIA_TYPE)
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _json(value: Any) -> Response:

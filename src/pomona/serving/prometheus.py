@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics import Counter, Gauge, Histogram
 from prometheus_client.process_collector import ProcessCollector
-
-MEDIA_TYPE = CONTENT_TYPE_LATEST
 
 SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0)
 """Upper bounds of the latency's buckets: an answer takes 4 to 10 ms and waits up to a second."""

@@ -169,9 +169,8 @@ async def _form(
         form = await parser.parse()
     except MultiPartException as error:
         if error.message.startswith("Too many"):
-            raise Problem(
-                413, "too_many_photos", f"A request holds {limits.photos} photos at most."
-            ) from None
+            detail = f"A request holds {limits.photos} photos at most."
+            raise Problem(413, "too_many_photos", detail) from None
         raise Problem(400, "malformed", f"The form can't be read: {error.message}") from None
     try:
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]

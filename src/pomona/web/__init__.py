@@ -1,1 +1,1 @@
-"""The page that recognises fruit, as files: the service or any static host serves them."""
+"""The page that recognises fruit, as files. No server: the service or any static host is it."""
