@@ -50,7 +50,7 @@ def test_unknown_says_why(model: Model) -> None:
     app = create(lambda: model, Settings(workers=1))
     loaded = app.state.service.pool.loaded
     strict = replace(loaded.recogniser, threshold=1e9)
-    app.state.service.pool.swap(replace(loaded, recogniser=strict))
+    app.state.service.pool.loaded = replace(loaded, recogniser=strict)
     with running(app) as url:
         (answer,) = send(url, photo(1)).json()["answers"]
         assert "pomona_unknown_total 1.0" in httpx.get(url + "/metrics").text

@@ -1,4 +1,1 @@
-"""Photo to features: MobileNetV2, its weights, and `extract`, which everything calls.
-
-No classifier and no table.
-"""
+"""Photo to features: MobileNetV2 and its weights. No classifier and no table."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,13 +20,10 @@ import pyarrow as pa
 
 from pomona.backbone import mobilenet
 from pomona.backbone.session import onnx_session
-from pomona.backbone.spec import BackboneSpec
+from pomona.backbone.spec import BackboneSpec, Runner
 from pomona.core.schema import FEATURES
 from pomona.photos import isolation
 from pomona.photos.decoding import Photo, decode
-
-Runner = Callable[[npt.NDArray[np.uint8]], list[npt.NDArray[np.float32]]]
-"""From uint8 [n, h, w, 3] to the spec's outputs in their order, float32 [n, …] each."""
 
 SCORE = "score"
 """The one output that is a number for each photo; all others are vectors."""
@@ -43,23 +40,11 @@ def load_network(spec: BackboneSpec) -> Runner:
 
     Specs that differ only in their outputs share one session. The function may be called from
     several threads at a time.
-
-    Returns
-    -------
-    Runner
-        From uint8 [n, image_size, image_size, 3] to the spec's outputs; ``features`` is
-        float32 [n, 1280].
     """
     if spec.backend == "torch":
-        from safetensors.numpy import load as load_safetensors
-
         from pomona.backbone.mobilenet_torch import build_runner
 
-        state = load_safetensors(spec.payload)
-        mixed = spec.precision == "mixed"
-        device = f"cuda:{spec.gpu}" if spec.device == "cuda" else spec.device
-        torch_runner = build_runner(state, device, mixed, spec.threads, spec.memory_share)
-        return lambda image: [torch_runner(image)]
+        return build_runner(spec)
     session = _session_of(replace(spec, outputs=()))
     name = session.get_inputs()[0].name
 
@@ -70,22 +55,12 @@ def load_network(spec: BackboneSpec) -> Runner:
 
 
 class Extracted(NamedTuple):
-    """What `extract_photos` found in n photos, of which m can be used.
+    """What `extract_photos` found in n photos, of which m can be used."""
 
-    Attributes
-    ----------
-    widths, heights
-        Pixels, as each file says, [n]; None where it doesn't.
-    errors
-        A code for each photo, [n]; None: it can be used.
-    outputs
-        The spec's outputs by name, float32 [m, …]: one row for each photo without an error.
-    """
-
-    widths: list[int | None]
+    widths: list[int | None]  # [n], pixels, as each file says; None where it doesn't
     heights: list[int | None]
-    errors: list[str | None]
-    outputs: dict[str, npt.NDArray[np.float32]]
+    errors: list[str | None]  # [n], a code for each photo; None: it can be used
+    outputs: dict[str, npt.NDArray[np.float32]]  # the spec's, by name: [m, …]
 
     def by_photo(self, name: str) -> list[npt.NDArray[np.float32] | None]:
         """Return one row of an output for each photo, [n]; None where it can't be used."""
@@ -96,12 +71,7 @@ class Extracted(NamedTuple):
 def extract_photos(contents: Sequence[bytes | None], spec: BackboneSpec) -> Extracted:
     """Run the network on photos' bytes, `BackboneSpec.batch_size` at a time. Runs on workers.
 
-    Parameters
-    ----------
-    contents
-        A file's bytes each; None: it could not be read.
-    spec
-        What `make_spec` returned.
+    ``contents`` holds a file's bytes each; None: it could not be read.
 
     Raises
     ------
@@ -166,11 +136,10 @@ def extract(batches: Iterator[pa.RecordBatch], spec: BackboneSpec) -> Iterator[p
             **{name: _column(rows, usable) for name, rows in photos.outputs.items()},
             "error": pa.array(photos.errors, pa.string()),
         }
-        kept = batch.drop_columns(["content"])
-        fields = [pa.field(name, column.type) for name, column in columns.items()]
-        yield pa.RecordBatch.from_arrays(
-            [*kept.columns, *columns.values()], schema=pa.schema([*kept.schema, *fields])
-        )
+        table = batch.drop_columns(["content"])
+        for name, column in columns.items():
+            table = table.append_column(name, column)
+        yield table
 
 
 def _column(rows: npt.NDArray[np.float32], usable: npt.NDArray[np.bool_]) -> pa.Array:
@@ -200,15 +169,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 def feature_column(
     rows: npt.NDArray[np.float32], usable: npt.NDArray[np.bool_], width: int = FEATURES
 ) -> pa.ListArray:
-    """Put vectors into a list column, with null where a photo can't be used.
-
-    Parameters
-    ----------
-    rows
-        float32 [m, width], one row for each usable photo.
-    usable
-        For each photo whether it has a vector, [n].
-    """
+    """Put vectors [m, width] into a list column [n], null where a photo isn't usable: bool [n]."""
     if rows.shape != (usable.sum(), width):
         raise ValueError(f"features of shape {rows.shape} for {usable.sum()} photos")
     offsets = np.zeros(len(usable) + 1, np.int32)

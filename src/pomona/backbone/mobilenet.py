@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +35,9 @@ BLOCKS = (  # expansion t, channels c, repeats n, first stride s: the paper's ta
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+
+NORM = ("weight", "bias", "running_mean", "running_var")
+"""A batch norm's tensors."""
 
 OPSET = 17
 INPUT, OUTPUT = "image", "features"
@@ -68,19 +71,17 @@ class Block(NamedTuple):
 @functools.cache
 def blocks() -> tuple[Block, ...]:
     """Return the network from the first convolution to the last, 19 blocks."""
-    return tuple(_blocks())
-
-
-def _blocks() -> Iterator[Block]:
-    yield Block((Conv("features.0.0", "features.0.1", 3, 32, 3, 2, 1, True),), False)
-    channels, index = 32, 1
+    network = [Block((Conv("features.0.0", "features.0.1", 3, 32, 3, 2, 1, True),), False)]
+    channels = 32
     for expansion, outputs, repeats, first_stride in BLOCKS:
         for repeat in range(repeats):
             stride = first_stride if repeat == 0 else 1
-            yield _inverted_residual(f"features.{index}.conv", channels, outputs, expansion, stride)
-            channels, index = outputs, index + 1
-    last = Conv(f"features.{index}.0", f"features.{index}.1", channels, 1280, 1, 1, 1, True)
-    yield Block((last,), False)
+            key = f"features.{len(network)}.conv"
+            network.append(_inverted_residual(key, channels, outputs, expansion, stride))
+            channels = outputs
+    key = f"features.{len(network)}"
+    last = Conv(f"{key}.0", f"{key}.1", channels, 1280, 1, 1, 1, True)
+    return (*network, Block((last,), False))
 
 
 def _inverted_residual(key: str, inputs: int, outputs: int, expansion: int, stride: int) -> Block:
@@ -94,10 +95,9 @@ def _inverted_residual(key: str, inputs: int, outputs: int, expansion: int, stri
     return Block((*wide, narrow), stride == 1 and inputs == outputs)
 
 
-def convs() -> Iterator[Conv]:
-    """Yield every convolution, from the input to the output."""
-    for block in blocks():
-        yield from block.convs
+def convs() -> list[Conv]:
+    """Return every convolution, from the input to the output."""
+    return [conv for block in blocks() for conv in block.convs]
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -105,7 +105,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
     shape_of: dict[str, tuple[int, ...]] = {}
     for conv in convs():
         shape_of[f"{conv.weight}.weight"] = conv.shape
-        for part in ("weight", "bias", "running_mean", "running_var"):
+        for part in NORM:
             shape_of[f"{conv.norm}.{part}"] = (conv.outputs,)
     return shape_of
 
@@ -154,13 +154,8 @@ def random_state(seed: int) -> dict[str, npt.NDArray[np.float32]]:
         std = np.sqrt((2.0 if conv.relu else 1.0) / fan_in)
         weight = rng.standard_normal(conv.shape) * std
         state[f"{conv.weight}.weight"] = weight.astype(np.float32)
-        ones, zeros = np.ones(conv.outputs, np.float32), np.zeros(conv.outputs, np.float32)
-        for part, value in zip(
-            ("weight", "bias", "running_mean", "running_var"),
-            (ones, zeros, zeros, ones),
-            strict=True,
-        ):
-            state[f"{conv.norm}.{part}"] = value
+        for part, value in zip(NORM, (1, 0, 0, 1), strict=True):
+            state[f"{conv.norm}.{part}"] = np.full(conv.outputs, value, np.float32)
     return state
 
 
@@ -179,20 +174,14 @@ def preprocessing(image_size: int) -> dict[str, object]:
 
 def fold(state: State, conv: Conv) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Return a convolution's weight and bias with its batch norm folded in, computed in float64."""
-    gamma, beta, mean, var = (
-        state[f"{conv.norm}.{part}"].astype(np.float64)
-        for part in ("weight", "bias", "running_mean", "running_var")
-    )
+    gamma, beta, mean, var = (state[f"{conv.norm}.{part}"].astype(np.float64) for part in NORM)
     factor = gamma / np.sqrt(var + BN_EPSILON)
     weight = state[f"{conv.weight}.weight"].astype(np.float64) * factor[:, None, None, None]
     return weight.astype(np.float32), (beta - mean * factor).astype(np.float32)
 
 
 def folded(state: State) -> dict[str, npt.NDArray[np.float32]]:
-    """Return every convolution's weight and bias, its batch norm folded in: 104 tensors.
-
-    Weights from `unfolded` give the same result.
-    """
+    """Return every convolution's weight and bias, its batch norm folded in: 104 tensors."""
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     for conv in convs():
         tensors[f"{conv.weight}.weight"], tensors[f"{conv.weight}.bias"] = fold(state, conv)
@@ -232,10 +221,7 @@ def to_onnx(state: State, image_size: int, name: str, weights_digest: str) -> by
         [numpy_helper.from_array(value, key) for key, value in constants.items()],
     )
     model = helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=8,
-        producer_name="pomona",
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8, producer_name="pomona"
     )
     about = {
         "preprocessing": json.dumps(preprocessing(image_size), sort_keys=True),

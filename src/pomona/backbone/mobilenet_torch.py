@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import load
 from torch import nn
 
 from pomona.backbone import mobilenet
+from pomona.backbone.spec import BackboneSpec, Runner
 from pomona.core.errors import MissingError
-
-Runner = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
 
 class MobileNetV2(nn.Module):
@@ -92,48 +91,34 @@ def read_pth(content: bytes, where: str) -> dict[str, npt.NDArray[np.generic]]:
     return {key: value.detach().float().numpy() for key, value in tensors.items()}
 
 
-def build_runner(
-    state: mobilenet.State, device: str, mixed: bool, threads: int, memory_share: float
-) -> Runner:
+def build_runner(spec: BackboneSpec) -> Runner:
     """Return a function from uint8 [n, h, w, 3] to float32 [n, 1280]. Runs on workers.
 
-    Parameters
-    ----------
-    state
-        As `pomona.backbone.mobilenet.check` returns it.
-    device
-        ``cpu``, ``cuda`` or ``cuda:1``.
-    mixed
-        Convolve in float16 on the GPU (torch.autocast); the mean is taken in float32.
-    threads
-        CPU threads that torch may use.
-    memory_share
-        Share of the GPU's memory that this process may take.
+    With mixed precision a GPU convolves in float16; the mean is taken in float32.
     """
-    if device.startswith("cuda"):
+    if spec.device == "cuda":
         if not cuda_devices():
             raise MissingError("--device cuda needs a GPU that torch sees: use --device cpu")
-        torch.cuda.set_per_process_memory_fraction(memory_share, torch.device(device))
+        device = f"cuda:{spec.gpu}"
+        torch.cuda.set_per_process_memory_fraction(spec.memory_share, torch.device(device))
     else:
-        torch.set_num_threads(threads)
+        device = spec.device
+        torch.set_num_threads(spec.threads)
     model = MobileNetV2()
-    model.load_state_dict(
-        {key: torch.from_numpy(np.array(value)) for key, value in state.items()}, strict=False
-    )
+    model.load_state_dict(load(spec.payload), strict=False)
     model = model.eval().to(device)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean = torch.tensor(mobilenet.MEAN, device=device)
     std = torch.tensor(mobilenet.STD, device=device)
 
     @torch.inference_mode()
-    def run(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def run(image: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
         if not image.flags.writeable:  # a single photo is passed as decoded, without a copy
             image = image.copy()
         x = torch.from_numpy(image).to(device, non_blocking=True)
         x = ((x.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-        with torch.autocast("cuda", torch.float16, enabled=mixed):
+        with torch.autocast("cuda", torch.float16, enabled=spec.precision == "mixed"):
             maps = model.features(x)
-        features: npt.NDArray[np.float32] = maps.float().mean(dim=(2, 3)).cpu().numpy()
-        return features
+        return [maps.float().mean(dim=(2, 3)).cpu().numpy()]
 
     return run

@@ -8,24 +8,12 @@ from pomona.core.cpus import available_cpus
 
 
 def onnx_session(
-    content: bytes,
-    threads: int = 0,
-    device: str = "cpu",
-    memory_share: float = 1.0,
-    gpu: int = 0,
+    content: bytes, threads: int = 0, device: str = "cpu", memory_share: float = 1.0, gpu: int = 0
 ) -> Any:
     """Load an ONNX file. Runs on workers.
 
-    Parameters
-    ----------
-    content
-        The file.
-    threads
-        CPU threads of one call; 0: as many as there are CPUs.
-    device
-        ``cpu`` or ``cuda``.
-    memory_share, gpu
-        On a GPU: the share of its memory that the session may take, and which one.
+    A call uses ``threads`` of the CPU, 0: as many as there are CPUs; on a GPU, the one numbered
+    ``gpu``, the session may take ``memory_share`` of its memory.
     """
     import onnxruntime as ort
 

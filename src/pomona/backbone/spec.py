@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from pomona.backbone import mobilenet
 from pomona.backbone.session import gpu_memory, onnx_session
@@ -16,6 +20,9 @@ CPU_BATCH = 8
 """ONNX Runtime gains nothing from larger batches on a CPU."""
 GPU_BATCH = 128
 
+Runner = Callable[[npt.NDArray[np.uint8]], list[npt.NDArray[np.float32]]]
+"""From uint8 [n, h, w, 3] to the spec's outputs in their order, float32 [n, …] each."""
+
 
 @dataclass(frozen=True)
 class BackboneSpec:
@@ -27,20 +34,16 @@ class BackboneSpec:
         The weights' name and the sha256 of their values.
     image_size
         Side of the square that a photo is stretched to, in pixels.
-    backend
-        ``onnx`` or ``torch``.
-    device
-        ``cpu`` or ``cuda``.
+    backend, device
+        ``onnx`` or ``torch``; ``cpu`` or ``cuda``.
     precision
         ``float32``, or ``mixed`` (float16 convolutions) on a GPU with torch.
     batch_size
         Photos per call of the network.
     threads
         CPU threads of one worker: one per task slot.
-    memory_share
-        Share of a GPU's memory that one worker may take.
-    gpu
-        Which GPU, where there are several.
+    memory_share, gpu
+        Share of a GPU's memory that one worker may take; which GPU, where there are several.
     guard
         How photos that crash or stall the decoder are contained (`pomona.photos.isolation`).
     pixels
@@ -77,9 +80,6 @@ class BackboneSpec:
         }
 
 
-# --- making a spec, on the driver --------------------------------------------------------------
-
-
 def make_spec(
     weights: Weights,
     *,
@@ -91,10 +91,7 @@ def make_spec(
 ) -> BackboneSpec:
     """Combine weights, backend and device. Runs on the driver.
 
-    Parameters
-    ----------
-    elsewhere
-        The GPUs are the workers': this machine needs none.
+    With ``elsewhere`` the GPUs are the workers': this machine needs none.
 
     Raises
     ------
@@ -123,17 +120,7 @@ def make_spec(
 
 
 def find_device(backend: str, device: str, *, elsewhere: bool = False) -> str:
-    """Return ``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``.
-
-    With ``elsewhere`` workers have GPUs, and this machine needs none.
-
-    Raises
-    ------
-    RequestError
-        If it is another word.
-    MissingError
-        If ``cuda`` isn't there.
-    """
+    """Return ``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``; errors as of `make_spec`."""
     if device not in ("auto", "cpu", "cuda"):
         raise RequestError(f"--device is auto, cpu or cuda, not {device}")
     if device == "cpu":

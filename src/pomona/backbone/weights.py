@@ -40,27 +40,13 @@ REMEDIES = (
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that were read and checked.
+    """Weights that were read and checked: either ``state`` or ``onnx`` is None."""
 
-    Attributes
-    ----------
-    name
-        ``imagenet``, ``fruits``, ``random:SEED``, or a file's name.
-    digest
-        sha256 of the values (of the file, for ONNX).
-    state
-        The backbone's tensors, float32; None where the file is ONNX.
-    onnx
-        An ONNX file's bytes.
-    tuned_on
-        `mark` of each folder of photos that `pomona finetune` trained them on.
-    """
-
-    name: str
-    digest: str
-    state: dict[str, npt.NDArray[np.float32]] | None = None
-    onnx: bytes | None = None
-    tuned_on: tuple[str, ...] = ()
+    name: str  # imagenet, fruits, random:SEED, or a file's name
+    digest: str  # sha256 of the values (of the file, for ONNX)
+    state: dict[str, npt.NDArray[np.float32]] | None = None  # the backbone's tensors
+    onnx: bytes | None = None  # an ONNX file
+    tuned_on: tuple[str, ...] = ()  # `mark` of each folder that `pomona finetune` trained them on
 
     @property
     def trained(self) -> bool:
@@ -76,13 +62,8 @@ def default() -> str:
 def load_weights(name: str | None = None, on_bytes: OnBytes | None = None) -> Weights:
     """Find weights by name and check them.
 
-    Parameters
-    ----------
-    name
-        ``imagenet``, ``fruits``, ``random:SEED``, or the path of a ``.pth``, ``.safetensors`` or
-        ``.onnx`` file; by default `default`.
-    on_bytes
-        Called with the progress of a download.
+    The name is ``imagenet``, ``fruits``, ``random:SEED``, or the path of a ``.pth``,
+    ``.safetensors`` or ``.onnx`` file; by default `default`.
 
     Raises
     ------
@@ -100,7 +81,7 @@ def load_weights(name: str | None = None, on_bytes: OnBytes | None = None) -> We
     if not path.is_file():
         raise WeightsError(f"no weights at {name}: {REMEDIES}")
     if path.suffix == ".onnx":
-        return _onnx(path)
+        return _onnx(path.name, path.read_bytes())
     if path.suffix == ".safetensors":
         return _from_file(path.name, path, str(path))
     if path.suffix in (".pth", ".pt"):
@@ -109,13 +90,7 @@ def load_weights(name: str | None = None, on_bytes: OnBytes | None = None) -> We
 
 
 def fruits(path: Path) -> Weights:
-    """Return the weights in the package.
-
-    Raises
-    ------
-    WeightsError
-        If this package was built without them.
-    """
+    """Return the weights in the package; a WeightsError if it was built without them."""
     if not path.is_file():
         raise WeightsError(f"this build of Pomona holds no weights of its own: {REMEDIES}")
     return _from_file("fruits", path, "the package's file")
@@ -132,25 +107,16 @@ def pack(weights: Weights) -> bytes:
 
 
 def unpack(name: str, kind: str, content: bytes, digest: str, where: str) -> Weights:
-    """Read the bytes that `pack` returned. Runs no code from them.
-
-    Parameters
-    ----------
-    name, digest
-        Of the weights that were packed.
-    kind
-        ``onnx`` or ``safetensors``.
-    where
-        The place's name in an error's message.
+    """Read the bytes that `pack` returned, of kind ``onnx`` or ``safetensors``. Runs no code.
 
     Raises
     ------
     WeightsError
-        If it is damaged: the digest isn't the one that was packed.
+        If they are damaged: the digest isn't the one that was packed. Its message names ``where``.
     """
     weights = None
     if kind == "onnx":
-        weights = Weights(name, hashlib.sha256(content).hexdigest(), onnx=content)
+        weights = _onnx(name, content)
     else:
         from safetensors import SafetensorError
         from safetensors.numpy import load as from_bytes
@@ -201,9 +167,8 @@ def _from_file(name: str, path: Path, where: str) -> Weights:
     return replace(weights, tuned_on=tuple(marks.split()))
 
 
-def _onnx(path: Path) -> Weights:
-    content = path.read_bytes()
-    return Weights(path.name, hashlib.sha256(content).hexdigest(), onnx=content)
+def _onnx(name: str, content: bytes) -> Weights:
+    return Weights(name, hashlib.sha256(content).hexdigest(), onnx=content)
 
 
 def _read_safetensors(path: Path) -> dict[str, npt.NDArray[np.generic]]:
@@ -230,9 +195,6 @@ def _read_pth(path: Path) -> dict[str, npt.NDArray[np.generic]]:
         return read_pth(path.read_bytes(), str(path))
     except ValueError as error:
         raise WeightsError(f"{error}: the file is damaged, or of another kind") from error
-
-
-# --- the official file -------------------------------------------------------------------------
 
 
 def _official(on_bytes: OnBytes | None) -> Path:

@@ -1,4 +1,1 @@
-"""Smaller files of the model for phones and browsers, if they answer alike.
-
-No training; the model stays as it is.
-"""
+"""Smaller files of the model for phones and browsers, if they answer alike. No training."""

@@ -1,18 +1,29 @@
-"""Cross-layer equalization of MobileNetV2 before quantization (Nagel et al. 2019, section 4.1)."""
+"""Cross-layer equalization of MobileNetV2 before quantization (Nagel et al. 2019, section 4.1).
+
+And what it and the quantization go by: statistics of activations on calibration photos.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pomona.backbone import mobilenet
-from pomona.export.activations import Array, Pixels, measure
+from pomona.backbone.mobilenet import INPUT
+from pomona.backbone.session import onnx_session
+from pomona.photos.decoding import Pixels
 
+BATCH = 8
+"""Photos per call of a session."""
 MARGIN = 1.1
 """How far above the largest value of calibration a channel may go before ReLU6 cuts it."""
 MOST_SCALE = 64.0
+
+Array = npt.NDArray[np.float64]
 
 
 def equalize(proto: Any, pixels: Pixels) -> None:
@@ -20,14 +31,8 @@ def equalize(proto: Any, pixels: Pixels) -> None:
 
     On the calibration photos this changes no feature: ReLU6 cuts nothing that it didn't cut
     before. A value more than `MARGIN` times the largest of calibration is cut, as it would be in
-    integers without the scaling.
-
-    Parameters
-    ----------
-    proto
-        The phone's file with Pomona's own backbone (onnx.ModelProto).
-    pixels
-        Calibration photos, uint8 [n, h, w, 3].
+    integers without the scaling. ``proto`` is the phone's file with Pomona's own backbone
+    (onnx.ModelProto).
     """
     highest = _highest(proto, pixels)
     weights = _Weights(proto)
@@ -110,3 +115,37 @@ def _highest(proto: Any, pixels: Pixels) -> dict[str, Array]:
     most = measure(proto, names, pixels, "ReduceMax")
     least = measure(proto, names, pixels, "ReduceMin")
     return {name: np.maximum(most[name], -least[name]) for name in names}
+
+
+def batches(pixels: Pixels) -> Iterator[dict[str, Pixels]]:
+    """Yield photos, uint8 [n, h, w, 3], as a session takes them, `BATCH` at a time."""
+    for start in range(0, len(pixels), BATCH):
+        yield {INPUT: pixels[start : start + BATCH]}
+
+
+def measure(proto: Any, names: list[str], pixels: Pixels, kind: str) -> dict[str, Array]:
+    """Return a statistic of each channel of some activations, [n, channels, h, w], on photos.
+
+    The graph names them; ``kind`` is ``ReduceMean``, ``ReduceMax`` or ``ReduceMin``, over photos
+    and positions.
+    """
+    from onnx import TensorProto, helper
+
+    cut = type(proto).FromString(proto.SerializeToString())
+    last = max(n for n, node in enumerate(cut.graph.node) if node.output[0] in names)
+    del cut.graph.node[last + 1 :]
+    del cut.graph.output[:]
+    for name in names:
+        output = f"{name}.{kind}"
+        cut.graph.node.append(helper.make_node(kind, [name], [output], axes=[0, 2, 3], keepdims=0))
+        cut.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, None))
+    session = onnx_session(cut.SerializeToString())
+    parts = [session.run(None, batch) for batch in batches(pixels)]
+    sizes = np.array([len(batch[INPUT]) for batch in batches(pixels)], np.float64)
+    joined = (np.array(column, np.float64) for column in zip(*parts, strict=True))
+    combine: dict[str, Callable[[Array], Array]] = {
+        "ReduceMean": lambda rows: sizes @ rows / sizes.sum(),
+        "ReduceMax": lambda rows: np.max(rows, axis=0),
+        "ReduceMin": lambda rows: np.min(rows, axis=0),
+    }
+    return {name: combine[kind](rows) for name, rows in zip(names, joined, strict=True)}

@@ -24,22 +24,11 @@ from pomona.core.progress import OnTick, Steps, Tick, quiet
 from pomona.core.provenance import versions
 from pomona.core.uris import local_path
 from pomona.export import quantization
-from pomona.export.activations import Pixels
-from pomona.export.judgement import (
-    Sample,
-    Variant,
-    choose,
-    judge_all,
-    photo_reader,
-    read_photos,
-    refusal,
-    refuse_few,
-    run_files,
-)
+from pomona.export.judgement import Variant, choose, judge_all, read_photos, refusal, run_files
 from pomona.export.phone import half_precision, page_files, phone_file
 from pomona.model.artifact import Model, load_model
 from pomona.model.head import ANSWER
-from pomona.photos.reading import Reader
+from pomona.photos.decoding import Pixels
 from pomona.web import page
 from pomona.workspace import layout
 from pomona.workspace.layout import Out
@@ -131,9 +120,6 @@ def _page_folder(options: ExportOptions, dest: Path) -> Path | None:
     return web
 
 
-# --- files and figures -------------------------------------------------------------------------
-
-
 def _make(
     out: Out, model: Model, options: ExportOptions, on_tick: OnTick
 ) -> tuple[Files, dict[str, Any]]:
@@ -142,7 +128,6 @@ def _make(
     if not options.int8 and not options.half:
         on_tick(Tick("export", 1, 1))
         return {PHONE: phone}, {}
-    read = photo_reader(out)
     calibration, judges = choose(out, model.labels, options.calibration, options.held_out)
     total = len(judges.paths)
     if options.int8:
@@ -154,25 +139,15 @@ def _make(
     if options.half:
         variants.append(Variant("half", "half", HALF, half_precision(phone)))
     if options.int8:
-        pixels = _pixels(out, read, calibration, size, steps)
+        pixels = np.concatenate([part for part, _ in read_photos(out, calibration, size, steps)])
         judged["calibration"] = {"split": calibration.split, "photos": len(pixels)}
         variants += _integers(phone, pixels, steps)
-    answers = run_files(read, judges, size, [phone, *(v.content for v in variants)], steps)
-    refuse_few(len(answers.y), len(judges.paths), out)
+    photos = read_photos(out, judges, size, steps)
+    answers = run_files(photos, [phone, *(variant.content for variant in variants)])
     judged["held_out"] = {"split": judges.split, "photos": len(answers.y)}
     rows = judge_all(variants, answers, float(model.about["unknown"]["threshold"]))
     kept = {v.file: v.content for v, row in zip(variants, rows, strict=True) if row["kept"]}
     return {PHONE: phone, **kept}, {**judged, "variants": rows}
-
-
-def _pixels(out: Out, read: Reader, sample: Sample, size: int, steps: Steps) -> Pixels:
-    parts = []
-    for pixels, _ in read_photos(read, sample, size):
-        parts.append(pixels)
-        steps(len(pixels))
-    joined = np.concatenate(parts)
-    refuse_few(len(joined), len(sample.paths), out)
-    return joined
 
 
 def _integers(phone: bytes, pixels: Pixels, steps: Steps) -> list[Variant]:
@@ -185,9 +160,6 @@ def _integers(phone: bytes, pixels: Pixels, steps: Steps) -> list[Variant]:
         )
         for per_channel in (True, False)
     ]
-
-
-# --- writing -----------------------------------------------------------------------------------
 
 
 def _about(model: Model, files: Files, judged: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pomona.backbone.mobilenet import INPUT
 from pomona.backbone.session import onnx_session
 from pomona.core.errors import RequestError, SourceError
 from pomona.core.files import read_json
-from pomona.export.activations import Pixels, batches
+from pomona.export.equalization import BATCH
 from pomona.model.head import ANSWER
-from pomona.photos import decoding
+from pomona.photos.decoding import Pixels, decode
 from pomona.photos.reading import Reader, reader
 from pomona.photos.source import open_readable
 from pomona.workspace import feature_table
@@ -26,7 +27,6 @@ from pomona.workspace.layout import Out
 ENOUGH = 100
 """Test photos of known labels that are enough to judge by; with fewer, Training photos are held
 out."""
-READ_AT_ONCE = 64
 
 MOST_DROP = 0.5
 """A variant is kept if its accuracy drops by less, in percentage points …"""
@@ -50,17 +50,8 @@ def choose(
 ) -> tuple[Sample, Sample]:
     """Choose photos to calibrate on (Training) and photos to judge by, no photo in both.
 
-    Parameters
-    ----------
-    labels
-        The model's; photos of others are left out.
-    calibration, held_out
-        How many photos at most, evenly spread over those that there are.
-
-    Raises
-    ------
-    RequestError
-        If there are none of known labels.
+    Both are evenly spread over the photos of the model's labels, at most so many. A RequestError
+    if there are none.
     """
     rows = feature_table.index(out, out.work / "none", look_only=True).rows
     known = pc.is_in(rows["label"], pa.array(labels))
@@ -79,9 +70,8 @@ def choose(
             f"there are too few photos of the model's labels in {out.root}: train again on it"
         )
     split = "Test" if test.num_rows >= ENOUGH else "Training"
-    return _sample("Training", training.take(pa.array(picked)), labels), _sample(
-        split, judges, labels
-    )
+    calibrating = _sample("Training", training.take(pa.array(picked)), labels)
+    return calibrating, _sample(split, judges, labels)
 
 
 def _evenly(count: int, most: int) -> Codes:
@@ -90,54 +80,55 @@ def _evenly(count: int, most: int) -> Codes:
 
 
 def _sample(split: str, rows: pa.Table, labels: tuple[str, ...]) -> Sample:
-    place = {label: n for n, label in enumerate(labels)}
-    y = np.array([place[label] for label in rows["label"].to_pylist()], np.int64)
+    y = np.array([labels.index(label) for label in rows["label"].to_pylist()], np.int64)
     return Sample(split, rows["path"].to_pylist(), y)
 
 
-def photo_reader(out: Out) -> Reader:
-    """Return what reads the photos of OUT's source.
+def read_photos(
+    out: Out, sample: Sample, size: int, step: Callable[[int], None]
+) -> Iterator[tuple[Pixels, Codes]]:
+    """Yield pixels, uint8 [m, size, size, 3], and codes [m] of at most `BATCH` photos at a time.
+
+    A photo that can't be read any more is left out. ``step`` gets the number of photos each time.
 
     Raises
     ------
     RequestError
-        If the source is gone, or only Spark can read it.
+        If the source is gone, or only Spark can read it, or fewer than half could be read.
     """
-    name = str(read_json(out.table_file).get("source"))
+    source = str(read_json(out.table_file).get("source"))
+    wanted, done = len(sample.paths), 0
+    photos = _decoded(_reader(source), sample, size)
+    while batch := list(itertools.islice(photos, BATCH)):
+        pixels, codes = zip(*batch, strict=True)
+        yield np.stack(pixels), np.array(codes, np.int64)
+        done += len(batch)
+        step(len(batch))
+    if done < max(1, wanted / 2):
+        raise RequestError(
+            f"{wanted - done:,} of {wanted:,} photos can't be read any more: put the photos back "
+            f"at {source}, or export without int8 and half"
+        )
+
+
+def _reader(source: str) -> Reader:
     try:
-        return reader(open_readable(name))
+        return reader(open_readable(source))
     except SourceError as error:
         raise RequestError(
             f"export reads photos to calibrate and judge, and can't: {error}; put the photos back "
-            f"at {name}, extract from a copy, or export without int8 and half"
+            f"at {source}, extract from a copy, or export without int8 and half"
         ) from error
 
 
-def read_photos(read: Reader, sample: Sample, size: int) -> Iterator[tuple[Pixels, Codes]]:
-    """Yield pixels, uint8 [m, size, size, 3], and codes [m] of a few photos at a time.
-
-    A photo that can't be read any more is left out.
-    """
-    for start in range(0, len(sample.paths), READ_AT_ONCE):
-        pixels, kept = [], []
-        for number in range(start, min(start + READ_AT_ONCE, len(sample.paths))):
-            with contextlib.suppress(OSError):
-                photo = decoding.decode(read(sample.paths[number]), size)
-                if photo.pixels is not None:
-                    pixels.append(photo.pixels)
-                    kept.append(number)
-        none = np.zeros((0, size, size, 3), np.uint8)
-        yield np.stack(pixels) if pixels else none, sample.y[kept]
-
-
-def refuse_few(read: int, wanted: int, out: Out) -> None:
-    """Raise a RequestError if fewer than half of the photos could be read."""
-    if read < max(1, wanted / 2):
-        where = read_json(out.table_file).get("source")
-        raise RequestError(
-            f"{wanted - read:,} of {wanted:,} photos can't be read any more: put the photos back "
-            f"at {where}, or export without int8 and half"
-        )
+def _decoded(read: Reader, sample: Sample, size: int) -> Iterator[tuple[Pixels, int]]:
+    for path, code in zip(sample.paths, sample.y, strict=True):
+        try:
+            pixels = decode(read(path), size).pixels
+        except OSError:
+            continue
+        if pixels is not None:
+            yield pixels, code
 
 
 # --- the judgement -----------------------------------------------------------------------------
@@ -162,28 +153,15 @@ class Answers:
     y: Codes  # [n]
 
 
-def run_files(
-    read: Reader, judges: Sample, size: int, contents: list[bytes], step: Callable[[int], None]
-) -> Answers:
-    """Run several files of a model on the same photos; ``step`` gets the photos done each time."""
+def run_files(photos: Iterable[tuple[Pixels, Codes]], contents: list[bytes]) -> Answers:
+    """Run several files of a model on the same photos, as `read_photos` yields them."""
     sessions = [onnx_session(content) for content in contents]
-    guesses: list[list[Codes]] = []
-    scores: list[list[npt.NDArray[np.float32]]] = []
-    codes: list[Codes] = []
-    for pixels, y in read_photos(read, judges, size):
-        for batch in batches(pixels):
-            outputs = [session.run(list(ANSWER), batch) for session in sessions]
-            guesses.append([probabilities.argmax(axis=1) for probabilities, _ in outputs])
-            scores.append([score for _, score in outputs])
-        codes.append(y)
-        step(len(y))
-    if not guesses:
-        return Answers(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32), codes[0])
-    return Answers(
-        np.concatenate([np.stack(part) for part in guesses], axis=1),
-        np.concatenate([np.stack(part) for part in scores], axis=1),
-        np.concatenate(codes),
-    )
+    parts = []
+    for pixels, y in photos:
+        outputs = [session.run(list(ANSWER), {INPUT: pixels}) for session in sessions]
+        guesses = np.stack([probabilities.argmax(axis=1) for probabilities, _ in outputs])
+        parts.append((guesses, np.stack([score for _, score in outputs]), y))
+    return Answers(*(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)))
 
 
 def judge_all(variants: list[Variant], answers: Answers, threshold: float) -> list[dict[str, Any]]:
@@ -231,13 +209,9 @@ def refusal(kind: str, about: dict[str, Any]) -> str | None:
 
 
 def judge(reference: Codes, guess: Codes, y: Codes) -> dict[str, Any]:
-    """Compare a variant's labels with those of float32 and with the true ones, as codes [n], n > 0.
+    """Compare a variant's labels with those of float32 and with the true ones, as codes [n].
 
-    Returns
-    -------
-    dict
-        ``accuracy_float32``, ``accuracy``, ``drop_points``, ``agreement``, and ``passed``: the
-        drop is below `MOST_DROP` and the agreement at least `LEAST_AGREEMENT`.
+    ``passed``: the drop is below `MOST_DROP` and the agreement at least `LEAST_AGREEMENT`.
     """
     before, after = float((reference == y).mean()), float((guess == y).mean())
     drop = 100 * (before - after)

@@ -67,26 +67,13 @@ def put_first(proto: Any, nodes: list[Any]) -> None:
     proto.graph.node.extend([*nodes, *rest])
 
 
-# --- the page ----------------------------------------------------------------------------------
-
-
 def page_files(
     model: Model, content: bytes | None = None, *, service: bool, needs_key: bool = False
 ) -> page.Site:
-    """Return the files of the page that recognises fruit with a model, by their paths.
+    """Return the files of the page that recognises fruit with a model: `pomona.web.page.site`.
 
-    Parameters
-    ----------
-    content
-        The model's file for the device, as `phone_file` returns it, or a smaller one; by default
-        it is made here.
-    service, needs_key
-        As `pomona.web.page.site` takes them.
-
-    Raises
-    ------
-    MissingError
-        If the runtime for browsers isn't there and there is no service that could answer instead.
+    ``content`` is the model's file for the device, as `phone_file` returns it, or a smaller one;
+    by default it is made here.
     """
     content = phone_file(model.content) if content is None else content
     size = int(model.about["preprocessing"]["image_size"])
@@ -99,8 +86,7 @@ def page_files(
         "size": size,
         "probe": _probe(content, size),
     }
-    device = page.DeviceModel(content, record)
-    return page.site(device, service=service, needs_key=needs_key)
+    return page.site(content, record, service=service, needs_key=needs_key)
 
 
 def _probe(content: bytes, size: int) -> dict[str, Any]:

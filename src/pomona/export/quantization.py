@@ -27,9 +27,9 @@ import numpy as np
 
 from pomona.backbone import mobilenet
 from pomona.core.errors import RequestError
-from pomona.export.activations import Array, Pixels, batches, measure
-from pomona.export.equalization import equalize
+from pomona.export.equalization import Array, batches, equalize, measure
 from pomona.export.phone import put_first
+from pomona.photos.decoding import Pixels
 
 FLOAT_BLOCKS = (0, 1, 2)
 STORED_BLOCKS = (14, 15, 16, 17)
@@ -45,16 +45,14 @@ products, which some CPUs keep in 16 bits, is then below 2^15, also after roundi
 
 def steps() -> int:
     """Return how often `int8` calls ``step``."""
-    return len(list(mobilenet.convs())) + 1
+    return len(mobilenet.convs()) + 1
 
 
 def int8(content: bytes, pixels: Pixels, *, per_channel: bool, step: Callable[[], None]) -> bytes:
-    """Return a model's file with its backbone in 8-bit integers.
+    """Return a file of `pomona.export.phone.phone_file` with its backbone in 8-bit integers.
 
     Parameters
     ----------
-    content
-        As `pomona.export.phone.phone_file` returns it.
     pixels
         Photos to calibrate on, uint8 [n, h, w, 3].
     per_channel
@@ -197,16 +195,12 @@ def _store(proto: Any, per_channel: bool) -> None:
         highest = np.abs(weight).max(axis=(1, 2, 3) if per_channel else None)
         scale = np.maximum(highest, np.finfo(np.float32).tiny) / 127
         wide = scale.reshape(-1, 1, 1, 1) if per_channel else scale
-        tensors[key].CopyFrom(
-            numpy_helper.from_array(np.round(weight / wide).astype(np.int8), f"{key}.int8")
-        )
-        proto.graph.initializer.append(
-            numpy_helper.from_array(scale.astype(np.float32), f"{key}.scale")
-        )
+        stored, scales = f"{key}.int8", f"{key}.scale"
+        integers = np.round(weight / wide).astype(np.int8)
+        tensors[key].CopyFrom(numpy_helper.from_array(integers, stored))
+        proto.graph.initializer.append(numpy_helper.from_array(scale.astype(np.float32), scales))
         nodes.append(
-            helper.make_node(
-                "DequantizeLinear", [f"{key}.int8", f"{key}.scale"], [key], f"{key}.stored", axis=0
-            )
+            helper.make_node("DequantizeLinear", [stored, scales], [key], f"{key}.stored", axis=0)
         )
     put_first(proto, nodes)
 

@@ -1,4 +1,1 @@
-"""The HTTP service.
-
-It answers by a finished model and keeps nothing; no stage runs here.
-"""
+"""The HTTP service: a finished model answers, and nothing is kept. No stage runs here."""

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse, Response
@@ -31,7 +32,7 @@ from starlette.types import Receive, Scope, Send
 import pomona
 from pomona.core.errors import PomonaError
 from pomona.model.recogniser import to_json
-from pomona.serving import openapi, prometheus
+from pomona.serving import openapi
 from pomona.serving.middleware import PROBLEM, Gate
 from pomona.serving.problem_details import Problem, described
 from pomona.serving.service import Fetch, Service, Settings
@@ -49,12 +50,7 @@ Top = Annotated[int, Query(ge=1, le=MOST_TOP, description="Labels to name for ea
 
 
 def create(fetch: Fetch, settings: Settings | None = None) -> FastAPI:
-    """Load a model and make the application around it.
-
-    Parameters
-    ----------
-    fetch
-        Reads the model, now and whenever it may have changed.
+    """Load a model with ``fetch`` and make the application around it.
 
     Raises
     ------
@@ -147,12 +143,9 @@ def _as_problem(error: Exception) -> Problem:
 
 
 def _add_photo_routes(app: FastAPI, service: Service) -> None:
-    @app.post(
-        PREDICT,
-        openapi_extra=openapi.BODY,
-        responses=openapi.responses(),
-        response_model=openapi.Answers,
-    )
+    of_photos: dict[str, Any] = {"openapi_extra": openapi.BODY, "responses": openapi.responses()}
+
+    @app.post(PREDICT, response_model=openapi.Answers, **of_photos)
     async def predict(request: Request, top: Top = 3) -> Response:
         """Tell what is on photos."""
         start = time.perf_counter()
@@ -160,12 +153,7 @@ def _add_photo_routes(app: FastAPI, service: Service) -> None:
         answers = [to_json(row, top) for row, _ in rows]
         return _json({"answers": answers, **_about(rows, start)})
 
-    @app.post(
-        FEATURES,
-        openapi_extra=openapi.BODY,
-        responses=openapi.responses(),
-        response_model=openapi.AllFeatures,
-    )
+    @app.post(FEATURES, response_model=openapi.AllFeatures, **of_photos)
     async def features(request: Request) -> Response:
         """Return photos' features: 1280 numbers each, as in OUT/features."""
         start = time.perf_counter()
@@ -211,10 +199,7 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
         """Say that the process is up."""
         return {"status": "up"}
 
-    @app.get(
-        "/readyz",
-        responses={503: described(503, {"not_ready": "The check failed."})},
-    )
+    @app.get("/readyz", responses={503: described(503, {"not_ready": "The check failed."})})
     async def readyz() -> dict[str, str]:
         """Say whether a photo gets an answer: one is sent through the model, at most every 2 s."""
         if not await service.is_ready():
@@ -224,7 +209,7 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Return figures for Prometheus."""
-        return Response(service.metrics.text(), media_type=prometheus.MEDIA_TYPE)
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _json(value: Any) -> Response:
@@ -258,7 +243,6 @@ def _is_guarded(service: Service, path: str) -> bool | None:
 
 
 def _file_response(service: Service, request: Request) -> Response:
-    """Return a file of the page."""
     file = _find(service, request.url.path)
     if file is None:
         raise HTTPException(404)

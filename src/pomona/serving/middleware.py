@@ -35,31 +35,17 @@ SAFE = {
 
 
 class Gate:
-    """Passes requests on, or refuses them if a key is missing.
-
-    Parameters
-    ----------
-    keys
-        Clients need one of them; empty: no key is needed.
-    routes
-        The paths that metrics and log name; all others count as ``page`` or ``other``.
-    open_routes
-        Routes that need no key.
-    locked
-        Requests that need a key even if none is set, and are refused then: (method, path).
-    page
-        Whether a path is a file of the page that needs a key; None: it is no file of the page.
-    """
+    """Passes requests on, or refuses them if a key is missing."""
 
     def __init__(
         self,
         app: ASGIApp,
         metrics: Metrics,
-        keys: Collection[str],
-        routes: Collection[str],
-        open_routes: Collection[str],
-        locked: Collection[tuple[str, str]],
-        page: Callable[[str], bool | None],
+        keys: Collection[str],  # clients need one of them; empty: no key is needed
+        routes: Collection[str],  # that metrics and log name; others are "page" or "other"
+        open_routes: Collection[str],  # need no key
+        locked: Collection[tuple[str, str]],  # method, path: refused even if no key is set
+        page: Callable[[str], bool | None],  # whether a file of the page needs a key; None: no file
     ) -> None:
         self.app, self.metrics = app, metrics
         self.keys = [hashlib.sha256(key.encode()).digest() for key in keys]
@@ -136,10 +122,7 @@ class Gate:
 
 def _unauthorized(has_keys: bool) -> Problem:
     if not has_keys:
-        return Problem(
-            403,
-            "forbidden",
-            "This needs a key, and the service was started without any: set POMONA_API_KEYS.",
-        )
+        detail = "This needs a key, and the service was started without any: set POMONA_API_KEYS."
+        return Problem(403, "forbidden", detail)
     detail = "Send a key: Authorization: Bearer KEY."
     return Problem(401, "unauthorized", detail, {"WWW-Authenticate": "Bearer"})

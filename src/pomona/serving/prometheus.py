@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics import Counter, Gauge, Histogram
 from prometheus_client.process_collector import ProcessCollector
-
-MEDIA_TYPE = CONTENT_TYPE_LATEST
 
 SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0)
 """Upper bounds of the latency's buckets: an answer takes 4 to 10 ms and waits up to a second."""
@@ -19,34 +18,20 @@ class Metrics:
     """The service's metrics, in a registry of their own."""
 
     def __init__(self) -> None:
-        registry = self.registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        self._requests = Counter(
-            "pomona_requests", "Requests.", ("route", "method", "status"), registry=registry
-        )
-        self._seconds = Histogram(
-            "pomona_request_seconds",
-            "Time of a request.",
-            ("route",),
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._queue = Gauge("pomona_queue_photos", "Photos that wait.", registry=registry)
-        self._rejected = Counter(
-            "pomona_rejected",
-            "Photos and requests without an answer.",
-            ("code",),
-            registry=registry,
-        )
-        self._answers = Counter(
-            "pomona_answers", "Photos that got this label.", ("label",), registry=registry
-        )
-        self._unknown = Counter(
-            "pomona_unknown", "Photos of none of the labels.", registry=registry
-        )
-        self._model = Gauge(
-            "pomona_model_info", "The model that answers.", ("version",), registry=registry
-        )
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry, buckets=SECONDS)
+        labels = ("route", "method", "status")
+        self._requests = counter("pomona_requests", "Requests.", labels)
+        self._seconds = histogram("pomona_request_seconds", "Time of a request.", ("route",))
+        self._queue = gauge("pomona_queue_photos", "Photos that wait.")
+        unanswered = "Photos and requests without an answer."
+        self._rejected = counter("pomona_rejected", unanswered, ("code",))
+        self._answers = counter("pomona_answers", "Photos that got this label.", ("label",))
+        self._unknown = counter("pomona_unknown", "Photos of none of the labels.")
+        self._model = gauge("pomona_model_info", "The model that answers.", ("version",))
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count a request."""

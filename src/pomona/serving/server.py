@@ -23,29 +23,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from pomona.core.errors import RequestError
 from pomona.serving.problem_details import Problem
 
-HEAD_SECONDS = 10.0
-"""Seconds that a request's head may take, from the connection or its first byte."""
-
-HEAD_BYTES = 64 << 10
-"""Size limit of a request's head."""
-
-REST_SECONDS = 10.0
-"""Seconds that the rest of a body may take after its answer: the limit for refused uploads."""
-
-STUCK_SECONDS = 30.0
-"""Seconds that a client may leave an answer unread."""
-
-IDLE_SECONDS = 15
-"""Seconds that a connection may wait for its next request."""
-
-CONNECTIONS = 1000
-"""Most open connections; further ones are closed at once."""
-
-END_SECONDS = 30
-"""Seconds that requests in flight have after SIGTERM."""
-
-LEAST_KEY = 16
-"""Least number of characters of a key."""
+HEAD_SECONDS = 10.0  # that a request's head may take, from the connection or its first byte
+HEAD_BYTES = 64 << 10  # size limit of a request's head
+REST_SECONDS = 10.0  # that the rest of a body may take after its answer: limits refused uploads
+STUCK_SECONDS = 30.0  # that a client may leave an answer unread
+IDLE_SECONDS = 15  # that a connection may wait for its next request
+END_SECONDS = 30  # that requests in flight have after SIGTERM
+CONNECTIONS = 1000  # most open connections; further ones are closed at once
+LEAST_KEY = 16  # least number of characters of a key
 
 
 def check_access(host: str, keys: tuple[str, ...], *, public: bool) -> None:
@@ -61,20 +46,14 @@ def check_access(host: str, keys: tuple[str, ...], *, public: bool) -> None:
         raise RequestError(
             f"a key has at least {LEAST_KEY} characters of ASCII: openssl rand -hex 16 makes one"
         )
-    if keys or public or _is_loopback(host):
-        return
-    raise RequestError(
-        f"--host {host} lets others ask: set POMONA_API_KEYS (or --api-key), or add --public"
-    )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name
+        loopback = False
+    if not (keys or public or loopback):
+        raise RequestError(
+            f"--host {host} lets others ask: set POMONA_API_KEYS (or --api-key), or add --public"
+        )
 
 
 def listen(host: str, port: int) -> socket.socket:

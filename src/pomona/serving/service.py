@@ -43,47 +43,22 @@ Fetch = Callable[[], Model]
 
 @dataclass(frozen=True)
 class Settings:
-    """How the service answers; see ``pomona serve --help``.
+    """How the service answers; see ``pomona serve --help``."""
 
-    Attributes
-    ----------
-    keys
-        Clients need one of them; empty: no key is needed.
-    limits
-        Of one request.
-    queue
-        Photos that may wait; None: 16 for each worker.
-    workers
-        Threads; None: one for each core.
-    watch
-        Seconds between checks for a new model; 0: never.
-    origins
-        Web sites whose pages may send requests (CORS).
-    guard
-        ``child``: decode in child processes.
-    pixels
-        Pixels that may be decoded: fewer than for tables, since a worker needs 8 bytes for each.
-    """
-
-    keys: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()  # clients need one of them; empty: no key is needed
     limits: Limits = field(default_factory=Limits)
-    queue: int | None = None
-    workers: int | None = None
+    queue: int | None = None  # photos that may wait; None: 16 for each worker
+    workers: int | None = None  # threads; None: one for each core
     device: str = "auto"
-    watch: float = 0.0
-    origins: tuple[str, ...] = ()
-    guard: Guard = ""
+    watch: float = 0.0  # seconds between checks for a new model; 0: never
+    origins: tuple[str, ...] = ()  # web sites whose pages may send requests (CORS)
+    guard: Guard = ""  # child: decode in child processes
+    # That may be decoded: fewer than for tables, since a worker needs 8 bytes for each.
     pixels: int = 24_000_000
 
 
 class Service:
-    """A model that answers photos, until another one takes over.
-
-    Raises
-    ------
-    PomonaError
-        If there is no model, or no such device.
-    """
+    """A model that answers photos, until another one takes over."""
 
     def __init__(self, fetch: Fetch, settings: Settings) -> None:
         self.fetch, self.settings = fetch, settings
@@ -203,7 +178,7 @@ class Service:
         if model.about["digest"] == self.model.about["digest"]:
             return False
         loaded, site = self._load(model), self._page_files(model)
-        self.pool.swap(loaded)
+        self.pool.loaded = loaded  # from the next photo that a thread takes
         self.site = site
         self.metrics.model(model.version)
         log.info("model %s answers now", model.version)

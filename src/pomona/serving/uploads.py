@@ -22,24 +22,17 @@ PER_PART = 1024
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one request.
+    """Limits of one request."""
 
-    Attributes
-    ----------
-    body
-        Bytes of a request's body.
-    photos
-        Photos in a request.
-    seconds
-        Seconds that a body may take to arrive.
-    stall
-        Seconds that may pass without a byte of it.
-    """
-
-    body: int = 20 << 20
+    body: int = 20 << 20  # bytes
     photos: int = 16
-    seconds: float = 60.0
-    stall: float = 10.0
+    seconds: float = 60.0  # that a body may take to arrive
+    stall: float = 10.0  # seconds that may pass without a byte of it
+
+    @property
+    def whole(self) -> int:
+        """Bytes of a body with all that a form adds to its photos."""
+        return self.body + self.photos * PER_PART
 
 
 SMALL = 1 << 20
@@ -119,7 +112,9 @@ async def photos(request: Request, limits: Limits, share: Share) -> list[bytes]:
             f"Send a photo as the body with its type (Content-Type: image/jpeg, or {RAW}), or "
             f"photos as files of a form ({MULTIPART}).",
         )
-    _refuse_announced(request, limits)
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limits.whole:  # before it is read
+        raise _too_large(limits)
     try:
         with anyio.fail_after(min(limits.stall, limits.seconds)) as patience:
             chunks = _chunks(request, limits, share, patience)
@@ -136,17 +131,6 @@ async def photos(request: Request, limits: Limits, share: Share) -> list[bytes]:
         ) from None
 
 
-def _refuse_announced(request: Request, limits: Limits) -> None:
-    """Refuse a body that is too large before it is read."""
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > _most(limits):
-        raise _too_large(limits)
-
-
-def _most(limits: Limits) -> int:
-    return limits.body + limits.photos * PER_PART
-
-
 def _too_large(limits: Limits) -> Problem:
     problem = of_photo(TOO_LARGE)
     problem.detail = f"A request holds {limits.body / 1e6:.0f} MB at most: send a smaller photo."
@@ -158,7 +142,7 @@ async def _chunks(
 ) -> AsyncGenerator[bytes, None]:
     end = anyio.current_time() + limits.seconds
     async for chunk in request.stream():
-        if share.used + len(chunk) > _most(limits):
+        if share.used + len(chunk) > limits.whole:
             raise _too_large(limits)
         share.take(len(chunk))
         patience.deadline = min(end, anyio.current_time() + limits.stall)
@@ -185,9 +169,8 @@ async def _form(
         form = await parser.parse()
     except MultiPartException as error:
         if error.message.startswith("Too many"):
-            raise Problem(
-                413, "too_many_photos", f"A request holds {limits.photos} photos at most."
-            ) from None
+            detail = f"A request holds {limits.photos} photos at most."
+            raise Problem(413, "too_many_photos", detail) from None
         raise Problem(400, "malformed", f"The form can't be read: {error.message}") from None
     try:
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]

@@ -47,17 +47,7 @@ class FullError(Exception):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that answers.
-
-    Attributes
-    ----------
-    model
-        The model's folder, as read.
-    recogniser
-        For answers: what to run, and how to read its outputs.
-    features
-        For features: what to run. The two share one session.
-    """
+    """A model that answers. What it runs for answers and for features shares one session."""
 
     model: Model
     recogniser: Recogniser
@@ -86,21 +76,10 @@ def load(
     guard: Guard = "",
     pixels: int = MAX_DECODED,
 ) -> Loaded:
-    """Build a model's session and send a photo through it.
+    """Build a model's session and send a photo through it; a RuntimeError if it gets no answer.
 
-    Parameters
-    ----------
-    threads
-        CPU threads that decode for one GPU; without a GPU the pool's threads decode.
-    guard
-        ``child``: decode in a child process (`pomona.photos.isolation`).
-    pixels
-        Pixels that may be decoded.
-
-    Raises
-    ------
-    RuntimeError
-        If the photo gets no answer.
+    ``threads`` decode for one GPU; without a GPU the pool's threads decode. ``guard`` and
+    ``pixels`` are those of `BackboneSpec`.
     """
     recogniser = make_recogniser(model, MOST_TOP, device=device)
     decoders = threads if recogniser.spec.device == "cuda" else 1
@@ -133,17 +112,10 @@ class _Job:
 
 
 class Pool:
-    """The threads that answer, and their queue.
+    """The threads that answer, and their queue. ``loaded``: the model that answers now.
 
-    Parameters
-    ----------
-    loaded
-        The first model.
-    workers
-        Threads; by default one for each core that the process may use, on a GPU one.
-    limit
-        Photos that may wait; `submit` raises `FullError` at once if there are more. By default
-        `PER_WORKER` for each thread.
+    There are ``workers`` threads, by default one for each core that the process may use, on a GPU
+    one; ``limit`` photos may wait, by default `PER_WORKER` for each thread.
     """
 
     def __init__(
@@ -154,7 +126,7 @@ class Pool:
         self.workers = workers or (1 if on_gpu else available_cpus())
         self.limit = limit or PER_WORKER * self.workers
         self.at_once = spec.batch_size if on_gpu else 1
-        self._loaded = loaded
+        self.loaded = loaded
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._stopped = False
@@ -166,11 +138,6 @@ class Pool:
             thread.start()
 
     @property
-    def loaded(self) -> Loaded:
-        """The model that answers now."""
-        return self._loaded
-
-    @property
     def waiting(self) -> int:
         """Photos that wait."""
         return len(self._jobs)
@@ -180,19 +147,12 @@ class Pool:
         """Whether the queue has no free place."""
         return len(self._jobs) >= self.limit
 
-    def swap(self, loaded: Loaded) -> None:
-        """Let another model answer, from the next photo that a thread takes."""
-        self._loaded = loaded
-
     def submit(
         self, kind: Kind, contents: Sequence[bytes], *, first: bool = False
     ) -> list[Future[tuple[Row, Loaded]]]:
         """Queue photos, all or none. A future that is cancelled before its turn is skipped.
 
-        Parameters
-        ----------
-        first
-            Before all others and whatever the limit, for a check.
+        With ``first`` they go before all others and whatever the limit, for a check.
 
         Raises
         ------
@@ -235,7 +195,7 @@ class Pool:
 
     def _work(self) -> None:
         while jobs := self._take():
-            loaded = self._loaded
+            loaded = self.loaded
             try:
                 rows = loaded.run(jobs[0].kind, [job.content for job in jobs])
                 pairs = list(zip(jobs, rows, strict=True))

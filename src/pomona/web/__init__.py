@@ -1,4 +1,1 @@
-"""The page that recognises fruit, as files.
-
-No server: the service and any static host serve what is made here.
-"""
+"""The page that recognises fruit, as files. No server: the service or any static host is it."""

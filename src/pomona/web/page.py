@@ -81,23 +81,14 @@ REMEDY = "run make runtime in Pomona's repository (it needs npm's registry once)
 class File:
     """One file of the page.
 
-    Attributes
-    ----------
-    content
-        The bytes, or the path of a file that holds them.
-    media_type
-        For Content-Type.
-    lasting
-        Its address changes with its content, so it may be cached without limit. All other files
-        have to be revalidated each time (``no-cache``, with `digest` as ETag).
-    guarded
-        Only for clients that have the key.
+    The address of a lasting file changes with its content, so it may be cached without limit. All
+    other files have to be revalidated each time (``no-cache``, with `digest` as ETag).
     """
 
-    content: bytes | Path
+    content: bytes | Path  # the bytes, or the path of a file that holds them
     media_type: str
     lasting: bool = False
-    guarded: bool = False
+    guarded: bool = False  # only for clients that have the key
 
     def read(self) -> bytes:
         """Return the bytes."""
@@ -120,28 +111,16 @@ class File:
 Site = dict[str, File]
 
 
-@dataclass(frozen=True)
-class DeviceModel:
-    """The model as the page runs it on the device; `pomona.export.phone.page_files` makes it.
-
-    Attributes
-    ----------
-    content
-        The ONNX file.
-    record
-        What ``device/device.json`` says beside the file's name and digest: ``version``,
-        ``labels``, ``threshold``, ``reason``, ``size`` and ``probe``, as ``worker.js`` reads them.
-    """
-
-    content: bytes
-    record: dict[str, Any]
-
-
-def site(device: DeviceModel, *, service: bool, needs_key: bool = False) -> Site:
+def site(content: bytes, record: dict[str, Any], *, service: bool, needs_key: bool = False) -> Site:
     """Return the page's files by their paths; ``index.html`` is also what ``/`` shows.
 
     Parameters
     ----------
+    content
+        The ONNX file of the model that the page runs on the device.
+    record
+        What ``device/device.json`` says beside the file's name and digest: ``version``,
+        ``labels``, ``threshold``, ``reason``, ``size`` and ``probe``, as ``worker.js`` reads them.
     service
         Whether a service that answers at ``v1/predict`` is behind the page; without one there is
         only the device mode.
@@ -160,15 +139,17 @@ def site(device: DeviceModel, *, service: bool, needs_key: bool = False) -> Site
     if missing:
         log.warning("the page won't answer on the device: %s", missing)
     else:
-        files |= _runtime() | _device(device, guarded=needs_key)
+        files |= _runtime() | _device(content, record, guarded=needs_key)
+    # How many bytes of the runtime the page will load, for its progress bar.
+    packed = {name: len(file.read()) for name, file in files.items() if name.endswith(".wasm.gz")}
     config = {
         "service": service,
         "key": needs_key,
         "device": not missing,
         "device_reason": missing,
-        "runtime": {"folder": f"runtime/{RUNTIME}/", "bytes": _packed(files)},
+        "runtime": {"folder": f"runtime/{RUNTIME}/", "bytes": packed},
         "pomona": versions().get("pomona"),
-        **({} if needs_key else _examples(device.record["labels"])),
+        **({} if needs_key else _examples(record["labels"])),
     }
     files[CONFIG] = _json(config)
     return files | {"sw.js": _service_worker(files)}
@@ -176,8 +157,7 @@ def site(device: DeviceModel, *, service: bool, needs_key: bool = False) -> Site
 
 def _examples(labels: list[str]) -> dict[str, Any]:
     """Return some labels, evenly spread over all, and how many there are: the page names them."""
-    count = len(labels)
-    take = min(count, SHOWN)
+    count, take = len(labels), min(len(labels), SHOWN)
     return {"labels": [labels[n * count // take] for n in range(take)], "count": count}
 
 
@@ -217,9 +197,6 @@ def _service_worker(files: Site) -> File:
     return File(head.encode() + files["sw.js"].read(), TYPES[".js"])
 
 
-# --- on the device -----------------------------------------------------------------------------
-
-
 def missing_runtime() -> str | None:
     """Return why there is no device mode, with the remedy, or None where all is there."""
     folder = _folder() / "runtime"
@@ -242,22 +219,14 @@ def _runtime() -> Site:
     return {f"runtime/{RUNTIME}/{name}": _file(folder / name, lasting=True) for name in names}
 
 
-def _packed(files: Site) -> dict[str, int]:
-    """Return how many bytes of the runtime the page will load, for its progress bar."""
-    return {name: len(file.read()) for name, file in files.items() if name.endswith(".wasm.gz")}
-
-
-def _device(device: DeviceModel, *, guarded: bool) -> Site:
-    digest = hashlib.sha256(device.content).hexdigest()
+def _device(content: bytes, record: dict[str, Any], *, guarded: bool) -> Site:
+    digest = hashlib.sha256(content).hexdigest()
     name = f"phone-{digest[:12]}.onnx"
-    record = {"file": name, "bytes": len(device.content), "sha256": digest, **device.record}
+    record = {"file": name, "bytes": len(content), "sha256": digest, **record}
     return {
         "device/device.json": _json(record, guarded=guarded),
-        f"device/{name}": File(device.content, TYPES[".onnx"], lasting=True, guarded=guarded),
+        f"device/{name}": File(content, TYPES[".onnx"], lasting=True, guarded=guarded),
     }
-
-
-# --- as static files ---------------------------------------------------------------------------
 
 
 def refuse_foreign(dest: Path) -> None:
