@@ -13,7 +13,7 @@ from pomona.backbone.extract import extract
 from pomona.backbone.spec import BackboneSpec
 from pomona.core.schema import ddl
 from pomona.photos import reading
-from pomona.spark.binary_files import BINARY_FILE, HadoopPhotos, binary_files
+from pomona.spark.binary_files import HadoopPhotos, binary_files
 from pomona.spark.resources import slots
 from pomona.spark.tasks import ANSWERS, Answer, Poll, answer, at_task, collect, partition
 from pomona.workspace.feature_table import PartFile, write_part
@@ -44,7 +44,7 @@ def run_hadoop(
     }
     on_worker = functools.partial(_hadoop_on_worker, photos, spec, part)
     with _conf(spark, settings):
-        frame = binary_files(spark, photos.root).select(*BINARY_FILE.names)
+        frame = binary_files(spark, photos.root).select("path", "content")
         return collect(frame.mapInArrow(on_worker, ddl(ANSWERS)), poll)
 
 
