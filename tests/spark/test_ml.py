@@ -300,7 +300,7 @@ def test_changed_weights_are_refused(spark: Any, saved: Path) -> None:
     ("old", "new", "said"),
     [
         ('"format":1', '"format":2', "has format 2, and this Pomona reads up to 1"),
-        ("sparkml.MobileNetV2F", "sparkml.Other", "holds pomona.spark.ml.Othereatures, not"),
+        ("spark.ml.MobileNetV2F", "spark.ml.Other", "holds pomona.spark.ml.Othereatures, not"),
     ],
 )
 def test_what_else_is_refused(saved: Path, old: str, new: str, said: str) -> None:

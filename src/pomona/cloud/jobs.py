@@ -24,19 +24,12 @@ OnState = Callable[[dict[str, Any]], None]
 
 
 def status(stack: Stack, job: str) -> dict[str, Any]:
-    """Return the state of a job.
+    """Return the record of a job.
 
-    Returns
-    -------
-    dict
-        ``job``, ``name``, ``state`` (EMR's word), ``ok`` (None while it isn't over), ``why``,
-        ``started`` (UTC, or None), ``seconds``, and on EMR Serverless ``billed`` (vCPU hours and GB
-        hours, None until EMR knows), beside ``stack``, ``region`` and ``mode``.
-
-    Raises
-    ------
-    RequestError
-        If the stack has no such job, or AWS refuses.
+    It holds ``job``, ``name``, ``state`` (EMR's word), ``ok`` (None while it isn't over), ``why``,
+    ``started`` (UTC, or None), ``seconds``, and on EMR Serverless ``billed`` (vCPU hours and GB
+    hours, None until EMR knows), beside ``stack``, ``region`` and ``mode``. Raises RequestError if
+    the stack has no such job, or AWS refuses.
     """
     _check_id(stack, job)
     with aws_errors():
@@ -51,10 +44,7 @@ def status(stack: Stack, job: str) -> dict[str, Any]:
 def recent(stack: Stack, count: int = 10) -> list[dict[str, Any]]:
     """Return the records of the last jobs, newest first, as `status` does but without ``billed``.
 
-    Raises
-    ------
-    RequestError
-        If AWS refuses.
+    Raises RequestError if AWS refuses.
     """
     records = []
     with aws_errors():
@@ -80,10 +70,7 @@ def job_runs(stack: Stack) -> list[dict[str, Any]]:
 def wait(stack: Stack, job: str, on_state: OnState) -> dict[str, Any]:
     """Wait until a job is over; ``on_state`` gets each record. Returns the last one.
 
-    Raises
-    ------
-    JobError
-        If the job failed or was cancelled.
+    Raises JobError if the job failed or was cancelled.
     """
     while (record := status(stack, job))["ok"] is None:
         on_state(record)
@@ -149,16 +136,10 @@ def _utc(time: datetime | None) -> str | None:
     return time.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ") if time else None
 
 
-# --- logs --------------------------------------------------------------------------------------
-
-
 def logs(stack: Stack, job: str) -> list[tuple[str, str]]:
     """Return what the driver printed: (URI, text) of each file, stderr before stdout.
 
-    Raises
-    ------
-    RequestError
-        If there is nothing (yet), or AWS refuses.
+    Raises RequestError if there is nothing (yet), or AWS refuses.
     """
     _check_id(stack, job)
     with aws_errors():

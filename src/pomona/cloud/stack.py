@@ -20,36 +20,18 @@ REGION = "eu-central-1"
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack and the resources that it made.
-
-    Attributes
-    ----------
-    id
-        CloudFormation's id, which stays valid while the stack is being deleted.
-    mode
-        ``prepare``: nothing is there yet that runs jobs.
-    data, logs
-        Names of its buckets; empty if a bucket is already deleted.
-    role
-        ARN of the role that jobs run as.
-    compute
-        Id of the EMR Serverless application, or of the EMR cluster.
-    groups
-        Ids of its security groups.
-    session
-        The boto3 session.
-    """
+    """A stack and the resources that it made."""
 
     name: str
     region: str
-    id: str
-    mode: Literal["prepare", "serverless", "ec2"]
-    data: str
+    id: str  # CloudFormation's, which stays valid while the stack is being deleted
+    mode: Literal["prepare", "serverless", "ec2"]  # prepare: nothing is there yet that runs jobs
+    data: str  # name of a bucket; empty if that is already deleted, as with `logs`
     logs: str
-    role: str
-    compute: str
-    groups: tuple[str, ...]
-    session: Any
+    role: str  # ARN of the role that jobs run as
+    compute: str  # id of the EMR Serverless application, or of the EMR cluster
+    groups: tuple[str, ...]  # ids of its security groups
+    session: Any  # boto3's
 
     def client(self, service: str) -> Any:
         """Return boto3's client of a service in the stack's region."""
@@ -64,12 +46,8 @@ def _client(session: Any, service: str, region: str) -> Any:
 def find_stack(name: str, region: str | None = None) -> Stack:
     """Look a stack up.
 
-    Raises
-    ------
-    RequestError
-        If there is no such stack, it isn't one of Pomona's, or AWS refuses.
-    MissingError
-        If boto3 isn't installed.
+    Raises RequestError if there is no such stack, it isn't one of Pomona's, or AWS refuses, and
+    MissingError if boto3 isn't installed.
     """
     with aws_errors() as boto3:
         session = boto3.Session()
@@ -78,18 +56,13 @@ def find_stack(name: str, region: str | None = None) -> Stack:
         description = _describe(cloudformation, name, region)
         pages = cloudformation.get_paginator("list_stack_resources").paginate(StackName=name)
         ids = {
-            (resource["LogicalResourceId"], resource["ResourceType"]): resource[
-                "PhysicalResourceId"
-            ]
+            (each["LogicalResourceId"], each["ResourceType"]): each["PhysicalResourceId"]
             for page in pages
-            for resource in page["StackResourceSummaries"]
-            if resource.get("PhysicalResourceId")
-            and resource["ResourceStatus"] != "DELETE_COMPLETE"
+            for each in page["StackResourceSummaries"]
+            if each.get("PhysicalResourceId") and each["ResourceStatus"] != "DELETE_COMPLETE"
         }
     outputs = {each["OutputKey"]: each["OutputValue"] for each in description.get("Outputs", [])}
-    data, logs = (
-        ids.get((bucket, "AWS::S3::Bucket"), "") for bucket in ("DataBucket", "LogBucket")
-    )
+    data, logs = (ids.get((name, "AWS::S3::Bucket"), "") for name in ("DataBucket", "LogBucket"))
     # A teardown that failed halfway may have deleted a bucket, and must be able to go on.
     is_complete = (data and logs) or description["StackStatus"].startswith("DELETE_")
     if not outputs.get("Pomona", "").startswith("emr-") or not is_complete:

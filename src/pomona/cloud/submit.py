@@ -48,20 +48,11 @@ def submit(stack: Stack, request: JobRequest, on_bytes: OnBytes | None = None) -
     """Start ``pomona run SOURCE --out OUT`` on the stack's application or cluster.
 
     The entry script and the weights are uploaded to the stack's bucket first, because jobs run
-    without access to the internet.
+    without access to the internet. Returns what `pomona.cloud.jobs.status` does, and ``command``:
+    the arguments of ``pomona``, with options and credentials removed from URIs.
 
-    Returns
-    -------
-    dict
-        What `pomona.cloud.jobs.status` returns, and ``command``: the arguments of ``pomona``, with
-        options and credentials removed from URIs.
-
-    Raises
-    ------
-    RequestError
-        If the stack runs no jobs yet, an argument is wrong, or AWS refuses.
-    WeightsError
-        If the weights can't be had.
+    Raises RequestError if the stack runs no jobs yet, an argument is wrong, or AWS refuses, and
+    WeightsError if the weights can't be had.
     """
     _check(stack, request)
     name = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"

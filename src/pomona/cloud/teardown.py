@@ -26,18 +26,10 @@ OnStep = Callable[[str], None]
 
 
 def holdings(stack: Stack) -> dict[str, Any]:
-    """Return what a teardown would end and delete.
+    """Return what a teardown would end and delete. Raises RequestError if AWS refuses.
 
-    Returns
-    -------
-    dict
-        ``stack``, ``region``, ``compute``, ``jobs`` (ids of unfinished ones) and ``objects`` (the
-        count in each of its buckets, old versions and delete markers included).
-
-    Raises
-    ------
-    RequestError
-        If AWS refuses.
+    It holds ``stack``, ``region``, ``compute``, ``jobs`` (ids of unfinished ones) and ``objects``
+    (the count in each of its buckets, old versions and delete markers included).
     """
     jobs = [record["job"] for record in recent(stack, MOST_JOBS) if record["ok"] is None]
     with aws_errors():
@@ -62,25 +54,10 @@ def teardown(
 ) -> dict[str, Any]:
     """End the stack's jobs and delete what it made, and nothing else. Waits until it is gone.
 
-    Parameters
-    ----------
-    delete_data
-        Empty the stack's two buckets, old versions too. Without it a bucket that holds anything
-        raises, before anything is touched.
-    on_step
-        Called with a description of each step.
-
-    Returns
-    -------
-    dict
-        What `holdings` returned before.
-
-    Raises
-    ------
-    RequestError
-        If the buckets hold something and ``delete_data`` is false, or AWS refuses.
-    PomonaError
-        If CloudFormation can't delete the stack.
+    ``delete_data`` empties the stack's two buckets, old versions too; without it a bucket that
+    holds anything raises RequestError, before anything is touched. ``on_step`` gets a description
+    of each step. Returns what `holdings` returned before. Raises RequestError too if AWS refuses,
+    and PomonaError if CloudFormation can't delete the stack.
     """
     held = holdings(stack)
     if not delete_data:

@@ -189,7 +189,7 @@ def _written(dest: Path, photos: list[Photo], seed: int, workers: int) -> Iterat
 
 
 def synthesize(
-    dest: Path,
+    dest: str | Path,
     *,
     classes: int = 131,
     images: int = 90_483,
@@ -220,6 +220,7 @@ def synthesize(
     RequestError
         If a number is out of range, or ``dest`` is not a folder.
     """
+    dest = Path(dest)
     photos, done = plan(classes, images), 0
     if dest.exists() and not dest.is_dir():
         raise RequestError(f"{dest} is not a folder: choose another place for the photos")

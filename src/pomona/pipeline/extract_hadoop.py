@@ -17,7 +17,7 @@ from pomona.backbone.spec import BackboneSpec
 from pomona.core.errors import CrashError
 from pomona.core.schema import ddl
 from pomona.photos import reading
-from pomona.spark.binary_files import BINARY_FILE, HadoopPhotos, binary_files
+from pomona.spark.binary_files import HadoopPhotos, binary_files
 from pomona.spark.resources import slots
 from pomona.spark.tasks import ANSWERS, Poll, answer, at_task, collect, partition
 from pomona.workspace import feature_table
@@ -74,7 +74,7 @@ def _run(
     }
     on_worker = functools.partial(_hadoop_on_worker, photos, spec, part)
     with _conf(spark, settings):
-        frame = binary_files(spark, photos.root).select(*BINARY_FILE.names)
+        frame = binary_files(spark, photos.root).select("path", "content")
         collect(frame.mapInArrow(on_worker, ddl(ANSWERS)), poll)
 
 

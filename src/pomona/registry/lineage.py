@@ -33,33 +33,19 @@ PAGE = 200  # versions in one request
 class Lineage:
     """Evidence that a model was trained with some Training photos of OUT.
 
-    Attributes
-    ----------
-    features, training_pca
-        Digests of the tables that hold the photos; None if that table holds none of them.
-    source
-        Name of the source. A model of the same source and of other tables belongs to an earlier or
-        later state of OUT, and may have seen the photos.
-    possible
-        Whether any of the photos may have been a Training photo at all.
-    vectors
-        Features of the photos, [n, 1280], float32.
+    ``features`` and ``training_pca`` are digests of the tables that hold the photos; None if that
+    table holds none of them. A model of the same source and of other tables belongs to an earlier
+    or later state of OUT, and may have seen the photos.
     """
 
     features: str | None
     training_pca: str | None
     source: str
-    possible: bool
-    vectors: npt.NDArray[np.float32]
+    possible: bool  # whether any of the photos may have been a Training photo at all
+    vectors: npt.NDArray[np.float32]  # features of the photos, [n, 1280]
 
     def saw(self, about: dict[str, Any]) -> str | None:
-        """Return whether a model saw one of the photos: ``yes``, ``perhaps``, or None for no.
-
-        Parameters
-        ----------
-        about
-            Its ``model.json``.
-        """
+        """Return whether a model saw a photo, by its ``model.json``: `YES`, `PERHAPS` or None."""
         trained_on = about.get("trained_on", {})
         digests = about.get("made_from", {}).get("digests", {})
         if self.features and trained_on.get("features") == self.features:
@@ -85,14 +71,8 @@ class Lineage:
 def of(out: Out, *, in_pca: bool, unseen: bool, vectors: npt.NDArray[np.float32]) -> Lineage:
     """Return the evidence about some photos of OUT.
 
-    Parameters
-    ----------
-    in_pca
-        Whether ``training_pca`` holds one of the photos.
-    unseen
-        Whether one is in no table now, so that its earlier split isn't known.
-    vectors
-        Features of those that are Training photos in ``OUT/features``.
+    ``in_pca``: ``training_pca`` holds one of them. ``unseen``: one is in no table now, so that its
+    earlier split isn't known. ``vectors``: features of Training photos in ``OUT/features``.
     """
     reduced = read_json(out.manifest).get("stages", {}).get("reduce", {})
     return Lineage(
@@ -107,14 +87,8 @@ def of(out: Out, *, in_pca: bool, unseen: bool, vectors: npt.NDArray[np.float32]
 def versions(out: Out, evidence: Lineage) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the registered versions that saw a photo, and the registries that can't be asked.
 
-    Searches ``OUT/mlflow.db`` and ``MLFLOW_TRACKING_URI`` (and ``MLFLOW_REGISTRY_URI``).
-
-    Returns
-    -------
-    (list, list)
-        For each version ``store``, ``name``, ``version``, ``aliases``, ``run``, ``model_digest``,
-        ``trained_with`` (``yes``, ``perhaps``), ``holds_vector`` and ``retired`` (False); and a
-        sentence for each registry that can't be asked.
+    Searches ``OUT/mlflow.db`` and ``MLFLOW_TRACKING_URI`` (and ``MLFLOW_REGISTRY_URI``). A version
+    is what `_judge` returns, and its ``store``; a registry, a sentence.
     """
     records: list[dict[str, Any]] = []
     silent: list[str] = []
@@ -148,8 +122,7 @@ def _versions(client: Any, evidence: Lineage) -> Iterator[dict[str, Any]]:
         for version in page:
             if publish.DIGEST in version.tags and (record := _judge(client, version, evidence)):
                 yield record
-        token = page.token
-        if not token:
+        if not (token := page.token):
             return
 
 
@@ -159,8 +132,7 @@ def retire(out: Out, records: list[dict[str, Any]]) -> None:
     Versions in other registries stay: retiring those is up to their owner.
     """
     store = tracking.own_store(out)
-    own = [record for record in records if record["store"] == store]
-    if not own:
+    if not (own := [record for record in records if record["store"] == store]):
         return
     with tracking.connected(store) as client:
         for record in own:

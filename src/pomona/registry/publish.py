@@ -1,10 +1,5 @@
 """The stage ``publish``: a model becomes a version in MLflow's registry, and maybe the champion.
 
-::
-
-    publish ── compare    the challenger and the present champion on the same Test photos
-            └─ _register  the version: model folder, Pomona's own code, signature, requirements
-
 `fetch` goes the other way: from ``models:/NAME@champion`` to a folder that
 `pomona.model.artifact.load_model` reads.
 """
@@ -57,18 +52,10 @@ def publish(
     (`pomona.model.metrics.paired_test`), or if ``options.promote`` says so. A model that is
     registered already keeps its version.
 
-    Returns
-    -------
-    dict
-        ``name``, ``version``, ``registered`` (False: it was there), ``aliases`` (set now),
-        ``run`` (MLflow's id), ``store``, ``why`` (a sentence), and ``comparison``: what `compare`
-        returns and ``champion`` (its version), or None.
-
-    Raises
-    ------
-    RequestError
-        Or a subclass: there is no model, MLflow is missing or doesn't answer. Nothing is
-        registered then.
+    Returns ``name``, ``version``, ``registered`` (False: it was there), ``aliases`` (set now),
+    ``run`` (MLflow's id), ``store``, ``why`` (a sentence), and ``comparison``: what `compare`
+    returns and ``champion`` (its version), or None. Raises RequestError or a subclass if there is
+    no model, or MLflow is missing or doesn't answer; nothing is registered then.
     """
     options = options or PublishOptions()
     _check(options)
@@ -105,9 +92,6 @@ def _connected(uri: str) -> Iterator[Any]:
                 "it answer?"
             )
         ) from error
-
-
-# --- the decision ------------------------------------------------------------------------------
 
 
 class RegisteredModel:
@@ -184,11 +168,8 @@ def _judge(
     is_better = figures["accuracy"] > figures["accuracy_champion"]
     is_sure = is_better and figures["p_value"] < SIGNIFICANCE
     verdict = "champion" if is_sure else "not promoted"
-    doubt = (
-        f", which may be chance (p < {SIGNIFICANCE} is asked for)"
-        if is_better and not is_sure
-        else ""
-    )
+    may_be_chance = is_better and not is_sure
+    doubt = f", which may be chance (p < {SIGNIFICANCE} is asked for)" if may_be_chance else ""
     groups = "" if figures["by"] == "photo" else f" in {figures['units']} groups"
     why = (
         f"{verdict}: right on {figures['accuracy']:.2%} of {figures['photos']:,} Test photos"
@@ -196,9 +177,6 @@ def _judge(
         f"(p = {figures['p_value']:.2g}){doubt}"
     )
     return is_sure, why, {"champion": str(version), **figures}
-
-
-# --- the version -------------------------------------------------------------------------------
 
 
 def _register(
@@ -252,27 +230,13 @@ def _new_run(client: Any, out: Out, model: Model) -> str:
     return tracking.new_run(client, out, params, metrics, tracking.artifacts(out))
 
 
-# --- fetching ----------------------------------------------------------------------------------
-
-
 def fetch(uri: str) -> Path:
     """Download a model and return a folder that `load_model` reads. Runs no code of the model.
 
-    Parameters
-    ----------
-    uri
-        ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``runs:/RUN/model``, looked up at
-        ``MLFLOW_TRACKING_URI`` (and ``MLFLOW_REGISTRY_URI``). A version fetched before comes from
-        the cache folder.
-
-    Raises
-    ------
-    RequestError
-        If there is no such model, it isn't Pomona's, or MLflow doesn't answer.
-    MismatchError
-        If one of its files was changed.
-    MissingError
-        If MLflow isn't installed.
+    The URI is ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``runs:/RUN/model``, looked up at
+    ``MLFLOW_TRACKING_URI`` (and ``MLFLOW_REGISTRY_URI``). A version fetched before comes from the
+    cache folder. Raises RequestError if there is no such model, it isn't Pomona's, or MLflow
+    doesn't answer; MismatchError if a file was changed; MissingError if MLflow isn't installed.
     """
     store = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_REGISTRY_URI")
     if not store:

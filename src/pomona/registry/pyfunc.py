@@ -31,13 +31,7 @@ NOT_A_FILE = b"\0"
 REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "onnxruntime-gpu", "pandas", "pillow", "pyarrow")
 """Packages that serving imports, if installed here. Pomona itself is part of the version."""
 
-_TYPES = {
-    pa.string(): "string",
-    pa.bool_(): "boolean",
-    pa.float32(): "float",
-}
-
-# --- running -----------------------------------------------------------------------------------
+_TYPES = {pa.string(): "string", pa.bool_(): "boolean", pa.float32(): "float"}
 
 
 def _load_pyfunc(path: str) -> Served:
@@ -52,20 +46,11 @@ class Served:
         self.model = model
 
     def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
-        """Recognise photos by `pomona.model.recogniser.answer_photos`.
+        """Recognise the photos of a DataFrame's column ``image``, or of a list of dicts.
 
-        Parameters
-        ----------
-        data
-            A DataFrame with the column ``image``, or a list of dicts with that key.
-        params
-            ``top``: how many labels to give for each photo.
-
-        Returns
-        -------
-        pandas.DataFrame
-            One row for each photo, in the same order, with the columns of `ANSWERS`. Cells are
-            Python objects, so that a missing value becomes null in JSON.
+        ``params`` may hold ``top``: how many labels to give for each photo. Returns a DataFrame of
+        a row for each photo, in the same order, with the columns of `ANSWERS`. Cells are Python
+        objects, so that a missing value becomes null in JSON.
         """
         import pandas
 
@@ -86,9 +71,6 @@ def content(image: Any) -> bytes | None:
         return base64.b64decode("".join(str(image).split()), validate=True)
     except (binascii.Error, ValueError):
         return NOT_A_FILE
-
-
-# --- writing -----------------------------------------------------------------------------------
 
 
 def save(folder: Path, model: Model, run: str, logged: Any) -> None:
@@ -134,8 +116,5 @@ def _signature() -> Any:
         return DataType[_TYPES[arrow]]
 
     columns = [ColSpec(kind(field.type), field.name, required=False) for field in ANSWERS]
-    return ModelSignature(
-        inputs=Schema([ColSpec(DataType.string, COLUMN)]),
-        outputs=Schema(columns),
-        params=ParamSchema([ParamSpec("top", DataType.long, TOP)]),
-    )
+    params = ParamSchema([ParamSpec("top", DataType.long, TOP)])
+    return ModelSignature(Schema([ColSpec(DataType.string, COLUMN)]), Schema(columns), params)

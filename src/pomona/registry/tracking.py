@@ -38,9 +38,6 @@ _SETTINGS = {
 """MLflow's settings, if the user has set none."""
 
 
-# --- the store ---------------------------------------------------------------------------------
-
-
 def is_installed() -> bool:
     """Tell whether MLflow can be imported."""
     return find_spec("mlflow") is not None
@@ -67,14 +64,10 @@ def without_password(text: str) -> str:
 
 @contextlib.contextmanager
 def connected(uri: str) -> Iterator[Any]:
-    """Give a client of a store. Meanwhile MLflow is quiet, gives up soon and uses that store.
+    """Give an MlflowClient of a store; meanwhile MLflow is quiet, gives up soon and uses it.
 
     That concerns what MLflow itself looks up (``models:/NAME@alias``). The registry may be another
     one by ``MLFLOW_REGISTRY_URI``.
-
-    Yields
-    ------
-    mlflow.MlflowClient
     """
     settings = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
     settings["MLFLOW_TRACKING_URI"] = uri
@@ -110,16 +103,10 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-# --- the content of a run ----------------------------------------------------------------------
-
-
 def figures(records: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the parameters and metrics of a run.
 
-    Parameters
-    ----------
-    records
-        Of stages, as in the manifest: ``extract``, ``reduce``, and ``train`` if it ran.
+    ``records`` are the stages', as in the manifest: ``extract``, ``reduce``, ``train`` if it ran.
     """
     extract, reduce = records["extract"], records["reduce"]
     settings = {k: v for k, v in extract["settings"].items() if k != "preprocessing"}
@@ -144,16 +131,11 @@ def figures(records: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float
 
 def _train_params(train: dict[str, Any]) -> dict[str, Any]:
     settings = train["made_from"]["settings"]
-    unknown = train["unknown"]
     return {
         "model": train["digests"]["model.onnx"][:12],
-        "class_weight": settings["class_weight"],
-        "max_rows": settings["max_rows"],
-        "strength": train["strength"],
-        "temperature": train["temperature"],
-        "unknown_method": unknown["method"],
-        "unknown_threshold": unknown["threshold"],
-        "unknown_keep": unknown["keep"],
+        **{name: settings[name] for name in ("class_weight", "max_rows")},
+        **{name: train[name] for name in ("strength", "temperature")},
+        **{f"unknown_{name}": train["unknown"][name] for name in ("method", "threshold", "keep")},
     }
 
 
@@ -175,10 +157,8 @@ def artifacts(out: Out) -> list[Path]:
     return [out.report, out.model, out.manifest, out.rejected]
 
 
-Curve = Sequence[tuple[int, float]]
-"""(step, value)."""
-
-# --- the run -----------------------------------------------------------------------------------
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+"""(step, value) of each curve."""
 
 
 def record(
@@ -186,14 +166,11 @@ def record(
     params: dict[str, Any],
     metrics: dict[str, float],
     files: Sequence[Path],
-    curves: Mapping[str, Curve] | None = None,
+    curves: Curves | None = None,
 ) -> str:
     """Write a run to ``MLFLOW_TRACKING_URI``, or to ``OUT/mlflow.db``. Never raises.
 
-    Returns
-    -------
-    str
-        Where it was written, or why it wasn't: a sentence to show.
+    Returns a sentence to show: where it was written, or why it wasn't.
     """
     if not is_installed():
         return "not recorded: MLflow isn't installed (pip install 'pomona[mlflow]')"
@@ -214,7 +191,7 @@ def new_run(
     params: dict[str, Any],
     metrics: dict[str, float],
     files: Sequence[Path],
-    curves: Mapping[str, Curve] | None = None,
+    curves: Curves | None = None,
 ) -> str:
     """Write a run, note it in the manifest, and return its id.
 
@@ -223,12 +200,14 @@ def new_run(
     run_id = str(client.create_run(_experiment(client, out), run_name=out.root.name).info.run_id)
     status = "FAILED"
     try:
-        _log(client, run_id, params, metrics, curves or {})
+        _log_figures(client, run_id, params, metrics, curves or {})
         for path in files:
             if path.is_dir():
                 client.log_artifacts(run_id, str(path), path.name)
             elif path.exists():
-                client.log_artifact(run_id, str(path), _folder(out, path))
+                is_inside = path.parent != out.root and path.is_relative_to(out.root)
+                folder = path.parent.relative_to(out.root).as_posix() if is_inside else None
+                client.log_artifact(run_id, str(path), folder)
         status = "FINISHED"
     finally:
         client.set_terminated(run_id, status)
@@ -236,12 +215,8 @@ def new_run(
     return run_id
 
 
-def _log(
-    client: Any,
-    run_id: str,
-    params: dict[str, Any],
-    metrics: dict[str, float],
-    curves: Mapping[str, Curve],
+def _log_figures(
+    client: Any, run_id: str, params: dict[str, Any], metrics: dict[str, float], curves: Curves
 ) -> None:
     from mlflow.entities import Metric, Param
 
@@ -250,11 +225,6 @@ def _log(
     for name, curve in curves.items():
         entries += [Metric(f"curve_{name}", value, now, step) for step, value in curve]
     client.log_batch(run_id, entries, [Param(name, str(value)) for name, value in params.items()])
-
-
-def _folder(out: Out, path: Path) -> str | None:
-    folder = path.parent.relative_to(out.root).as_posix() if path.is_relative_to(out.root) else "."
-    return None if folder == "." else folder
 
 
 def _identity(out: Out) -> dict[str, str | None]:

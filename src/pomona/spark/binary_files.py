@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pomona")
 
+Read = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+
 
 def modified_in_hadoop(spark: SparkSession, uri: str) -> int:
     """Return a file's modification time in ms; 0 over Spark Connect, which can't ask Hadoop."""
@@ -38,18 +40,11 @@ def modified_in_hadoop(spark: SparkSession, uri: str) -> int:
         return 0
 
 
-BINARY_FILE = pa.schema(
-    [
-        ("path", pa.string()),
-        ("modificationTime", pa.timestamp("us", tz="UTC")),
-        ("length", pa.int64()),
-        ("content", pa.binary()),
-    ]
-)
-
-
 def binary_files(spark: SparkSession, root: str) -> DataFrame:
-    """Return the photos of a Hadoop URI through Spark's ``binaryFile``, as `BINARY_FILE`. Lazy."""
+    """Return the photos of a Hadoop URI through Spark's ``binaryFile``. Lazy.
+
+    Columns: ``path``, ``modificationTime`` (us), ``length`` (bytes), ``content``.
+    """
     suffixes = ",".join(f"*{suffix}" for suffix in SUFFIXES)
     pattern = re.sub(r"[a-z]", lambda m: f"[{m[0]}{m[0].upper()}]", suffixes)
     return (
@@ -59,24 +54,15 @@ def binary_files(spark: SparkSession, root: str) -> DataFrame:
         # A file that vanishes or can't be read gives no row here; extract adds one for it.
         .option("ignoreMissingFiles", "true")
         .option("ignoreCorruptFiles", "true")
-        .load(_escape_glob(root))
+        .load(re.sub(r"([\\{}\[\]*?])", r"\\\1", root))  # a path, not a glob
     )
-
-
-def _escape_glob(path: str) -> str:
-    return re.sub(r"([\\{}\[\]*?])", r"\\\1", path)
 
 
 def list_hadoop(spark: SparkSession, source: Source) -> Listing:
     """List a source through Spark's ``binaryFile``, without reading contents.
 
     Hadoop skips names that start with ``_`` or ``.``. Spark's scan skips empty files too; those are
-    taken from the list of files that the scan was planned on.
-
-    Raises
-    ------
-    SourceError
-        If it can't be listed.
+    taken from the list of files that the scan was planned on. Raises SourceError if that fails.
     """
     try:
         frame = binary_files(spark, source.root)
@@ -187,13 +173,14 @@ def load_images(spark: SparkSession, path: str, split: str | None = None) -> Dat
         raise SourceError(f"{path} holds no photos" + (f" in {split}" if split else ""))
 
     photos = photos.select(["path", "label", "filename"])
+    read: Read
     if source.kind == "hadoop":
-        frame = binary_files(spark, source.root).select(*BINARY_FILE.names)
-        with_bytes = functools.partial(_select_images, HadoopPhotos(source.root, photos))
+        frame = binary_files(spark, source.root).select("path", "content")
+        read = HadoopPhotos(source.root, photos)
     else:
         frame = spark.createDataFrame(photos)
-        with_bytes = functools.partial(_select_images, functools.partial(_read_slices, source))
-    return frame.mapInArrow(with_bytes, ddl(IMAGES))
+        read = functools.partial(_read_slices, source)
+    return frame.mapInArrow(functools.partial(_select_images, read), ddl(IMAGES))
 
 
 def _read_slices(source: Source, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -201,9 +188,6 @@ def _read_slices(source: Source, batches: Iterator[pa.RecordBatch]) -> Iterator[
     return reading.read(sliced(batches, 8), source)
 
 
-def _select_images(
-    read: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]],
-    batches: Iterator[pa.RecordBatch],
-) -> Iterator[pa.RecordBatch]:
-    for batch in read(batches):
-        yield batch.select(IMAGES.names)
+def _select_images(read: Read, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Read photos and return the columns `IMAGES`. Runs on workers."""
+    return (batch.select(IMAGES.names) for batch in read(batches))

@@ -32,15 +32,7 @@ def redacted(master: str) -> str:
 
 
 def check_server(address: str) -> None:
-    """Raise an error of one line if no server answers; Spark itself would retry for minutes.
-
-    Raises
-    ------
-    MissingError
-        If gRPC isn't installed.
-    RequestError
-        If the address is malformed, or no server answers.
-    """
+    """Raise MissingError without gRPC, RequestError if no server answers (Spark waits minutes)."""
     if importlib.util.find_spec("grpc") is None:
         raise MissingError("--master sc://… needs gRPC: pip install 'pomona[connect]'")
     parts = re.fullmatch(r"sc://(\[[^\]]+\]|[^:/;\[\]]+)(?::(\d{1,5}))?(?:/.*)?", address)

@@ -49,25 +49,14 @@ def add_features(
 ) -> DataFrame:
     """Add the features of a column of photos, and an error code where there are none. Lazy.
 
-    Parameters
-    ----------
-    column
-        Bytes (binary), or paths and URIs (string) that workers can read.
-    features, error
-        Names of the new columns: array<float> of 1280 or null, and an error code or null.
-    strict
-        Whether a photo that can't be used stops the job.
-
-    Raises
-    ------
-    RequestError
-        If there is no such column, its type is another, or a new name is taken.
+    The column holds bytes (binary), or paths and URIs (string) that workers can read. The new ones,
+    ``features`` and ``error``, hold an array<float> of 1280 or null, and an error code or null. If
+    ``strict``, a photo that can't be used stops the job. Raises RequestError if there is no such
+    column, its type is another, or a new name is taken.
     """
     spec = fit_spec(spec, frame.sparkSession)
-    columns = [
-        (features, pa.field("features", pa.list_(pa.float32()))),
-        (error, pa.field("error", pa.string())),
-    ]
+    arrays = pa.field("features", pa.list_(pa.float32()))
+    columns = [(features, arrays), (error, pa.field("error", pa.string()))]
     work = functools.partial(_extract_at_task, spec=spec)
     return _add(frame, column, work, spec.batch_size, columns, strict=strict)
 
@@ -117,8 +106,8 @@ def predict_images(
     model = model if isinstance(model, Model) else load_model(model)
     recogniser = make_recogniser(model, top, device=device, elsewhere=gives_gpus())
     spec = fit_spec(recogniser.spec, frame.sparkSession)
-    fitted = with_threads(recogniser, spec.threads)
-    work = functools.partial(_predict_at_task, recogniser=fitted)
+    recogniser = with_threads(recogniser, spec.threads)
+    work = functools.partial(_predict_at_task, recogniser=recogniser)
     if column is None:
         column = "content" if "content" in frame.columns else "path"
     columns = [(f"{prefix}{field.name}", field) for field in ANSWERS]
@@ -150,14 +139,13 @@ def _add(
 ) -> DataFrame:
     """Add columns: ``new`` holds the name of each, and the field that ``work`` computes for it."""
     place, are_paths = _find(frame, column)
-    names = [name for name, _ in new]
-    _refuse_duplicates(frame.columns, names)
+    added = pa.schema([field.with_name(name) for name, field in new])
+    _refuse_duplicates(frame.columns, added.names)
     if not are_paths:
         _check_batches(frame.sparkSession)
-    added = pa.schema([field.with_name(name) for name, field in new])
     schema = frame.selectExpr("*", *nulls(added)).schema
     computed = tuple(field.name for _, field in new)
-    columns = (*frame.columns, *names)
+    columns = (*frame.columns, *added.names)
     on_worker = AddColumns(work, place, are_paths, batch_size, columns, computed, strict)
     executors.ship(frame.sparkSession)
     # Columns by number: a name may hold dots, or occur twice. The schema restores the names.
@@ -218,37 +206,19 @@ def _check_batches(spark: SparkSession) -> None:
 
 @dataclass(frozen=True)
 class AddColumns:
-    """Compute columns from the column of photos. Picklable; runs on workers.
-
-    Attributes
-    ----------
-    work
-        From photos to columns, such as `pomona.backbone.extract.extract`.
-    place, are_paths
-        Position of the column of photos, and whether it holds paths.
-    size
-        Rows that ``work`` gets at once.
-    names
-        Names of all output columns.
-    computed
-        Names, in the output of ``work``, of the columns to add.
-    strict
-        Whether a photo that can't be used raises.
-    """
+    """Compute columns from the column of photos. Picklable; runs on workers."""
 
     work: Work
-    place: int
+    place: int  # position of the column of photos
     are_paths: bool
-    size: int
-    names: tuple[str, ...]
-    computed: tuple[str, ...]
-    strict: bool = False
+    size: int  # rows that `work` gets at once, and paths whose bytes a worker reads
+    names: tuple[str, ...]  # of all output columns
+    computed: tuple[str, ...]  # names, in the output of `work`, of the columns to add
+    strict: bool = False  # whether a photo that can't be used raises
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield the same rows in the same order, with more columns."""
-        if self.are_paths:  # a worker reads the bytes of ``size`` photos at a time
-            batches = sliced(batches, self.size)
-        photos: Iterator[pa.RecordBatch] = map(self._numbered, batches)
+        photos: Iterator[pa.RecordBatch] = map(self._numbered, sliced(batches, self.size))
         for rows in self.work(read_uris(photos) if self.are_paths else photos):
             if self.strict:
                 self._refuse(rows)

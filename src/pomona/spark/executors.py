@@ -44,9 +44,6 @@ def on_this_machine(spark: SparkSession) -> bool:
     return not is_connect and (spark.conf.get("spark.master", "") or "").startswith("local")
 
 
-# --- the code ----------------------------------------------------------------------------------
-
-
 @functools.lru_cache(maxsize=1)
 def ship(spark: SparkSession) -> None:
     """Send the driver's Pomona to executors, where it comes before any that is installed."""
@@ -71,27 +68,14 @@ def pack(package: Path, folder: Path) -> Path:
     return archive
 
 
-# --- what executors have and see ---------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Probe:
-    """A task that tells what a worker has and sees. Picklable; runs on workers.
+    """A task that tells what a worker has and sees. Picklable; runs on workers."""
 
-    Attributes
-    ----------
-    token
-        A file that the driver has just written.
-    modules
-        Modules to look for.
-    source, path
-        A photo that the driver can read.
-    """
-
-    token: str = ""
+    token: str = ""  # a file that the driver has just written
     modules: tuple[str, ...] = ()
     source: Source | None = None
-    path: str = ""
+    path: str = ""  # of a photo that the driver can read
 
     def __call__(self, number: int) -> Answer:
         """Return ``sees`` (the token), ``missing`` (modules), ``trouble`` (reading the photo)."""
@@ -123,17 +107,8 @@ def _run_probe(spark: SparkSession, probe: Probe) -> list[Answer]:
 def check(spark: SparkSession, backend: str, source: Source, paths: list[str]) -> None:
     """Check that executors have what a run needs and can read the source.
 
-    Parameters
-    ----------
-    paths
-        A few photos; executors try the first that the driver itself can read.
-
-    Raises
-    ------
-    RequestError
-        If they lack a module, or can't run Python code of Pomona's.
-    SourceError
-        If they can't read what the driver can.
+    Of ``paths``, they try the first that the driver itself can read. Raises RequestError if they
+    lack a module or can't run Pomona's code, SourceError if they can't read what the driver can.
     """
     if on_this_machine(spark):
         return
@@ -191,9 +166,6 @@ def _was_unseen(spark: SparkSession, folder: Path, error: JobError) -> bool:
     return True
 
 
-# --- running ------------------------------------------------------------------------------------
-
-
 def run_chunks(
     spark: SparkSession,
     task: ChunkTask,
@@ -204,12 +176,7 @@ def run_chunks(
     """Run chunks on executors, whether they see the folder or not.
 
     Where workers died and a task had one attempt (a local session of the user's), the remaining
-    chunks run once more, with photos decoded in child processes.
-
-    Raises
-    ------
-    JobError
-        If Spark gave up.
+    chunks run once more, with photos decoded in child processes. Raises JobError if Spark gave up.
     """
     is_retry = False
     while True:
@@ -231,10 +198,7 @@ def run_chunks(
         numbers = [number for number in numbers if number not in done]
 
 
-RunTasks = Callable[..., list[Answer]]
-
-
-def runner(spark: SparkSession, folder: Path) -> RunTasks:
+def runner(spark: SparkSession, folder: Path) -> Callable[..., list[Answer]]:
     """Return ``run_tasks(task, count, poll)`` for tasks that read and write in a folder.
 
     They run on the executors if those see the folder, and otherwise on the driver: such tasks take

@@ -6,6 +6,7 @@ module imports it. What runs on workers is in `pomona.spark.dataframes`.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -37,18 +38,6 @@ FORMAT = 1
 """Format of a saved stage. Raise it when old readers would misread; keep reading old formats."""
 
 INVALID = ("keep", "skip", "error")
-NAMES = (
-    "inputCol",
-    "outputCol",
-    "errorCol",
-    "weights",
-    "imageSize",
-    "batchSize",
-    "backend",
-    "device",
-    "vector",
-    "handleInvalid",
-)
 
 
 def _param(name: str, doc: str, converter: Any) -> Any:
@@ -236,6 +225,10 @@ class MobileNetV2Features(Transformer, HasInputCol, HasOutputCol, MLReadable, ML
         return _Reader()
 
 
+NAMES = tuple(inspect.signature(MobileNetV2Features).parameters)
+"""Its params, in this order."""
+
+
 def _with_vectors(frame: DataFrame, name: str) -> DataFrame:
     """Turn a column of arrays into vectors; nulls stay null."""
     column = functions.col(quoted(name))
@@ -243,8 +236,6 @@ def _with_vectors(frame: DataFrame, name: str) -> DataFrame:
     vectors = functions.when(column.isNotNull(), array_to_vector(column))
     return frame.withColumn(name, vectors.alias(name, metadata=width))
 
-
-# --- saving and loading ------------------------------------------------------------------------
 
 CLASS = "pomona.spark.ml.MobileNetV2Features"
 EARLIER_CLASSES = ("pomona.sparkml.MobileNetV2Features",)
@@ -287,12 +278,8 @@ class _Reader(MLReader):
     def load(self, path: str) -> MobileNetV2Features:
         """Load a stage and check its weights. Runs no code from the files.
 
-        Raises
-        ------
-        MismatchError
-            If the folder holds something else, or its format is newer.
-        WeightsError
-            If the weights were changed or damaged.
+        Raises MismatchError if the folder holds something else or its format is newer, and
+        WeightsError if the weights were changed or damaged.
         """
         spark = self.sparkSession
         metadata = DefaultParamsReader.loadMetadata(path, spark)

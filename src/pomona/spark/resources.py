@@ -68,9 +68,8 @@ def fit_spec(spec: BackboneSpec, spark: SparkSession) -> BackboneSpec:
 def gives_gpus(cluster: Cluster | None = None) -> bool:
     """Tell whether Spark's settings give GPUs to tasks; the driver itself may have none."""
     active = active_session()
-    if active is not None:
-        return float(active.conf.get(GPU_AMOUNT, "0") or 0) > 0
-    return cluster is not None and float(dict(cluster.conf).get(GPU_AMOUNT, "0") or 0) > 0
+    conf = active.conf if active is not None else dict(cluster.conf if cluster else ())
+    return float(conf.get(GPU_AMOUNT, "0") or 0) > 0
 
 
 def gpus_elsewhere(cluster: Cluster, device: str) -> bool:

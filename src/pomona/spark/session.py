@@ -84,12 +84,8 @@ def active_session() -> SparkSession | None:
 def session(cluster: Cluster) -> Iterator[SparkSession]:
     """Give the active Spark session, which stays, or start one, which is stopped afterwards.
 
-    Raises
-    ------
-    MissingError
-        If Java, or the client of Spark Connect, isn't installed.
-    JobError
-        If Spark doesn't start.
+    Raises MissingError if Java, or the client of Spark Connect, isn't installed, and JobError if
+    Spark doesn't start.
     """
     active = active_session()
     if active is not None:
@@ -137,10 +133,7 @@ def _builder(cluster: Cluster) -> SparkSession.Builder:
 
 
 def adopt() -> None:
-    """Make the session of spark-submit or a platform the active one.
-
-    `session` then takes it, whatever ``--master`` says.
-    """
+    """Make spark-submit's or a platform's session the active one, whatever ``--master`` says."""
     from pyspark.sql import SparkSession
 
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
@@ -197,23 +190,17 @@ def _stop_gateway() -> None:
     if gateway is None:
         return
     gateway.shutdown()
-    process = getattr(gateway, "proc", None)
-    if process is not None:
+    if (process := getattr(gateway, "proc", None)) is not None:
         process.stdin.close()
         process.wait(timeout=10)
-    SparkContext._gateway = None
-    SparkContext._jvm = None
+    SparkContext._gateway = SparkContext._jvm = None
 
 
 def root_cause(error: BaseException) -> str:
     """Return the line of a Spark failure that says why: Python's last, or else Java's first."""
     lines = str(error).splitlines()
-    python = [
-        line
-        for line in lines
-        if re.match(r"(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b", line.strip())
-    ]
-    if python:
+    exception = r"(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b"
+    if python := [line for line in lines if re.match(exception, line.strip())]:
         return python[-1].strip()[:300]
     causes = [line for line in lines if line.startswith("Caused by:")]
     py4j = [line[2:] for line in lines if line.startswith(": ")]  # its second line names the error

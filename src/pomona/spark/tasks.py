@@ -55,17 +55,8 @@ def run_tasks(
 ) -> list[Answer]:
     """Call ``task(0) … task(count - 1)`` on executors and return the answers in that order.
 
-    Parameters
-    ----------
-    task
-        Picklable, of an installed module. Runs on workers, and may run more than once.
-    poll
-        Called twice a second on this thread while the job runs.
-
-    Raises
-    ------
-    JobError
-        If Spark gives up on a task.
+    The task is picklable, of an installed module, and may run more than once for a number. ``poll``
+    is called twice a second on this thread. Raises JobError if Spark gives up on a task.
     """
     if not count:
         return []
@@ -188,31 +179,24 @@ def partition() -> int:
 
 
 class ChunkTask(Protocol):
-    """Turn chunks of a list into files of one folder. Picklable.
-
-    Attributes
-    ----------
-    chunks
-        File of the list, as written by `pomona.core.parquet.write_chunks`.
-    folder
-        Where the files belong.
-    """
+    """Turn chunks of a list into files of one folder. Picklable."""
 
     @property
-    def chunks(self) -> str: ...  # noqa: D102
+    def chunks(self) -> str:
+        """File of the list, as written by `pomona.core.parquet.write_chunks`."""
+
     @property
-    def folder(self) -> str: ...  # noqa: D102
+    def folder(self) -> str:
+        """Where the files belong."""
+
     def write(self, photos: pa.RecordBatch, number: int, folder: str) -> Answer:
         """Write the files of chunk ``number`` into ``folder``. Runs on workers."""
-        ...
 
     def done(self) -> set[int]:
         """Return the numbers of the chunks whose files are in place. Runs on the driver."""
-        ...
 
     def careful(self) -> ChunkTask:
         """Return the same task, decoding photos in child processes."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -234,12 +218,8 @@ def send_chunks(
     """Run chunks on executors that don't see the driver's folders.
 
     A chunk travels with its task, and its files come back through Spark to the driver's disk as
-    soon as their job ends. There are many small jobs, several at once.
-
-    Raises
-    ------
-    JobError
-        If Spark gives up on a task.
+    soon as their job ends. There are many small jobs, several at once. Raises JobError if Spark
+    gives up on a task.
     """
     width, at_once = job_sizes(len(numbers), slots(spark))
     jobs = [
@@ -318,12 +298,8 @@ def run_torch(
     """Run a function in processes that train together, started by Spark's TorchDistributor.
 
     With a local master they are children of the driver; on a cluster, tasks of one barrier stage,
-    which must see the folder that the argument names. What they print goes to the log file.
-
-    Raises
-    ------
-    JobError
-        If one of them failed.
+    which must see the folder that the argument names. What they print goes to the log file. Raises
+    JobError if one of them failed.
     """
     from pyspark.ml.torch.distributor import TorchDistributor
 
