@@ -33,17 +33,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fill(tmp_path_factory.mktemp("kill") / "source", each=120)
 
 
-def start(source: Path, out: Path) -> subprocess.Popen[str]:
+def start(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*COMMAND, str(source), "--out", str(out), *OPTIONS],
+        [*COMMAND, str(source), "--out", str(out), *OPTIONS, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def finish(source: Path, out: Path) -> dict[str, Any]:
-    process = start(source, out)
+def finish(source: Path, out: Path, *options: str) -> dict[str, Any]:
+    process = start(source, out, *options)
     told, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     found: dict[str, Any] = json.loads(told)["extract"]
@@ -88,11 +88,12 @@ def test_killed_at_random_moments(photos: Path, tmp_path: Path) -> None:
 def test_an_interrupt_stops_the_work(photos: Path, tmp_path: Path) -> None:
     """SIGTERM, which becomes what Ctrl-C is; test_predict sends SIGINT.
 
-    It ends with photos left to do; on a busy machine seconds would say nothing.
+    It ends with photos left to do; on a busy machine seconds would say nothing. Photos are
+    stretched to a size at which all of them take longer than any process takes to end.
     """
-    out = tmp_path / "out"
-    process = start(photos, out)
-    wait_for_parts(out, process, 2)
+    out, large = tmp_path / "out", ("--image-size", "448")
+    process = start(photos, out, *large)
+    wait_for_parts(out, process)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=PATIENCE)
@@ -103,7 +104,7 @@ def test_an_interrupt_stops_the_work(photos: Path, tmp_path: Path) -> None:
     assert not alive
     done = status(out)["done"]
     assert 0 < done < PHOTOS
-    assert finish(photos, out)["times"]["computed"] == PHOTOS - done
+    assert finish(photos, out, *large)["times"]["computed"] == PHOTOS - done
 
 
 def test_a_second_run_is_refused(photos: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_the_same_twice_but_for_times(out: Path) -> None:
 def test_before_a_model_and_without_the_source(spark: Any, tmp_path: Path) -> None:
     source = fill(tmp_path / "source")
     (source / "Training" / "Fruit 0" / "bad.jpg").write_bytes(b"")
-    run.run(source, tmp_path / "o", QUICK, ReduceOptions(5))
+    run.run(source, tmp_path / "o", QUICK, ReduceOptions(5), train_options=None)
     page = (tmp_path / "o/report/report.html").read_text()
     assert "None has been trained" in page
     assert "no picture" in page

@@ -33,6 +33,7 @@ def with_a_key(visitor: Visitor) -> None:
     visitor.page.keyboard.type("wrong")
     visitor.page.keyboard.press("Enter")
     visitor.until(lambda: "not accepted" in visitor("ask-text") and dialog.is_visible())
+    visitor.until(lambda: visitor.states() == ["error", "error"])  # each refusal asks again
     visitor.page.keyboard.press("Escape")
     assert visitor("title") == "A key is needed"
     visitor.page.get_by_role("button", name="Enter the key").click()
