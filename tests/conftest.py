@@ -11,6 +11,7 @@ import shutil
 import sys
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,12 @@ def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
         threadpoolctl.threadpool_limits(1, "blas")
     # For moto's server, which takes any; Spark's workers inherit them when the session starts.
     os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "test"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the files that take longest first, so that no process ends long after the others."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
