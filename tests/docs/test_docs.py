@@ -31,6 +31,18 @@ def test_every_module_is_on_the_layout_page() -> None:
     assert sorted(lines) == sorted(modules)
 
 
+def test_code_that_runs_on_workers_says_so() -> None:
+    page = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
+    marked = set(re.findall(r"^\| `(.+?\.py)` \|.*\| (?:d, )?w \|$", page, re.M))
+    package = ROOT / "src" / "pomona"
+    says = {
+        module.relative_to(package).as_posix()
+        for module in package.glob("*/**/*.py")
+        if "runs on workers" in " ".join(module.read_text(encoding="utf-8").lower().split())
+    }
+    assert says <= marked
+
+
 def test_every_column_is_on_the_formats_page() -> None:
     from pomona.core import schema
 

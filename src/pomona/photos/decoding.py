@@ -1,4 +1,7 @@
-"""Decoding: from a file's bytes to upright RGB pixels of one size, or an error code. On workers."""
+"""Decoding: from a file's bytes to upright RGB pixels of one size, or an error code.
+
+Runs on workers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Isolation: decode photos that may crash or stall the process in a child process. On workers.
+"""Isolation: decode photos that may crash or stall the process in a child process.
+
+Runs on workers.
 
 Damage that a decoder notices becomes an error code (`pomona.photos.decoding`). This module is for
 what it doesn't notice: a crash in native code, unbounded memory, an endless loop. On Spark a task's

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from pomona.workspace.compaction import cut_by_split
 from pomona.workspace.layout import Move, Out
 
 RunTasks = Callable[..., list[dict[str, Any]]]
-"""``run_tasks(task, count)``: the answers of ``task(0) … task(count - 1)``."""
+"""``run_tasks(task, count, poll=None)``: the answers of ``task(0) … task(count - 1)``."""
 
 GROUPS_PER_TASK = 4
 """20 MB of features: a second of work."""
@@ -98,8 +98,8 @@ def reduce(
     cluster = replace(cluster or Cluster(), log_file=folder.log)
     with layout.lock(folder), lazy_session(cluster) as spark:
         _refuse_unfinished(folder)
-        names = ("components", "scale", "whiten", "power")
-        settings = {name: getattr(options, name) for name in names}
+        settings = asdict(options)
+        del settings["plots"]  # the numbers are the same
         made_from = {"features": feature_table.digest(folder), "settings": settings}
         old = read_json(folder.manifest).get("stages", {}).get("reduce", {})
         whole = old.get("made_from") == made_from and _is_whole(folder, old)
@@ -175,7 +175,7 @@ def row_groups(out: Out) -> list[list[Group]]:
 
 @dataclass(frozen=True)
 class MomentsTask:
-    """Write the moments of some row groups. Picklable; called on workers."""
+    """Write the moments of some row groups. Picklable. Runs on workers, too."""
 
     root: str
     groups: tuple[tuple[Group, ...], ...]
@@ -230,7 +230,7 @@ def partition(label: str) -> str:
 
 @dataclass(frozen=True)
 class ProjectTask:
-    """Write the PCA rows of one chunk: Parquet by label, and CSV. Picklable; called on workers."""
+    """Write the PCA rows of one chunk: Parquet by label, CSV. Picklable. Runs on workers, too."""
 
     chunks: str
     root: str

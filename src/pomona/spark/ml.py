@@ -1,7 +1,7 @@
 """Spark ML: the backbone as a Transformer, a stage of a Pipeline with Spark's own stages.
 
 The only module that imports PySpark at its top, since its class derives from PySpark's; no other
-module imports it. What runs on workers is in `pomona.spark.dataframes`.
+module imports it. Worker code is in `pomona.spark.dataframes`.
 """
 
 from __future__ import annotations
