@@ -37,7 +37,11 @@ def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["PYSPARK_PYTHON"] = sys.executable
     # The tests' JVMs live for seconds to minutes, too short for the optimising compiler (C2), whose
     # threads compete with the workers for two cores.
-    os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+    java = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+    if (archive := Path(sys.prefix) / "spark.jsa").exists():  # tools/spark_archive.py
+        # A JVM of another class path can't use it, and would say so on its standard output.
+        java += f" -XX:SharedArchiveFile={archive} -Xlog:disable -Xlog:all=error:stderr"
+    os.environ["JDK_JAVA_OPTIONS"] = java
     # BLAS threads wait for each other by spinning: on a busy machine that takes minutes. The limit
     # is for NumPy's BLAS, which is loaded; the variable for SciPy's and for child processes.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
