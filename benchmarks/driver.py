@@ -21,7 +21,7 @@ import common
 from pomona.core.parquet import even_bounds, write_chunks
 from pomona.core.schema import FILES
 from pomona.photos import source
-from pomona.pipeline.extract import photos_per_task
+from pomona.pipeline.extract_task import photos_per_task
 from pomona.workspace import feature_table
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pomona.core.errors import JobError, RequestError, SourceError
-from pomona.pipeline.extract import ExtractOptions, extract, photos_per_task
+from pomona.pipeline.extract import ExtractOptions, extract
+from pomona.pipeline.extract_task import photos_per_task
 from pomona.pipeline.reduce import ReduceOptions, reduce
 from pomona.pipeline.run import run
 from pomona.pipeline.status import status

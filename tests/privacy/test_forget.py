@@ -191,7 +191,7 @@ def test_all_photos_are_forgotten(out: Path, finished: Path) -> None:
 def test_keep_deleted_keeps_no_forgotten_photo(out: Path, finished: Path) -> None:
     """As with tombstones that were copied from another OUT: the row is still there."""
     folder = layout.open_out(out)
-    tombstones.write(tombstones.place(folder), tombstones.read(folder).having([SECRET[0]]))
+    tombstones.write(folder.root / tombstones.FILES[0], tombstones.read(folder).having([SECRET[0]]))
     record = extract(finished / "source", out, replace(QUICK, keep_deleted=True))
     assert (record["photos"], record["forgotten"]) == (53, 1)
     assert SECRET[0] not in {row["path"] for row in feature_rows(out)}

@@ -153,6 +153,9 @@ class ExtractArguments:
     test_fraction: TestFraction = None
     keep_deleted: Annotated[bool, "Keep the rows of photos that left the source."] = False
     source_moved: Annotated[bool, "The source of OUT's photos has a new address."] = False
+    verify: Annotated[bool, "Compare digests of photos and table, not sizes and times alone."] = (
+        False
+    )
     reader: Annotated[str, "auto, or spark: through Spark's binaryFile, whatever the source."] = (
         "auto"
     )

@@ -32,6 +32,7 @@ WORDS = {
     "list": "listing photos",
     "weights": "fetching weights (bytes)",
     "spark": "starting Spark",
+    "verify": "comparing digests",
     "extract": "extracting features",
     "table": "writing the table",
     "reduce": "reducing",

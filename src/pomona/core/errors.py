@@ -30,6 +30,20 @@ class MismatchError(RequestError):
     """OUT was made with other settings than the ones asked for."""
 
 
+class DamagedError(MismatchError):
+    """A file is not as Pomona wrote it.
+
+    ``files`` names those that `pomona.core.parquet.gather` can't read, as they were given to it.
+    """
+
+    def __init__(self, message: str, *files: str) -> None:
+        super().__init__(message)
+        self.files = files
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:  # a worker's error comes back pickled
+        return type(self), (str(self), *self.files)
+
+
 class BusyError(RequestError):
     """Another run is at work on the same OUT."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,16 +13,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pomona.core.errors import DamagedError
+
 ROWS_PER_GROUP = 1024
 """5 MB of features: a worker holds one row group at a time."""
 
 
 class open_parquet:  # noqa: N801 - used as a function
-    """A Parquet writer with row groups of `ROWS_PER_GROUP`, whatever the sizes of the batches."""
+    """A Parquet writer with row groups of `ROWS_PER_GROUP`, whatever the sizes of the batches.
+
+    Each page has a checksum, which `gather` and `read_group` compare.
+    """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         repeated = [f.name for f in schema if f.type == pa.string() and f.name != "path"]
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=repeated)
+        self._writer = pq.ParquetWriter(
+            path,
+            schema,
+            compression="zstd",
+            use_dictionary=repeated,
+            write_page_checksum=True,
+        )
         self._waiting: list[pa.RecordBatch] = []
         self._rows = 0
 
@@ -96,25 +108,42 @@ def gather(
 
     The plan's columns are ``file`` (index into ``files``, Parquet files relative to ``root``) and
     ``row`` (position in that file). Yields slices of the plan, each of at most `ROWS_PER_GROUP`
-    rows, with their rows.
+    rows, with their rows; columns that a file lacks are left out. Raises DamagedError for a file
+    that can't be read.
     """
 
     # Plans mostly follow the files' order: two cached groups cover the seam between two slices,
     # and more would only cost memory.
     @functools.lru_cache(maxsize=2)
-    def read_group(file: int, group: int) -> pa.Table:
-        parquet = pq.ParquetFile(Path(root, files[file]))
-        return parquet.read_row_group(group, columns, use_threads=False)
+    def read(file: int, group: int) -> pa.Table:
+        return read_group(root, files[file], group, columns)
 
-    starts = functools.cache(lambda file: _group_starts(Path(root, files[file])))
+    starts = functools.cache(lambda file: _group_starts(root, files[file]))
     for wanted in sliced([plan], ROWS_PER_GROUP):
-        yield wanted, _take(wanted, read_group, starts)
+        yield wanted, _take(wanted, read, starts)
 
 
-def _group_starts(path: Path) -> Any:
-    file = pq.ParquetFile(path)
-    sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+def read_group(root: str, name: str, group: int, columns: list[str]) -> pa.Table:
+    """Read columns of one row group. Raises DamagedError. Runs on workers."""
+    with _reading(root, name) as file:
+        return file.read_row_group(group, columns, use_threads=False)
+
+
+def _group_starts(root: str, name: str) -> Any:
+    with _reading(root, name) as file:
+        sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
     return np.concatenate([[0], np.cumsum(sizes)])
+
+
+@contextlib.contextmanager
+def _reading(root: str, name: str) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(Path(root, name), page_checksum_verification=True) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:  # a file that is gone, a footer, a page
+        raise DamagedError(
+            f"{Path(root, name)} is damaged: pomona extract --verify makes its rows again", name
+        ) from error
 
 
 def _take(

@@ -44,6 +44,7 @@ FEATURES_TABLE = pa.schema(
         *PHOTOS,
         ("width", pa.int32()),  # pixels, as the file says, before any rotation
         ("height", pa.int32()),
+        ("sha256", pa.string()),  # of the file, hexadecimal; null: not read, or an older table
         ("features", pa.list_(pa.float32())),  # FEATURES numbers, or null
         ("error", pa.string()),  # one of ERRORS, or null
     ]

@@ -53,7 +53,7 @@ def choose(
     Both are evenly spread over the photos of the model's labels, at most so many. A RequestError
     if there are none.
     """
-    rows = feature_table.index(out, out.work / "none", look_only=True).rows
+    rows = feature_table.index(out, out.work / "none", damaged="skip").rows
     known = pc.is_in(rows["label"], pa.array(labels))
     rows = rows.filter(pc.and_(known, pc.is_null(rows["error"])))
     rows = rows.select(["path", "split", "label"]).sort_by("path")

@@ -3,88 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pomona.backbone import extract as backbone
 from pomona.backbone.spec import BackboneSpec, make_spec, onnx_file
 from pomona.backbone.weights import load_weights
-from pomona.core.errors import MismatchError, RequestError, SourceError
-from pomona.core.files import FORMAT, atomic_file, read_json, sha256, write_json
-from pomona.core.parquet import even_bounds, sliced, write_chunks
+from pomona.core.errors import JobError, MismatchError, RequestError, SourceError
+from pomona.core.files import FORMAT, atomic_file, make_folder, read_json, sha256, write_json
+from pomona.core.parquet import even_bounds, write_chunks
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import utc_now
 from pomona.core.schema import SPLITS, UNREADABLE
 from pomona.core.uris import local_path
 from pomona.photos.listing import Listing, list_files
-from pomona.photos.reading import read
 from pomona.photos.source import SUFFIXES, Source, arrange, open_source
 from pomona.pipeline.extract_hadoop import run_hadoop
+from pomona.pipeline.extract_task import ExtractTask, photos_per_task
+from pomona.pipeline.verification import changed_photos, damaged_files
 from pomona.spark import binary_files, executors, resources
 from pomona.spark.session import Cluster, lazy_session
-from pomona.spark.tasks import Answer, at_task
 from pomona.workspace import feature_table, layout, tombstones
 from pomona.workspace.compaction import WriteFile, commit_compaction, plan_compaction
 from pomona.workspace.layout import Out
 
+log = logging.getLogger("pomona")
+
 GetSpark = Callable[[], Any]
 
-
-@dataclass(frozen=True)
-class ExtractTask:
-    """Extract chunks of a list of photos into parts. A `pomona.spark.tasks.ChunkTask`."""
-
-    chunks: str
-    source: Source
-    spec: BackboneSpec
-    part: feature_table.PartFile
-
-    @property
-    def folder(self) -> str:
-        """The folder of the parts."""
-        return self.part.folder
-
-    def write(self, photos: pa.RecordBatch, number: int, folder: str) -> Answer:
-        """Write the part of chunk ``number``. Runs on workers."""
-        spec = at_task(self.spec)
-        # Sliced before reading: a worker holds the bytes of one network batch, not of the chunk.
-        rows = backbone.extract(read(sliced([photos], spec.batch_size), self.source), spec)
-        part = self.part._replace(folder=folder)
-        return feature_table.write_part(part, number, rows)._asdict()
-
-    def done(self) -> set[int]:
-        """Return the chunks whose parts are in place."""
-        paths = Path(self.folder).glob(f"{self.part.run}-*")
-        return {feature_table.task_of(path.name) for path in paths}
-
-    def careful(self) -> ExtractTask:
-        """Return the task with photos decoded in child processes."""
-        return replace(self, spec=replace(self.spec, guard="child"))
-
-
-PHOTOS_PER_TASK = 512
-"""About five seconds of work: what a killed task loses, and the step of the progress shown. The
-gap between tasks is 0.08 s, since the weights are sent with each."""
-MOST_TASKS = 50_000
-"""What Spark's scheduler handles with ease; above it tasks grow."""
-
-
-def photos_per_task(todo: int, slots: int) -> int:
-    """Return a task's size such that tasks are short, not too many, and all slots end together.
-
-    >>> photos_per_task(100, 2), photos_per_task(16_525, 2), photos_per_task(100_000_000, 64)
-    (8, 487, 1999)
-    """
-    share = -(-todo // (8 * slots))
-    most = max(8, min(PHOTOS_PER_TASK, share), -(-todo // MOST_TASKS))
-    rounds = -(-todo // (most * slots))
-    return max(8, -(-todo // (rounds * slots)))
+ROUNDS = 5
+"""Times that photos of damaged files are extracted again before the disk is blamed."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +57,7 @@ class ExtractOptions:
     keep_deleted: bool = False
     source_moved: bool = False
     reader: str = "auto"  # spark: through binaryFile, whatever the source
+    verify: bool = False  # compare digests of photos and of the table, not only sizes and times
 
 
 @dataclass(frozen=True)
@@ -140,6 +97,8 @@ def extract(
     _refuse_nesting(opened, str(out))
     if options.reader == "spark":
         opened = replace(opened, kind="hadoop")
+    if options.verify and opened.kind == "hadoop":
+        raise RequestError("--verify reads each photo, and not through Spark's binaryFile")
     cluster = cluster or Cluster()
     weights = load_weights(options.weights, lambda *done: on_tick(Tick("weights", *done)))
     spec = make_spec(
@@ -237,43 +196,78 @@ def list_source(source: Source, spark: GetSpark, on_tick: OnTick = quiet) -> Lis
 def _extract(
     stage: Extraction, photos: pa.Table, table: dict[str, Any], listing: float, forgotten: int
 ) -> dict[str, Any]:
-    seconds = {"list": listing}
+    seconds = {"list": listing, "extract": 0.0, "table": 0.0}
     parts = feature_table.parts_folder(stage.out, stage.spec.fingerprint())
-    index = feature_table.index(stage.out, parts)
-    if stage.options.keep_deleted:
-        deleted, _ = tombstones.leave_out(stage.out, feature_table.deleted(photos, index))
-        photos = pa.concat_tables([photos, deleted])
-        photos = photos.sort_by([("split", "ascending"), ("path", "ascending")])
-    rows = feature_table.match(photos, index)
-    # A photo that couldn't be read may have been out of reach for a while: it is tried again.
-    unread = pc.equal(pc.fill_null(rows["error"], ""), UNREADABLE)
-    todo = rows.filter(pc.or_(pc.is_null(rows["file"]), unread)).select(photos.column_names)
-    start = time.time()
-    if todo.num_rows:
-        stage.on_tick(Tick("spark", photos.num_rows - todo.num_rows, photos.num_rows))
-        stage.spark()
-        seconds["spark"], start = time.time() - start, time.time()
-        _compute(stage, todo, parts, photos.num_rows)
-        index = feature_table.index(stage.out, parts)
+    verify = stage.options.verify
+    unreadable = set(damaged_files(stage.out, stage.on_tick) if verify else ())
+    computed = 0
+    for _ in range(ROUNDS):  # one, unless files turn out to be damaged
+        index = feature_table.index(stage.out, parts, damaged="drop", unreadable=unreadable)
+        if stage.options.keep_deleted:
+            photos = _with_deleted(stage, photos, index)
         rows = feature_table.match(photos, index)
-    seconds["extract"], start = time.time() - start, time.time()
-    _compact(stage, rows, index, table)
-    seconds["table"] = time.time() - start
+        todo = _todo(rows)
+        if verify:
+            changed, damaged = _changed(stage, rows, index)
+            unreadable |= damaged
+            todo, verify = pc.or_(todo, pa.array(changed)), bool(damaged)
+            if damaged:
+                continue
+        waiting = rows.filter(todo).select(photos.column_names)
+        if waiting.num_rows:
+            start = time.time()
+            stage.on_tick(Tick("spark", photos.num_rows - waiting.num_rows, photos.num_rows))
+            stage.spark()
+            seconds["spark"] = seconds.get("spark", 0.0) + time.time() - start
+            start = time.time()
+            _compute(stage, waiting, parts, photos.num_rows)
+            seconds["extract"] += time.time() - start
+            computed += waiting.num_rows
+            index = feature_table.index(stage.out, parts, damaged="drop", unreadable=unreadable)
+            rows = feature_table.match(photos, index)
+        start = time.time()
+        damaged = _compact(stage, rows, index, table)
+        seconds["table"] += time.time() - start
+        if not damaged:
+            break
+        unreadable |= damaged
+    else:
+        raise JobError(f"files in {stage.out.root} were damaged again and again: check the disk")
     record = {**_record(stage, photos), "forgotten": forgotten}
     record["times"] = {
         "finished": utc_now(),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "computed": todo.num_rows,
-        "photos_per_second": round(todo.num_rows / max(seconds["extract"], 1e-9), 1),
+        "computed": computed,
+        "photos_per_second": round(computed / max(seconds["extract"], 1e-9), 1),
     }
     layout.update(stage.out, "extract", record)
     return record
 
 
+def _with_deleted(stage: Extraction, photos: pa.Table, index: feature_table.Index) -> pa.Table:
+    deleted, _ = tombstones.leave_out(stage.out, feature_table.deleted(photos, index))
+    return pa.concat_tables([photos, deleted]).sort_by(
+        [("split", "ascending"), ("path", "ascending")]
+    )
+
+
+def _todo(rows: pa.Table) -> pa.Array:
+    """Return which photos to extract. One that couldn't be read may have been out of reach."""
+    unread = pc.equal(pc.fill_null(rows["error"], ""), UNREADABLE)
+    return pc.or_(pc.is_null(rows["file"]), unread)
+
+
+def _changed(
+    stage: Extraction, rows: pa.Table, index: feature_table.Index
+) -> tuple[npt.NDArray[np.bool_], set[str]]:
+    run_tasks = executors.runner(stage.spark(), stage.out.root)
+    return changed_photos(stage.out, stage.source, rows, index, run_tasks, stage.on_tick)
+
+
 def _compute(stage: Extraction, todo: pa.Table, parts: Path, total: int) -> None:
     before = total - todo.num_rows
     run = feature_table.new_run()
-    parts.mkdir(parents=True, exist_ok=True)
+    make_folder(parts)
     write_json(stage.out.work / "plan.json", {"photos": total, "before": before, "run": run})
 
     def poll() -> None:
@@ -304,7 +298,8 @@ def _compute(stage: Extraction, todo: pa.Table, parts: Path, total: int) -> None
 
 def _compact(
     stage: Extraction, rows: pa.Table, index: feature_table.Index, table: dict[str, Any]
-) -> None:
+) -> set[str]:
+    """Write the new table. Returns the files that can't be read; nothing has changed then."""
     plan = plan_compaction(rows, index)
     staged = stage.out.work / f"features-{feature_table.new_run()}"
     results: list[dict[str, Any]] = []
@@ -318,7 +313,12 @@ def _compact(
         run_tasks = executors.runner(stage.spark(), stage.out.root)
         results = run_tasks(task, len(plan.names))
         stage.on_tick(Tick("table", plan.plan.num_rows, plan.plan.num_rows))
-    commit_compaction(stage.out, plan, results, staged, table)
+    damaged = {name for result in results for name in result.get("damaged", ())}
+    if damaged:
+        log.warning("damaged, so their photos are extracted again: %s", ", ".join(sorted(damaged)))
+    else:
+        commit_compaction(stage.out, plan, results, staged, table)
+    return damaged
 
 
 def _record(stage: Extraction, photos: pa.Table) -> dict[str, Any]:

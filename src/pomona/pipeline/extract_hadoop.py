@@ -17,6 +17,7 @@ from pomona.backbone.spec import BackboneSpec
 from pomona.core.errors import CrashError
 from pomona.core.schema import ddl
 from pomona.photos import reading
+from pomona.pipeline.verification import with_sha256
 from pomona.spark.binary_files import HadoopPhotos, binary_files
 from pomona.spark.resources import slots
 from pomona.spark.tasks import ANSWERS, Poll, answer, at_task, collect, partition
@@ -52,7 +53,7 @@ def run_hadoop(
     # binaryFile gave no row for empty and unreadable photos.
     for photos in missing().combine_chunks().to_batches():
         contents = [None if size else b"" for size in photos["size"].to_pylist()]
-        rows = extract(iter([reading.with_content(photos, contents)]), spec)
+        rows = extract(with_sha256(iter([reading.with_content(photos, contents)])), spec)
         write_part(part, todo.num_rows, rows)
 
 
@@ -82,7 +83,7 @@ def _hadoop_on_worker(
     photos: HadoopPhotos, spec: BackboneSpec, part: PartFile, batches: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
     """Write a partition's part and yield its counts. Runs on workers."""
-    rows = extract(photos(batches), at_task(spec))
+    rows = extract(with_sha256(photos(batches)), at_task(spec))
     yield answer(write_part(part, partition(), rows)._asdict())
 
 

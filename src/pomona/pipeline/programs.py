@@ -83,7 +83,7 @@ class Results:
     def rejected(self) -> pa.Table:
         """Return ``path``, ``split``, ``label`` and ``error`` of the photos without features."""
         out = layout.Out(self.folder)
-        rows = feature_table.index(out, out.work / "none", look_only=True).rows
+        rows = feature_table.index(out, out.work / "none", damaged="skip").rows
         return rows.filter(pc.is_valid(rows["error"])).select(["path", "split", "label", "error"])
 
     def pca(self, split: str = "Training", rows: int = 1_000_000) -> Photos:

@@ -10,25 +10,21 @@ import itertools
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
-from pomona.backbone.extract import features_of
-from pomona.core.errors import RequestError
-from pomona.core.files import atomic_file, read_json, sha256, tree_digest
-from pomona.core.parquet import even_bounds, gather, read_chunk, write_chunks
+from pomona.core.errors import DamagedError, RequestError
+from pomona.core.files import read_json, sha256, tree_digest
+from pomona.core.parquet import even_bounds, write_chunks
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import utc_now
-from pomona.core.schema import PCA_TABLE, without
 from pomona.model.pca_table import FOLDERS
 from pomona.model.projection import (
     Moments,
@@ -37,9 +33,9 @@ from pomona.model.projection import (
     fit,
     load_projection,
     merge,
-    raised,
     save_projection,
 )
+from pomona.pipeline.reduce_tasks import Group, MomentsTask, ProjectTask, partitions
 from pomona.pipeline.report_figures import check_matplotlib, plot_variance
 from pomona.spark import executors
 from pomona.spark.session import Cluster, lazy_session
@@ -58,9 +54,6 @@ MOST_MOMENTS = 64
 ROWS_PER_TASK = 100_000
 VALUES_PER_TASK = 32_000_000
 """128 MB of pca_features: what one task holds, and a file's size."""
-
-Group = tuple[str, int]
-"""(file relative to OUT, row group)."""
 
 
 @dataclass(frozen=True)
@@ -173,28 +166,6 @@ def row_groups(out: Out) -> list[list[Group]]:
     return [groups[a:b] for a, b in itertools.pairwise(even_bounds(len(groups), most))]
 
 
-@dataclass(frozen=True)
-class MomentsTask:
-    """Write the moments of some row groups. Picklable. Runs on workers, too."""
-
-    root: str
-    groups: tuple[tuple[Group, ...], ...]
-    to: str
-    power: float
-
-    def __call__(self, number: int) -> dict[str, Any]:
-        """Write ``to/NUMBER.npz``."""
-        total = merge(self._group(*group) for group in self.groups[number])
-        with atomic_file(Path(self.to, f"{number}.npz")) as part, part.open("wb") as file:
-            np.savez(file, count=total.count, mean=total.mean, scatter=total.scatter)
-        return {}
-
-    def _group(self, name: str, group: int) -> Moments:
-        file = pq.ParquetFile(Path(self.root, name))
-        column = file.read_row_group(group, ["features"], use_threads=False)["features"]
-        return Moments.of(raised(features_of(column.drop_null()), self.power))
-
-
 def moments(
     out: Out,
     groups: list[list[Group]],
@@ -206,84 +177,24 @@ def moments(
     folder = out.work / f"moments-{feature_table.new_run()}"
     folder.mkdir(parents=True)
     task = MomentsTask(str(out.root), tuple(tuple(group) for group in groups), str(folder), power)
-    run_tasks(task, len(groups), lambda: on_done(len(list(folder.glob("[0-9]*.npz")))))
+    _refuse_damaged(
+        run_tasks(task, len(groups), lambda: on_done(len(list(folder.glob("[0-9]*.npz")))))
+    )
     total = merge(_load(folder / f"{number}.npz") for number in range(len(groups)))
     shutil.rmtree(folder)
     return total
 
 
+def _refuse_damaged(answers: list[dict[str, Any]]) -> None:
+    """Raise what a task couldn't: from a worker it would come as one of Spark's errors."""
+    for answer in answers:
+        if "damaged" in answer:
+            raise DamagedError(answer["damaged"])
+
+
 def _load(path: Path) -> Moments:
     with np.load(path, allow_pickle=False) as part:
         return Moments(int(part["count"]), part["mean"], part["scatter"])
-
-
-def partition(label: str) -> str:
-    """Name a label's folder as Spark and Hive do, so that pandas, pyarrow and DuckDB read it back.
-
-    >>> partition("Apple 10"), partition("50% = half"), partition("Pêche")
-    ('label=Apple 10', 'label=50%25 %3D half', 'label=Pêche')
-    """
-    return "label=" + "".join(
-        f"%{ord(c):02X}" if c in "\"#%'*/:=?\\{[]^\x7f" or ord(c) < 0x20 else c for c in label
-    )
-
-
-@dataclass(frozen=True)
-class ProjectTask:
-    """Write the PCA rows of one chunk: Parquet by label, CSV. Picklable. Runs on workers, too."""
-
-    chunks: str
-    root: str
-    files: tuple[str, ...]
-    projection: Projection
-    staged: str
-
-    def __call__(self, number: int) -> dict[str, Any]:
-        """Return ``files``: the sha256 of each file written, by name."""
-        plan = read_chunk(self.chunks, number)
-        parts = [
-            self.projection.transform(features_of(rows["features"]))
-            for _, rows in gather(plan, self.root, self.files, ["features"])
-        ]
-        values = np.concatenate(parts)
-        name = FOLDERS[plan["split"][0].as_py()]
-        written = [
-            *_write_labels(plan, values, Path(self.staged, name), number),
-            _write_csv(plan, values, Path(self.staged, f"{name}_csv"), number),
-        ]
-        staged = Path(self.staged)
-        return {
-            "files": {p.relative_to(staged).as_posix(): sha256(p) for p in written},
-            "rows": {name: plan.num_rows},
-        }
-
-
-def _write_labels(
-    plan: pa.RecordBatch, values: npt.NDArray[np.float32], folder: Path, number: int
-) -> Iterator[Path]:
-    count, k = values.shape
-    offsets = pa.array(np.arange(0, count * k + 1, k, dtype=np.int32))
-    lists = pa.ListArray.from_arrays(offsets, pa.array(values.ravel()))
-    table = pa.table([plan["path"], plan["label"], plan["filename"], lists], schema=PCA_TABLE)
-    labels = plan["label"].to_pylist()
-    cuts = [0, *(n for n in range(1, count) if labels[n] != labels[n - 1]), count]
-    for start, stop in itertools.pairwise(cuts):
-        path = folder / partition(labels[start]) / f"part-{number:05d}.parquet"
-        rows = table.slice(start, stop - start).select(without(PCA_TABLE, "label").names)
-        with atomic_file(path) as part:
-            pq.write_table(rows, part, compression="zstd", use_dictionary=False)
-        yield path
-
-
-def _write_csv(
-    plan: pa.RecordBatch, values: npt.NDArray[np.float32], folder: Path, number: int
-) -> Path:
-    path = folder / f"part-{number:05d}.csv"
-    columns = {"label": plan["label"], "filename": plan["filename"]}
-    columns |= {f"f_{n}": pa.array(np.ascontiguousarray(v)) for n, v in enumerate(values.T)}
-    with atomic_file(path) as part:
-        pcsv.write_csv(pa.table(columns), part)
-    return path
 
 
 def _write(
@@ -298,8 +209,10 @@ def _write(
     plan, files, bounds = _plan(out, projection.k)
     chunks = out.work / "project.arrow"
     write_chunks(chunks, plan, bounds)
-    task = ProjectTask(str(chunks), str(out.root), files, projection, str(staged))
+    folders = partitions(pc.unique(plan["label"]).to_pylist())
+    task = ProjectTask(str(chunks), str(out.root), files, projection, str(staged), folders)
     answers = run_tasks(task, len(bounds) - 1)
+    _refuse_damaged(answers)
     save_projection(projection, staged / "projection", made_from)
     names = [f"{name}{kind}" for name in FOLDERS.values() for kind in ("", "_csv")]
     moves: list[Move] = [

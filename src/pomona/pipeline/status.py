@@ -29,7 +29,7 @@ def status(out: str | Path) -> dict[str, Any]:
         raise RequestError(f"{out} holds nothing of Pomona's: pomona extract SOURCE --out {out}")
     plan = read_json(folder.work / "plan.json")
     parts = feature_table.parts_folder(folder, table["spec"])
-    rows = feature_table.index(folder, parts, look_only=True).rows
+    rows = feature_table.index(folder, parts, damaged="skip").rows
     photos = done = pc.count_distinct(rows["path"]).as_py()
     if plan:  # rows of photos that are being replaced don't count as done
         photos = plan["photos"]

@@ -68,7 +68,8 @@ def begin(out: Out, paths: frozenset[str], *, rebuild: bool, retire: bool) -> di
         "plots": unfinished.get("plots", False) or (out.report / "pca_variance.png").exists(),
     }
     change = staging.Change(out, out.work / f"begin-{feature_table.new_run()}")
-    tombstones.write(change.put("forgotten/tombstones.json"), new)
+    for name in tombstones.FILES:
+        tombstones.write(change.put(name), new)
     write_json(change.put("forgotten/pending.json"), pending)
     layout.commit(out, change.moves)
     return pending

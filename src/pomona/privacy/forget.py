@@ -175,5 +175,6 @@ def allow(out: str | Path, photos: Sequence[str]) -> dict[str, Any]:
             raise RequestError(
                 f"{first_of(unknown)} is not forgotten in {folder.root}: --allow takes exact paths"
             )
-        tombstones.write(tombstones.place(folder), stones.lacking(photos))
+        for name in tombstones.FILES:
+            tombstones.write(folder.root / name, stones.lacking(photos))
     return {"allowed": len(photos), "tombstones": tombstones.total(folder)}

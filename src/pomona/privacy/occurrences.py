@@ -16,7 +16,7 @@ from pomona.backbone.extract import features_of
 from pomona.core.files import read_json
 from pomona.core.parquet import gather
 from pomona.model.pca_table import FOLDERS
-from pomona.pipeline.reduce import partition
+from pomona.pipeline.reduce_tasks import partition
 from pomona.privacy.names_in_text import Names
 from pomona.registry import lineage
 from pomona.registry.lineage import Lineage
@@ -52,7 +52,8 @@ class Tables:
 def read_tables(out: Out) -> Tables:
     """Read which rows OUT holds."""
     spec = read_json(out.table_file).get("spec", {})
-    index = feature_table.index(out, feature_table.parts_folder(out, spec))
+    # A file that can't be read goes as a whole: it may hold the photo.
+    index = feature_table.index(out, feature_table.parts_folder(out, spec), damaged="drop")
     pca_paths = {}
     for name in PCA_TABLES:
         files = sorted((out.root / name).rglob("*.parquet"))
@@ -126,7 +127,11 @@ def _lost_labels(erased: pa.ChunkedArray, kept: pa.ChunkedArray) -> list[str]:
     """Return the folders of labels that lose their last photo, as logs may name them."""
     labels = pc.unique(erased)
     lost = labels.filter(pc.invert(pc.is_in(labels, pc.unique(kept)))).to_pylist()
-    return [name for label in lost for name in (f"label={label}", partition(label))]
+    return [
+        name
+        for label in lost
+        for name in (f"label={label}", partition(label), partition(label, escape_all=True))
+    ]
 
 
 def _is_stale(out: Out, names: Names) -> bool:

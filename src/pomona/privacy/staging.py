@@ -23,7 +23,7 @@ from pomona.core.parquet import open_parquet
 from pomona.core.schema import FEATURES_TABLE, SPLITS, without
 from pomona.privacy.occurrences import REMOVED, Occurrences
 from pomona.workspace import feature_table
-from pomona.workspace.compaction import next_generation
+from pomona.workspace.compaction import next_generation, widened
 from pomona.workspace.layout import Move, Out
 
 
@@ -86,6 +86,9 @@ def _stage_table(occurrences: Occurrences, change: Change) -> dict[str, Any]:
         staged = change.put(f"features/{new}")
         counts = _copy_without(out.features / old, staged, rows, without(FEATURES_TABLE, "split"))
         files[new] = {**counts, "sha256": sha256(staged)}
+    for name in index.lost:
+        files.pop(name.removeprefix("features/"))
+        change.remove(name)
     if table:
         write_json(change.put("features/_table.json"), {**table, "files": files})
     return files
@@ -99,7 +102,7 @@ def _copy_without(
     file = pq.ParquetFile(source)
     with atomic_file(target) as part, open_parquet(part, schema) as writer:
         for number in range(file.num_row_groups):
-            group = file.read_row_group(number).select(schema.names).cast(schema)
+            group = widened(file.read_row_group(number), schema)
             numbers = np.arange(first, first + group.num_rows)
             first += group.num_rows
             kept = group.filter(pa.array(~np.isin(numbers, rows)))

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pomona.core.errors import JobError
+from pomona.core.errors import DamagedError, JobError
 from pomona.core.files import atomic_file, sha256, write_json
 from pomona.core.parquet import even_bounds, gather, open_parquet, read_chunk
 from pomona.core.schema import FEATURES_TABLE, PHOTOS, SPLITS, without
@@ -48,6 +48,7 @@ def plan_compaction(rows: pa.Table, index: Index) -> Compaction:
     bounds, names = _new_files(plan, next_generation(index))
     gone = set(range(index.table_files)) - kept
     obsolete = [index.files[n].removeprefix("features/") for n in sorted(gone)]
+    obsolete += [name.removeprefix("features/") for name in index.lost]
     return Compaction(plan, bounds, names, obsolete)
 
 
@@ -105,20 +106,37 @@ class WriteFile:
     staged: str
 
     def __call__(self, number: int) -> dict[str, Any]:
-        """Return ``name``, ``rows``, ``rejected`` and ``sha256`` of file ``number``."""
+        """Return ``name``, ``rows``, ``rejected`` and ``sha256`` of file ``number``.
+
+        Or ``damaged``: the files that can't be read.
+        """
+        try:
+            return self._write(number)
+        except DamagedError as error:
+            return {"damaged": list(error.files)}
+
+    def _write(self, number: int) -> dict[str, Any]:
         path = Path(self.staged, self.names[number])
         plan = read_chunk(self.chunks, number)
         schema = without(FEATURES_TABLE, "split")
-        label = schema.get_field_index("label")
         rejected = 0
         with atomic_file(path) as part, open_parquet(part, schema) as writer:
             for wanted, rows in gather(plan, self.root, self.files, schema.names):
+                label = rows.schema.get_field_index("label")
                 relabelled = rows.set_column(label, schema.field("label"), wanted["label"])
                 rejected += rows.num_rows - rows["error"].null_count
-                for batch in relabelled.to_batches():
+                for batch in widened(relabelled, schema).to_batches():
                     writer.write_batch(batch)
         name, digest = self.names[number], sha256(path)
         return {"name": name, "rows": plan.num_rows, "rejected": rejected, "sha256": digest}
+
+
+def widened(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return the columns of the schema; one that a table of an older Pomona lacks is null."""
+    for field in schema:
+        if field.name not in rows.column_names:
+            rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
+    return rows.select(schema.names).cast(schema)
 
 
 def commit_compaction(

@@ -17,10 +17,10 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +28,8 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
-from pomona.core.errors import MismatchError
-from pomona.core.files import atomic_file, read_json, tree_digest
+from pomona.core.errors import DamagedError
+from pomona.core.files import atomic_file, put_in_place, read_json, tree_digest
 from pomona.core.parquet import open_parquet
 from pomona.core.schema import FEATURES_TABLE, PHOTOS, REJECTED, UNREADABLE
 from pomona.workspace.layout import Out
@@ -82,6 +82,7 @@ class Index:
     rows: pa.Table  # PHOTOS, error, file (index into `files`, int32), row (int64)
     files: list[str]  # paths relative to OUT: table files first, then parts
     table_files: int  # the number of table files among them
+    lost: Sequence[str] = ()  # table files that can't be read
 
 
 KEYS = ["path", "size", "modified"]
@@ -90,50 +91,71 @@ KEYS = ["path", "size", "modified"]
 _INDEX_FIELDS = [*PHOTOS, FEATURES_TABLE.field("error")]
 
 
-def index(out: Out, parts: Path, *, look_only: bool = False) -> Index:
-    """Read the key columns of the table and of the parts. A damaged part is removed.
+def index(
+    out: Out,
+    parts: Path,
+    *,
+    damaged: Literal["refuse", "skip", "drop"] = "refuse",
+    unreadable: Collection[str] = (),
+) -> Index:
+    """Read the key columns of the table and of the parts.
 
-    With ``look_only`` nothing is removed, and files that can't be read are skipped: a run may be
-    changing them. Otherwise raises MismatchError if a table file is missing or damaged.
+    What becomes of files that can't be read, or that the caller knows to be ``unreadable``:
+
+    - ``refuse``: a part is removed, since its photos are extracted again; a table file raises
+      DamagedError.
+    - ``skip``: none is removed. A run may be changing them.
+    - ``drop``: a part is removed; a table file is left out and noted in ``lost``, for a caller who
+      then writes the table anew.
     """
     names = [f"features/{name}" for name in sorted(read_json(out.table_file).get("files", {}))]
-    table_files = len(names)
+    in_table = len(names)
     names += sorted(path.relative_to(out.root).as_posix() for path in parts.glob("*.parquet"))
     kept: list[str] = []
+    lost: list[str] = []
     tables = []
     for number, name in enumerate(names):
-        try:
-            rows = _read_keys(out, name, is_part=number >= table_files, drop=not look_only)
-        except MismatchError:
-            if not look_only:
-                raise
-            rows = None
+        rows = None if name in unreadable else _read_keys(out, name)
         if rows is not None:
             position = pa.array(np.full(rows.num_rows, len(kept), np.int32))
             rows = rows.append_column("file", position)
             tables.append(rows.append_column("row", pa.array(np.arange(rows.num_rows))))
             kept.append(name)
+        elif number < in_table:
+            _note_lost(out, name, damaged)
+            lost.append(name)
+        elif damaged != "skip":
+            (out.root / name).unlink(missing_ok=True)
     schema = pa.schema([*_INDEX_FIELDS, ("file", pa.int32()), ("row", pa.int64())])
-    return Index(pa.concat_tables(tables) if tables else schema.empty_table(), kept, table_files)
+    rows = pa.concat_tables(tables) if tables else schema.empty_table()
+    return Index(rows, kept, in_table - len(lost), lost)
 
 
-def _read_keys(out: Out, name: str, *, is_part: bool, drop: bool) -> pa.Table | None:
+def _note_lost(out: Out, name: str, damaged: str) -> None:
+    if damaged == "refuse":
+        raise DamagedError(
+            f"{out.root / name} is missing or damaged: the same pomona extract again makes its "
+            "rows anew",
+            name,
+        )
+    log.warning("left out %s, which is missing or damaged", name)
+
+
+def _read_keys(out: Out, name: str) -> pa.Table | None:
+    """Return the key columns of one file, or None if it can't be read."""
     wanted = pa.schema(_INDEX_FIELDS)
     columns = [field.name for field in wanted]
-    try:
-        if is_part:
-            return pq.ParquetFile(out.root / name).read(columns)
+    of_table = name.startswith("features/")
+    if of_table:
         columns.remove("split")
-        rows = pq.ParquetFile(out.root / name).read(columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        if is_part:  # the machine went down while it was written: its photos are extracted again
-            if drop:
-                log.warning("dropped the damaged part %s: %s", name, error)
-                (out.root / name).unlink(missing_ok=True)
-            return None
-        raise MismatchError(
-            f"{out.root / name} is missing or damaged: remove {out.features} and extract again"
-        ) from error
+    try:
+        with pq.ParquetFile(out.root / name, page_checksum_verification=True) as file:
+            rows = file.read(columns)
+    except (pa.ArrowException, OSError) as error:
+        log.warning("%s can't be read: %s", name, error)
+        return None
+    if not of_table:
+        return rows
     split = pa.repeat(Path(name).parent.name.removeprefix("split="), rows.num_rows)
     return rows.add_column(1, "split", split).select(wanted.names)
 
@@ -209,7 +231,7 @@ def write_part(part: PartFile, task: int, batches: Iterator[pa.RecordBatch]) -> 
                 rejected += batch.num_rows - batch["error"].null_count
         name = PART_FORMAT.format(run=part.run, task=task, rows=rows, rejected=rejected)
         if rows:
-            unfinished.replace(Path(part.folder, name))
+            put_in_place(unfinished, Path(part.folder, name))
     finally:
         unfinished.unlink(missing_ok=True)
     return Counts(rows, rejected)

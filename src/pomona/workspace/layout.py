@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pomona.core.errors import BusyError, RequestError
-from pomona.core.files import FORMAT, read_json, write_json
+from pomona.core.files import (
+    FORMAT,
+    make_folder,
+    read_json,
+    sync_file,
+    sync_folder,
+    sync_tree,
+    write_json,
+)
 from pomona.core.provenance import versions
 from pomona.core.uris import local_path, refuse_uri
+
+log = logging.getLogger("pomona")
 
 OWN_FOLDERS = ("features", "training_pca", "test_pca", "projection", "model", "_work")
 """Folders that a run replaces or removes in OUT: they must not be somebody else's."""
@@ -75,7 +86,7 @@ def lock(out: Out) -> Iterator[None]:
     """Lock OUT for one run. The operating system releases the lock when the process dies.
 
     A commit that a killed run had begun is finished first. Raises BusyError if another run holds
-    the lock, RequestError if OUT can't be written.
+    the lock, RequestError if OUT can't be written, or part of it lies elsewhere.
     """
     from filelock import FileLock, Timeout
 
@@ -89,10 +100,23 @@ def lock(out: Out) -> Iterator[None]:
     except OSError as error:
         raise RequestError(f"--out {out.root} can't be written: {error.strerror}") from error
     try:
+        _refuse_elsewhere(out)
         finish_commit(out)
         yield
     finally:
         file_lock.release()
+
+
+def _refuse_elsewhere(out: Out) -> None:
+    """Refuse what a commit can't rename, before anything is decided."""
+    disk = out.root.stat().st_dev
+    for path in (out.root / name for name in (*OWN_FOLDERS, "report", "forgotten")):
+        if path.is_symlink() or (path.exists() and path.stat().st_dev != disk):
+            what = "is a link" if path.is_symlink() else "lies on another disk"
+            raise RequestError(
+                f"{path} {what}, and results are put in place by renaming them: move the folder "
+                f"into {out.root}; OUT as a whole may be a link"
+            )
 
 
 def is_locked(out: Out) -> bool:
@@ -115,16 +139,30 @@ Move = tuple[str | None, str]
 
 
 def commit(out: Out, moves: Sequence[Move]) -> None:
-    """Apply all moves. If the process is killed meanwhile, the next `lock` applies the rest."""
+    """Apply all moves. After a kill or a power cut meanwhile, the next `lock` applies the rest."""
+    for source, _ in moves:
+        if source is not None:
+            _sync(out, source)
     write_json(out.journal, [list(move) for move in moves])
     finish_commit(out)
+
+
+def _sync(out: Out, name: str) -> None:
+    """Return when a file or folder of OUT is on the disk, and the names that lead to it."""
+    path = out.root / name
+    sync_tree(path) if path.is_dir() else sync_file(path)
+    for folder in path.parents:
+        sync_folder(folder)
+        if folder == out.root:
+            return
 
 
 def finish_commit(out: Out) -> None:
     """Apply the moves of the journal, if there is one. Each may be applied twice without harm."""
     if not out.journal.exists():
         return
-    for source, target in json.loads(out.journal.read_text()):
+    moves = _read_journal(out)
+    for source, target in moves:
         to = out.root / target
         if source is not None and not (out.root / source).exists():
             continue  # moved before the kill
@@ -133,9 +171,35 @@ def finish_commit(out: Out) -> None:
         else:
             to.unlink(missing_ok=True)
         if source is not None:
-            to.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(to.parent)
             (out.root / source).rename(to)
+    # The new names before the old ones go, and both before the journal: no power cut loses a file.
+    targets = {(out.root / target).parent for _, target in moves}
+    sources = {(out.root / source).parent for source, _ in moves if source is not None}
+    for folder in (*targets, *(sources - targets)):
+        if folder.is_dir():
+            sync_folder(folder)
     out.journal.unlink()
+    sync_folder(out.work)
+
+
+def _read_journal(out: Out) -> list[Move]:
+    """Return the moves; none if the journal is damaged, and then nothing made of others is trusted.
+
+    Of a journal that isn't whole no move has been applied, unless the file was damaged later. Then
+    the table may name files that are gone, which `extract` makes good, and what was made from it is
+    made anew.
+    """
+    try:
+        return [(source, str(target)) for source, target in json.loads(out.journal.read_bytes())]
+    except (ValueError, TypeError):
+        log.warning("%s is damaged: what it was for is done again", out.journal)
+    manifest = read_json(out.manifest)
+    for stage in ("reduce", "train"):
+        manifest.get("stages", {}).pop(stage, None)
+    if manifest:
+        write_json(out.manifest, manifest)
+    return []
 
 
 def update(out: Out, stage: str, record: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """Tombstones: keyed digests of the paths of photos that must never be taken in again.
 
-``OUT/forgotten/tombstones.json`` holds no path: a path may itself be personal data. The digest is
-BLAKE2b (RFC 7693) with a random key, which is stored beside it. Without the key the digests reveal
-nothing; with it, whoever guesses a path can check the guess (docs/privacy.md).
+``OUT/forgotten/tombstones.json`` and its copy hold no path: a path may itself be personal data. The
+digest is BLAKE2b (RFC 7693) with a random key, which is stored beside it. Without the key the
+digests reveal nothing; with it, whoever guesses a path can check the guess (docs/privacy.md).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pomona.core.errors import RequestError
+from pomona.core.errors import DamagedError, RequestError
 from pomona.core.files import FORMAT, read_json, write_json
 from pomona.workspace.layout import Out
 
@@ -51,22 +52,32 @@ class Tombstones:
         return replace(self, ids=self.ids - {self.id_of(path) for path in paths})
 
 
-def place(out: Out) -> Path:
-    """Return the path of the tombstones' file."""
-    return out.forgotten / "tombstones.json"
+FILES = ("forgotten/tombstones.json", "forgotten/tombstones-copy.json")
+"""In OUT, both with the same content: without it forgotten photos would come back, so one damaged
+file must not lose it. The first counts."""
 
 
 def read(out: Out) -> Tombstones:
-    """Read the tombstones. Without a file there are none, and the key is a new one."""
-    about = read_json(place(out))
-    if not about:
-        return Tombstones(secrets.token_bytes(KEY_BYTES))
-    ids = frozenset(bytes.fromhex(text) for text in about["ids"])
-    return Tombstones(bytes.fromhex(about["key"]), ids)
+    """Read the tombstones. Before the first forget there are none, and the key is a new one.
+
+    Raises DamagedError if they are lost.
+    """
+    files = [out.root / name for name in FILES]
+    for file in files:
+        with contextlib.suppress(DamagedError, KeyError, ValueError, TypeError):
+            about = read_json(file)
+            ids = frozenset(bytes.fromhex(text) for text in about["ids"])
+            return Tombstones(bytes.fromhex(about["key"]), ids)
+    if any(file.exists() for file in files) or any(out.forgotten.glob("receipt-*.json")):
+        raise DamagedError(
+            f"{files[0]} is lost or damaged, and without it forgotten photos would come back: put "
+            "it back from a backup, or from a place that OUT was pushed to; it is the same in all"
+        )
+    return Tombstones(secrets.token_bytes(KEY_BYTES))
 
 
 def write(path: Path, tombstones: Tombstones) -> None:
-    """Write tombstones to a file."""
+    """Write tombstones to one of `FILES`, or to what will become one."""
     about = {
         "format": FORMAT,
         "method": f"blake2b-{8 * ID_BYTES}, keyed",
@@ -92,7 +103,8 @@ def pending_file(out: Out) -> Path:
 
 def pending(out: Out) -> dict[str, Any]:
     """Return the state of an unfinished forget (``phase`` and more), or {}."""
-    return read_json(pending_file(out))
+    remedy = "remove it, and run the same pomona forget again, with its paths"
+    return read_json(pending_file(out), remedy)
 
 
 def refuse_erasing(out: Out) -> None:
@@ -105,4 +117,4 @@ def refuse_erasing(out: Out) -> None:
 
 def total(out: Out) -> int:
     """Return the number of forgotten photos."""
-    return len(read_json(place(out)).get("ids", []))
+    return len(read(out).ids)
