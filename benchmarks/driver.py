@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import common
-from pomona.core.parquet import even_bounds, write_chunks
+from pomona.core.parquet import write_chunks
 from pomona.core.schema import FILES
 from pomona.photos import source
-from pomona.pipeline.extract_task import photos_per_task
+from pomona.pipeline.extract_task import task_bounds
 from pomona.workspace import feature_table
 
 
@@ -66,7 +66,7 @@ def plan(count: int, folder: Path) -> dict[str, float]:
     found = index_of(photos)
     rows = timed("match", lambda: feature_table.match(photos, found))
     todo = rows.filter(pc.is_null(rows["file"])).select(photos.column_names)
-    bounds = even_bounds(count, photos_per_task(count, 64))
+    bounds = task_bounds(count, 64, 512)
     timed("write the list", lambda: write_chunks(folder / "todo.arrow", photos, bounds))
     assert todo.num_rows == count - count * 9 // 10
     seconds["list on disk, MB"] = (folder / "todo.arrow").stat().st_size / 1e6

@@ -25,6 +25,7 @@ from pomona.backbone.extract import features_of
 from pomona.core.files import read_json
 from pomona.model import artifact, pca_table
 from pomona.pipeline.predict import PredictOptions, predict
+from pomona.spark.session import Cluster
 from pomona.workspace import layout
 
 
@@ -93,7 +94,9 @@ def main() -> None:
 
 def by_predict(found: artifact.Model, root: Path, paths: list[str]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        wanted = PredictOptions(top=len(found.labels), out=f"{folder}/answers", master="local[*]")
+        wanted = PredictOptions(
+            top=len(found.labels), out=f"{folder}/answers", cluster=Cluster("local[*]")
+        )
         record = predict([str(root)], found, wanted)
         print(f"predict on Spark: {record['photos']:,} photos in {record['seconds']:.0f} s")
         rows = pq.read_table(f"{folder}/answers").to_pylist()

@@ -7,7 +7,6 @@ each in its own process. Spark's start is not in the seconds; its tasks are.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from pomona.core.parquet import even_bounds, open_parquet
 from pomona.core.schema import FEATURES, FEATURES_TABLE, without
 from pomona.model import projection
 from pomona.pipeline import reduce
-from pomona.spark import tasks
+from pomona.spark.engine import SparkEngine
 from pomona.spark.session import Cluster, session
 from pomona.workspace import layout
 from pomona.workspace.compaction import ROWS_PER_FILE
@@ -43,11 +42,10 @@ CONTENDERS = ("Pomona", "Spark ML")
 def fit_pomona(root: str) -> dict[str, Any]:
     """Fit as `pomona.pipeline.reduce.reduce` does."""
     out = layout.open_out(root, must_exist=True)
-    with session(Cluster(MASTER, log_file=out.log)) as spark:
+    with session(Cluster(MASTER, log_file=out.log)):
         start = time.perf_counter()
         groups = reduce.row_groups(out)
-        run_tasks = functools.partial(tasks.run_tasks, spark)
-        moments = reduce.moments(out, groups, 1.0, run_tasks, lambda done: None)
+        moments = reduce.moments(out, groups, 1.0, SparkEngine(Cluster()), lambda done: None)
         merged = time.perf_counter()
         found = projection.fit(moments, COMPONENTS)
         end = time.perf_counter()

@@ -23,6 +23,7 @@ from pomona.model import artifact
 from pomona.model.artifact import Model
 from pomona.pipeline import predict as predict_module
 from pomona.pipeline.predict import ROWS, PredictOptions, predict
+from pomona.spark.session import Cluster
 from tests.conftest import photo
 from tests.small_model import save_small_model
 
@@ -99,7 +100,7 @@ def test_an_object_store(found: Model, folder: Path, store: str) -> None:
 @pytest.mark.parametrize("master", [None, "local[2]"])
 def test_into_files(found: Model, folder: Path, tmp_path: Path, spark: Any, master: Any) -> None:
     out = tmp_path / "answers"
-    options = replace(CPU, out=str(out), master=master)
+    options = replace(CPU, out=str(out), cluster=Cluster(master))
     record = predict([str(folder)], found, options)
     table = pq.read_table(out)
     assert table.schema.names == ROWS.names

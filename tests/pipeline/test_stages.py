@@ -85,8 +85,8 @@ def test_a_session_that_is_active_is_left_running(spark: Any, source: Path, tmp_
 
 def test_slots_and_tasks(spark: Any) -> None:
     assert slots(spark) == 2
-    assert photos_per_task(1, 2) == 8
-    assert photos_per_task(10**9, 1000) == 20_000
+    assert photos_per_task(1, 2, 512) == 8
+    assert photos_per_task(10**9, 1000, 512) == 20_000
 
 
 def test_an_unfinished_extract_shows_in_status(extracted: Extracted, tmp_path: Path) -> None:

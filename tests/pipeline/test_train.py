@@ -134,7 +134,7 @@ def test_stage_by_stage_and_the_file_agree(spark: Any, out: Path, tmp_path: Path
     got: dict[str, dict[str, Any]] = {"here": {}, "spark": {}}
     for kind, options in (
         ("here", PredictOptions(device="cpu")),
-        ("spark", PredictOptions(device="cpu", master="local[2]")),
+        ("spark", PredictOptions(device="cpu", cluster=Cluster("local[2]"))),
     ):
         predict(
             [source],

@@ -129,7 +129,12 @@ Label = Annotated[str, "parent: the photo's folder; top: the first folder under 
 TestFraction = Annotated[
     float | None, "Share that goes to Test, in a source without Training and Test folders."
 ]
-Master = Annotated[str, "Spark's master, or sc://HOST:PORT, unless a session is active."]
+Workers = Annotated[
+    int | None, "Processes of this machine that work. [default: one per core; on a GPU two]"
+]
+Master = Annotated[
+    str | None, "Run on Spark instead: its master (local[*], spark://, yarn, …) or sc://HOST:PORT."
+]
 SparkConf = Annotated[list[str] | None, "A setting of Spark, KEY=VALUE; repeatable."]
 NoPlots = Annotated[bool, "Draw nothing, and write no report."]
 NoMlflow = Annotated[bool, "Record nothing in MLflow."]
@@ -202,14 +207,15 @@ class TrainArguments:
 
 @dataclass(frozen=True)
 class SparkArguments:
-    """Where Spark runs, and how it is set."""
+    """Where tasks run, and how Spark is set."""
 
-    master: Master = "local[*]"
+    workers: Workers = None
+    master: Master = None
     spark_conf: SparkConf = None
 
     def cluster(self) -> pomona.Cluster:
         """Return the cluster that is asked for."""
-        return pomona.Cluster(self.master, spark_pairs(self.spark_conf))
+        return cluster(self.workers, self.master, self.spark_conf)
 
 
 @dataclass(frozen=True)
@@ -236,6 +242,17 @@ class ErrorRate:
                 err=True,
             )
             raise typer.Exit(TOO_MANY_REJECTED)
+
+
+def cluster(
+    workers: int | None, master: str | None, spark_conf: list[str] | None = None
+) -> pomona.Cluster:
+    """Return where tasks run; refuse options that don't go together."""
+    if workers is not None and workers < 1:
+        raise RequestError(f"--workers is at least 1, not {workers}")
+    if workers is not None and master is not None:
+        raise RequestError("--workers is for this machine's processes; Spark's are --master's")
+    return pomona.Cluster(master, spark_pairs(spark_conf), workers=workers)
 
 
 def spark_pairs(settings: list[str] | None) -> tuple[tuple[str, str], ...]:

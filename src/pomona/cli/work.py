@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 WORDS = {
     "list": "listing photos",
     "weights": "fetching weights (bytes)",
-    "spark": "starting Spark",
+    "start": "starting workers",
     "verify": "comparing digests",
     "extract": "extracting features",
     "table": "writing the table",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,27 @@ from pomona.backbone.spec import BackboneSpec, make_spec, onnx_file
 from pomona.backbone.weights import load_weights
 from pomona.core.errors import JobError, MismatchError, RequestError, SourceError
 from pomona.core.files import FORMAT, atomic_file, make_folder, read_json, sha256, write_json
-from pomona.core.parquet import even_bounds, write_chunks
+from pomona.core.parquet import write_chunks
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import utc_now
 from pomona.core.schema import SPLITS, UNREADABLE
 from pomona.core.uris import local_path
+from pomona.engine.engine import Engine
 from pomona.photos.listing import Listing, list_files
 from pomona.photos.source import SUFFIXES, Source, arrange, open_source
+from pomona.pipeline.engines import open_engine, wants_spark
 from pomona.pipeline.extract_hadoop import run_hadoop
-from pomona.pipeline.extract_task import ExtractTask, photos_per_task
+from pomona.pipeline.extract_task import ExtractTask, photos_per_task, task_bounds
 from pomona.pipeline.verification import changed_photos, damaged_files
-from pomona.spark import binary_files, executors, resources
-from pomona.spark.session import Cluster, lazy_session
+from pomona.spark.binary_files import list_hadoop
+from pomona.spark.engine import SparkEngine
+from pomona.spark.resources import gpus_elsewhere
+from pomona.spark.session import Cluster
 from pomona.workspace import feature_table, layout, tombstones
 from pomona.workspace.compaction import WriteFile, commit_compaction, plan_compaction
 from pomona.workspace.layout import Out
 
 log = logging.getLogger("pomona")
-
-GetSpark = Callable[[], Any]
 
 ROUNDS = 5
 """Times that photos of damaged files are extracted again before the disk is blamed."""
@@ -69,7 +70,7 @@ class Extraction:
     spec: BackboneSpec
     tuned_on: tuple[str, ...]
     options: ExtractOptions
-    spark: GetSpark
+    engine: Engine
     on_tick: OnTick
 
 
@@ -83,14 +84,15 @@ def extract(
 ) -> dict[str, Any]:
     """Bring ``OUT/features`` up to date with a source. Returns the stage's record in the manifest.
 
-    Spark is started only if there is something to do; with ``keep`` it runs until that is closed.
+    Workers are started only if there is something to do; with ``keep`` a Spark session that is
+    started runs until that is closed.
 
     Raises
     ------
     RequestError
         And its kinds: what was asked for can't be. Nothing in OUT has changed then.
     JobError
-        If Spark gave up. What is done is kept.
+        If the engine gave up. What is done is kept.
     """
     options = options or ExtractOptions()
     opened = open_source(source)
@@ -107,15 +109,17 @@ def extract(
         backend=options.backend,
         device=options.device,
         batch_size=options.batch_size,
-        elsewhere=resources.gpus_elsewhere(cluster, options.device),
+        elsewhere=wants_spark(cluster) and gpus_elsewhere(cluster, options.device),
     )
     folder = layout.open_out(out)
-    master = resources.local_master(cluster.master, spec.device)
-    cluster = replace(cluster, log_file=folder.log, master=master)
-    with layout.lock(folder), contextlib.ExitStack() as mine:
+    cluster = replace(cluster, log_file=folder.log)
+    by_hadoop = opened.kind == "hadoop"
+    with (
+        layout.lock(folder),
+        open_engine(cluster, spec.device, needs_spark=by_hadoop, keep=keep) as engine,
+    ):
         tombstones.refuse_erasing(folder)
-        spark = (keep or mine).enter_context(lazy_session(cluster))
-        stage = Extraction(folder, opened, spec, weights.tuned_on, options, spark, on_tick)
+        stage = Extraction(folder, opened, spec, weights.tuned_on, options, engine, on_tick)
         table = _table(stage)
         started = time.time()
         photos, forgotten = tombstones.leave_out(folder, _list(stage))
@@ -175,7 +179,7 @@ def _short(value: object) -> str:
 
 def _list(stage: Extraction) -> pa.Table:
     source, options = stage.source, stage.options
-    listing = list_source(source, stage.spark, stage.on_tick)
+    listing = list_source(source, stage.engine, stage.on_tick)
     photos = arrange(listing.files, options.label, options.test_fraction, root=source.folder)
     if not photos.num_rows:
         raise SourceError(
@@ -185,11 +189,12 @@ def _list(stage: Extraction) -> pa.Table:
     return photos
 
 
-def list_source(source: Source, spark: GetSpark, on_tick: OnTick = quiet) -> Listing:
-    """List any kind of source."""
+def list_source(source: Source, engine: Engine, on_tick: OnTick = quiet) -> Listing:
+    """List any kind of source. One that only Hadoop reads needs Spark's engine."""
     on_tick(Tick("list"))
     if source.kind == "hadoop":
-        return binary_files.list_hadoop(spark(), source)
+        assert isinstance(engine, SparkEngine)
+        return list_hadoop(engine.session, source)
     return list_files(source, lambda count: on_tick(Tick("list", count)))
 
 
@@ -216,9 +221,9 @@ def _extract(
         waiting = rows.filter(todo).select(photos.column_names)
         if waiting.num_rows:
             start = time.time()
-            stage.on_tick(Tick("spark", photos.num_rows - waiting.num_rows, photos.num_rows))
-            stage.spark()
-            seconds["spark"] = seconds.get("spark", 0.0) + time.time() - start
+            stage.on_tick(Tick("start", photos.num_rows - waiting.num_rows, photos.num_rows))
+            stage.engine.start()
+            seconds["start"] = seconds.get("start", 0.0) + time.time() - start
             start = time.time()
             _compute(stage, waiting, parts, photos.num_rows)
             seconds["extract"] += time.time() - start
@@ -260,8 +265,7 @@ def _todo(rows: pa.Table) -> pa.Array:
 def _changed(
     stage: Extraction, rows: pa.Table, index: feature_table.Index
 ) -> tuple[npt.NDArray[np.bool_], set[str]]:
-    run_tasks = executors.runner(stage.spark(), stage.out.root)
-    return changed_photos(stage.out, stage.source, rows, index, run_tasks, stage.on_tick)
+    return changed_photos(stage.out, stage.source, rows, index, stage.engine, stage.on_tick)
 
 
 def _compute(stage: Extraction, todo: pa.Table, parts: Path, total: int) -> None:
@@ -275,24 +279,20 @@ def _compute(stage: Extraction, todo: pa.Table, parts: Path, total: int) -> None
         stage.on_tick(Tick("extract", before + done.done, total, done.rejected))
 
     poll()
-    session = stage.spark()
-    executors.check(session, stage.spec.backend, stage.source, todo["path"][:5].to_pylist())
-    fitted = resources.fit_spec(stage.spec, session)
+    engine, out = stage.engine, stage.out
+    engine.check(stage.spec, stage.source, todo["path"][:5].to_pylist())
+    fitted = engine.fit(stage.spec)
     part = feature_table.PartFile(str(parts), run)
-    per_task = photos_per_task(todo.num_rows, resources.slots(session))
     if stage.source.kind == "hadoop":
-        if not executors.share(session, stage.out.root):
-            raise RequestError(
-                f"the executors don't see {stage.out.root}, and photos of {stage.source.name} need "
-                "that: choose an --out on storage that driver and executors share"
-            )
-        run_hadoop(session, stage.out, stage.source.root, todo, per_task, fitted, part, poll)
+        assert isinstance(engine, SparkEngine)
+        per_task = photos_per_task(todo.num_rows, engine.slots, engine.most_photos)
+        run_hadoop(engine.session, out, stage.source, todo, per_task, fitted, part, poll)
     else:
-        bounds = even_bounds(todo.num_rows, per_task)
-        chunks = stage.out.work / "todo.arrow"
+        bounds = task_bounds(todo.num_rows, engine.slots, engine.most_photos)
+        chunks = out.work / "todo.arrow"
         write_chunks(chunks, todo, bounds)
         task = ExtractTask(str(chunks), stage.source, fitted, part)
-        executors.run_chunks(session, task, range(len(bounds) - 1), stage.out.root, poll)
+        engine.run_chunks(task, range(len(bounds) - 1), out.root, poll)
     poll()
 
 
@@ -310,8 +310,7 @@ def _compact(
         task = WriteFile(
             str(chunks), str(stage.out.root), tuple(index.files), tuple(plan.names), str(staged)
         )
-        run_tasks = executors.runner(stage.spark(), stage.out.root)
-        results = run_tasks(task, len(plan.names))
+        results = stage.engine.run_tasks(task, len(plan.names), stage.out.root)
         stage.on_tick(Tick("table", plan.plan.num_rows, plan.plan.num_rows))
     damaged = {name for result in results for name in result.get("damaged", ())}
     if damaged:

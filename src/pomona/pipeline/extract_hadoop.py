@@ -14,13 +14,16 @@ import pyarrow.compute as pc
 
 from pomona.backbone.extract import extract
 from pomona.backbone.spec import BackboneSpec
-from pomona.core.errors import CrashError
+from pomona.core.errors import CrashError, RequestError
 from pomona.core.schema import ddl
+from pomona.engine.engine import Poll
 from pomona.photos import reading
+from pomona.photos.source import Source
 from pomona.pipeline.verification import with_sha256
+from pomona.spark import executors
 from pomona.spark.binary_files import HadoopPhotos, binary_files
 from pomona.spark.resources import slots
-from pomona.spark.tasks import ANSWERS, Poll, answer, at_task, collect, partition
+from pomona.spark.tasks import ANSWERS, answer, at_task, collect, partition
 from pomona.workspace import feature_table
 from pomona.workspace.feature_table import PartFile, write_part
 from pomona.workspace.layout import Out
@@ -31,14 +34,23 @@ PARTITION_BYTES = 128 << 20
 def run_hadoop(
     spark: Any,
     out: Out,
-    root: str,
+    source: Source,
     todo: pa.Table,
     per_task: int,
     spec: BackboneSpec,
     part: PartFile,
     poll: Poll,
 ) -> None:
-    """Extract photos of a source that only Hadoop reads, about ``per_task`` in each partition."""
+    """Extract photos of a source that only Hadoop reads, about ``per_task`` in each partition.
+
+    Raises RequestError if executors don't see OUT.
+    """
+    if not executors.share(spark, out.root):
+        raise RequestError(
+            f"the executors don't see {out.root}, and photos of {source.name} need that: choose an "
+            "--out on storage that driver and executors share"
+        )
+    root = source.root
 
     def missing() -> pa.Table:
         rows = feature_table.match(todo, feature_table.index(out, Path(part.folder)))

@@ -126,7 +126,7 @@ def open_request(
 ) -> Request:
     """Check options, and open the source, OUT and the weights."""
     _check(options)
-    if options.processes > 1 and cluster.master.startswith("sc://"):
+    if options.processes > 1 and (cluster.master or "").startswith("sc://"):
         raise RequestError("--processes needs a Spark of its own: local[*] or spark://, not sc://")
     opened = open_source(source)
     if opened.kind == "hadoop":

@@ -9,13 +9,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pomona.backbone.spec import BackboneSpec
 from pomona.core.cpus import available_cpus
 from pomona.core.errors import MismatchError, RequestError, SourceError
 from pomona.core.files import FORMAT, atomic_file, read_json, write_json
@@ -27,14 +28,13 @@ from pomona.model.recogniser import ANSWERS, Recogniser, make_recogniser, recogn
 from pomona.photos.listing import list_files
 from pomona.photos.reading import read, with_content
 from pomona.photos.source import MAX_BYTES, SUFFIXES, Source, is_photo, open_source
-from pomona.spark import executors
-from pomona.spark.resources import fit_spec, gpus_elsewhere
-from pomona.spark.session import Cluster, session
-from pomona.spark.tasks import at_task
+from pomona.pipeline.engines import open_engine, wants_spark
+from pomona.spark.resources import gpus_elsewhere
+from pomona.spark.session import Cluster
 
 STDIN = "-"
-SPARK_ABOVE = 2000
-"""Photos: below, Spark's start costs more than it gains."""
+ALONE = 200
+"""Photos that this process answers by itself: workers take a second to start."""
 PER_TASK = 256
 SHOW_PROGRESS_ABOVE = 100
 """Photos: fewer are answered before a progress bar is read."""
@@ -57,12 +57,7 @@ class PredictOptions:
     device: str = "auto"
     out: str | None = None
     most: int | None = None  # photos, where the answers don't go into files
-    master: str | None = None
-    spark_conf: tuple[tuple[str, str], ...] = ()
-
-    def cluster(self, log_file: Path | None = None) -> Cluster:
-        """Return where Spark runs."""
-        return Cluster(self.master or "local[*]", self.spark_conf, log_file)
+    cluster: Cluster = field(default_factory=Cluster)  # that works, above a few photos
 
 
 def _find_photos(argument: str, on_tick: OnTick) -> PhotoSet:
@@ -131,10 +126,10 @@ def predict(
     RequestError
         And its kinds.
     JobError
-        If Spark gave up. What is done is kept, with ``options.out``.
+        If the workers gave up. What is done is kept, with ``options.out``.
     """
     options = options or PredictOptions()
-    elsewhere = options.master is not None and gpus_elsewhere(options.cluster(), options.device)
+    elsewhere = wants_spark(options.cluster) and gpus_elsewhere(options.cluster, options.device)
     recogniser = make_recogniser(model, options.top, device=options.device, elsewhere=elsewhere)
     if not arguments:
         raise RequestError("predict takes photos, folders, URIs, or - for standard input")
@@ -181,15 +176,17 @@ def _answers(
     options: PredictOptions,
     on_tick: OnTick,
 ) -> Generator[pa.RecordBatch, None, None]:
-    """Yield the answers as `ROWS`, whoever computes them: this process, or Spark through files."""
+    """Yield the answers as `ROWS`, by this process, or by workers through files."""
     count = sum(photos.num_rows for _, photos in photo_sets)
-    by_spark = options.master is not None or count > SPARK_ABOVE
-    if options.out is None and not by_spark:
+    by_workers = options.cluster.master is not None or count > ALONE
+    if options.out is None and not by_workers:
         yield from _answer_here(photo_sets, count, recogniser, on_tick)
         return
     with tempfile.TemporaryDirectory() as spare:
         folder = Path(options.out or spare).expanduser().resolve()
-        for part in _write_files(photo_sets, recogniser, folder, model, options, on_tick, by_spark):
+        for part in _write_files(
+            photo_sets, recogniser, folder, model, options, on_tick, by_workers
+        ):
             yield from pq.ParquetFile(part).iter_batches()
 
 
@@ -227,7 +224,7 @@ def _standard_input(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatc
 
 @dataclass(frozen=True)
 class PredictTask:
-    """Answer chunks of photos into Parquet files. A `pomona.spark.tasks.ChunkTask`."""
+    """Answer chunks of photos into Parquet files. A `pomona.engine.engine.ChunkTask`."""
 
     chunks: str
     sources: tuple[Source | None, ...]
@@ -236,10 +233,9 @@ class PredictTask:
 
     def write(self, photos: pa.RecordBatch, number: int, folder: str) -> dict[str, Any]:
         """Write the answers of chunk ``number``. Runs on workers."""
-        recogniser = replace(self.recogniser, spec=at_task(self.recogniser.spec))
         path = Path(folder, _part_name(number))
         with atomic_file(path) as part, pq.ParquetWriter(part, ROWS) as writer:
-            for batch in _answer(photos, self.sources[number], recogniser):
+            for batch in _answer(photos, self.sources[number], self.recogniser):
                 writer.write_batch(batch)
         return {}
 
@@ -248,9 +244,9 @@ class PredictTask:
         names = {path.name for path in Path(self.folder).glob("part-*.parquet")}
         return {number for number in range(len(self.sources)) if _part_name(number) in names}
 
-    def careful(self) -> PredictTask:
-        """Return the task with photos decoded in child processes."""
-        spec = replace(self.recogniser.spec, guard="child")
+    def with_spec(self, change: Callable[[BackboneSpec], BackboneSpec]) -> PredictTask:
+        """Return the task with another spec."""
+        spec = change(self.recogniser.spec)
         return replace(self, recogniser=replace(self.recogniser, spec=spec))
 
 
@@ -265,7 +261,7 @@ def _write_files(
     model: Model,
     options: PredictOptions,
     on_tick: OnTick,
-    by_spark: bool,
+    by_workers: bool,
 ) -> list[Path]:
     """Answer into Parquet files; what an earlier run of the same request did isn't done again."""
     if any(source is None for source, _ in photo_sets):
@@ -282,9 +278,10 @@ def _write_files(
 
     if todo := sorted(set(range(len(sources))) - task.done()):
         write_chunks(chunks, photos, bounds)
-        if by_spark:
-            on_tick(Tick("spark"))
-            _run_on_spark(task, todo, options.cluster(folder / "_spark.log"), poll)
+        if by_workers:
+            on_tick(Tick("start"))
+            cluster = replace(options.cluster, log_file=folder / "_workers.log")
+            _run_on_workers(task, todo, cluster, poll)
         else:
             here = replace(task, recogniser=with_threads(recogniser, available_cpus()))
             for number in todo:
@@ -336,15 +333,14 @@ def _claim(folder: Path, request: dict[str, Any]) -> None:
         raise RequestError(f"--out {folder} can't be written: {error.strerror}") from error
 
 
-def _run_on_spark(
+def _run_on_workers(
     task: PredictTask, todo: list[int], cluster: Cluster, poll: Callable[[], None]
 ) -> None:
-    with session(cluster) as spark:
-        spec = fit_spec(task.recogniser.spec, spark)
-        task = replace(task, recogniser=replace(task.recogniser, spec=spec))
+    with open_engine(cluster, task.recogniser.spec.device) as engine:
+        task = task.with_spec(engine.fit)
         first_chunks = {task.sources[number]: number for number in reversed(todo)}
         for source, number in first_chunks.items():
             if source is not None:
                 some = read_chunk(task.chunks, number)["path"][:5].to_pylist()
-                executors.check(spark, spec.backend, source, some)
-        executors.run_chunks(spark, task, todo, Path(task.folder), poll)
+                engine.check(task.recogniser.spec, source, some)
+        engine.run_chunks(task, todo, Path(task.folder), poll)

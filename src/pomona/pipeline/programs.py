@@ -21,13 +21,14 @@ from pomona.model.pca_table import FOLDERS, Photos, read_photos
 from pomona.model.projection import Projection, load_projection
 from pomona.model.recogniser import answer_photos, make_recogniser
 from pomona.photos.source import arrange, open_source
+from pomona.pipeline.engines import open_engine
 from pomona.pipeline.extract import list_source
 from pomona.pipeline.predict import PredictOptions
 from pomona.pipeline.predict import predict as predict_files
 from pomona.pipeline.status import status
 from pomona.registry.tracking import store_of, without_password
 from pomona.spark.resources import local_master
-from pomona.spark.session import Cluster, active_session, session
+from pomona.spark.session import Cluster, session
 from pomona.workspace import feature_table, layout
 
 
@@ -120,7 +121,7 @@ def list_photos(
 ) -> pa.Table:
     """List a source: ``path``, ``split``, ``label``, ``filename``, ``size``, ``modified``.
 
-    No photo is read. A source that only Hadoop knows needs an active Spark session.
+    No photo is read. A source that only Hadoop knows takes Spark: the active session, or a new one.
 
     Parameters
     ----------
@@ -128,7 +129,8 @@ def list_photos(
         As ``pomona extract`` takes them.
     """
     place = open_source(source)
-    listing = list_source(place, active_session)
+    with open_engine(Cluster(), needs_spark=place.kind == "hadoop") as engine:
+        listing = list_source(place, engine)
     return arrange(listing.files, label, test_fraction, root=place.folder)
 
 

@@ -1,7 +1,7 @@
 """The stage ``reduce``: scaler and PCA, fitted on Training and applied to all photos.
 
 Two passes over ``OUT/features``: moments, then projected rows. Both are tasks that read row groups
-and write into ``OUT/_work``; whoever runs them (``run_tasks``), the sums are the same.
+and write into ``OUT/_work``; whichever engine runs them, the sums are the same.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pomona.core.files import read_json, sha256, tree_digest
 from pomona.core.parquet import even_bounds, write_chunks
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import utc_now
+from pomona.engine.engine import Engine
 from pomona.model.pca_table import FOLDERS
 from pomona.model.projection import (
     Moments,
@@ -35,16 +36,13 @@ from pomona.model.projection import (
     merge,
     save_projection,
 )
+from pomona.pipeline.engines import open_engine
 from pomona.pipeline.reduce_tasks import Group, MomentsTask, ProjectTask, partitions
 from pomona.pipeline.report_figures import check_matplotlib, plot_variance
-from pomona.spark import executors
-from pomona.spark.session import Cluster, lazy_session
+from pomona.spark.session import Cluster
 from pomona.workspace import feature_table, layout
 from pomona.workspace.compaction import cut_by_split
 from pomona.workspace.layout import Move, Out
-
-RunTasks = Callable[..., list[dict[str, Any]]]
-"""``run_tasks(task, count, poll=None)``: the answers of ``task(0) … task(count - 1)``."""
 
 GROUPS_PER_TASK = 4
 """20 MB of features: a second of work."""
@@ -89,14 +87,14 @@ def reduce(
     if options.plots:
         check_matplotlib()
     cluster = replace(cluster or Cluster(), log_file=folder.log)
-    with layout.lock(folder), lazy_session(cluster) as spark:
+    with layout.lock(folder), open_engine(cluster) as engine:
         _refuse_unfinished(folder)
         settings = asdict(options)
         del settings["plots"]  # the numbers are the same
         made_from = {"features": feature_table.digest(folder), "settings": settings}
         old = read_json(folder.manifest).get("stages", {}).get("reduce", {})
         whole = old.get("made_from") == made_from and _is_whole(folder, old)
-        record = old if whole else _reduce(folder, options, made_from, spark(), on_tick)
+        record = old if whole else _reduce(folder, options, made_from, engine, on_tick)
         if options.plots and not (picture := folder.report / "pca_variance.png").exists():
             plot_variance(load_projection(folder.projection), picture)
         return dict(record)
@@ -114,7 +112,7 @@ def _refuse_unfinished(out: Out) -> None:
 
 
 def _reduce(
-    out: Out, options: ReduceOptions, made_from: dict[str, Any], spark: Any, on_tick: OnTick
+    out: Out, options: ReduceOptions, made_from: dict[str, Any], engine: Engine, on_tick: OnTick
 ) -> dict[str, Any]:
     start = time.time()
     groups = row_groups(out)
@@ -124,13 +122,12 @@ def _reduce(
         on_tick(Tick("reduce", done, steps))
 
     tick(0)
-    run_tasks = executors.runner(spark, out.root)
-    training = moments(out, groups, options.power, run_tasks, tick)
+    training = moments(out, groups, options.power, engine, tick)
     scale, whiten, power = options.scale, options.whiten, options.power
     projection = fit(training, options.components, scale=scale, whiten=whiten, power=power)
     fitted = time.time()
     tick(len(groups))
-    digests, rows = _write(out, projection, made_from, run_tasks)
+    digests, rows = _write(out, projection, made_from, engine)
     tick(steps)
     ratio = projection.explained_variance_ratio
     seconds = {"fit": fitted - start, "transform": time.time() - fitted}
@@ -170,16 +167,18 @@ def moments(
     out: Out,
     groups: list[list[Group]],
     power: float,
-    run_tasks: RunTasks,
+    engine: Engine,
     on_done: Callable[[int], None],
 ) -> Moments:
     """Return the moments of the Training photos. The driver holds two partial moments at a time."""
     folder = out.work / f"moments-{feature_table.new_run()}"
     folder.mkdir(parents=True)
     task = MomentsTask(str(out.root), tuple(tuple(group) for group in groups), str(folder), power)
-    _refuse_damaged(
-        run_tasks(task, len(groups), lambda: on_done(len(list(folder.glob("[0-9]*.npz")))))
-    )
+
+    def poll() -> None:
+        on_done(len(list(folder.glob("[0-9]*.npz"))))
+
+    _refuse_damaged(engine.run_tasks(task, len(groups), out.root, poll))
     total = merge(_load(folder / f"{number}.npz") for number in range(len(groups)))
     shutil.rmtree(folder)
     return total
@@ -198,7 +197,7 @@ def _load(path: Path) -> Moments:
 
 
 def _write(
-    out: Out, projection: Projection, made_from: dict[str, Any], run_tasks: RunTasks
+    out: Out, projection: Projection, made_from: dict[str, Any], engine: Engine
 ) -> tuple[dict[str, str], dict[str, int]]:
     """Write the PCA tables and the projection, whole or not at all.
 
@@ -211,7 +210,7 @@ def _write(
     write_chunks(chunks, plan, bounds)
     folders = partitions(pc.unique(plan["label"]).to_pylist())
     task = ProjectTask(str(chunks), str(out.root), files, projection, str(staged), folders)
-    answers = run_tasks(task, len(bounds) - 1)
+    answers = engine.run_tasks(task, len(bounds) - 1, out.root)
     _refuse_damaged(answers)
     save_projection(projection, staged / "projection", made_from)
     names = [f"{name}{kind}" for name in FOLDERS.values() for kind in ("", "_csv")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from pomona.core.errors import DamagedError
 from pomona.core.files import read_json, sha256
 from pomona.core.parquet import even_bounds, gather, read_chunk, sliced, write_chunks
 from pomona.core.progress import OnTick, Tick
+from pomona.engine.engine import Engine
 from pomona.photos.reading import read
 from pomona.photos.source import Source
 from pomona.workspace.feature_table import Index
@@ -77,7 +78,7 @@ def changed_photos(
     source: Source,
     rows: pa.Table,
     index: Index,
-    run_tasks: Callable[..., list[dict[str, Any]]],
+    engine: Engine,
     on_tick: OnTick,
 ) -> tuple[npt.NDArray[np.bool_], set[str]]:
     """Return which of the rows of `match` hold features of other bytes, and damaged files."""
@@ -88,7 +89,7 @@ def changed_photos(
     write_chunks(chunks, rows.take(pa.array(positions)), bounds)
     task = VerifyTask(str(chunks), str(out.root), tuple(index.files), source)
     on_tick(Tick("verify", 0, len(positions)))
-    answers = run_tasks(task, len(bounds) - 1)
+    answers = engine.run_tasks(task, len(bounds) - 1, out.root)
     damaged = {name for answer in answers for name in answer.get("damaged", ())}
     for start, answer in zip(bounds, answers, strict=False):
         changed[positions[start + np.array(answer.get("changed", []), int)]] = True

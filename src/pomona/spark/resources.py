@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING
 
 from pomona.backbone.spec import BackboneSpec
 from pomona.core.cpus import available_cpus
-from pomona.spark.session import Cluster, active_session
+from pomona.engine.engine import GPU_WORKERS
+from pomona.spark.session import ALL_CORES, Cluster, active_session
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 GPU_AMOUNT = "spark.task.resource.gpu.amount"
 """Spark's setting for the GPUs of a task: a count, or a share of one GPU."""
-GPU_WORKERS = 2
-"""Workers for one GPU in local mode: one computes while the other decodes. Each has a CUDA context
-of its own, so there isn't one per core."""
 SLOTS_UNKNOWN = 16
 """Assumed slots of a Spark Connect server that doesn't tell, and assumed executors of a cluster
 that grows on demand. Too many tasks do no harm: they wait in Spark's queue."""
@@ -78,12 +76,12 @@ def gpus_elsewhere(cluster: Cluster, device: str) -> bool:
     A cluster whose settings don't tell (a Spark Connect server before there is a session) is
     trusted to have them if ``device`` is ``cuda``.
     """
-    is_local = cluster.master.startswith("local")
+    is_local = (cluster.master or ALL_CORES).startswith("local")
     return device != "cpu" and (gives_gpus(cluster) or (device == "cuda" and not is_local))
 
 
-def local_master(master: str, device: str) -> str:
+def local_master(master: str | None, device: str) -> str:
     """Return the master with as many slots as a GPU serves, in place of all cores."""
-    if device != "cpu" and master == "local[*]":
+    if device != "cpu" and master in (None, ALL_CORES):
         return f"local[{min(GPU_WORKERS, available_cpus())}]"
-    return master
+    return master or ALL_CORES

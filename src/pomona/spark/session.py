@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import importlib.util
 import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,19 @@ TASK_ATTEMPTS = 4
 """Attempts of a task, as on a cluster (spark.task.maxFailures)."""
 
 
+ALL_CORES = "local[*]"
+"""The master where none is named."""
+
+
+def check_pyspark() -> None:
+    """Raise MissingError, with the remedy, if PySpark isn't installed."""
+    if importlib.util.find_spec("pyspark") is None:
+        raise MissingError(
+            "this needs Spark: pip install 'pomona[spark]', and Java 17; on one machine folders, "
+            "s3:// and gs:// need neither"
+        )
+
+
 def check_java() -> None:
     """Raise MissingError, with the command that installs Java 17, if no such Java is found."""
     home = os.environ.get("JAVA_HOME")
@@ -51,26 +64,32 @@ def check_java() -> None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where Spark runs.
+    """Where tasks run.
 
     Attributes
     ----------
     master
         Spark's master URL, or ``sc://HOST:PORT`` of a Spark Connect server. Ignored if a session
-        is active.
+        is active. None: without a session, stages run in processes of this machine, and what needs
+        Spark starts it on all cores.
     conf
         Spark settings, which override Pomona's defaults.
     log_file
         Receives what the JVM and the workers print.
+    workers
+        Processes without Spark; by default one for each core, on a GPU two.
     """
 
-    master: str = "local[*]"
+    master: str | None = None
     conf: tuple[tuple[str, str], ...] = ()
     log_file: Path | None = None
+    workers: int | None = None
 
 
 def active_session() -> SparkSession | None:
     """Return the user's session, even if another thread made it and the JVM has none active."""
+    if "pyspark" not in sys.modules:  # nobody can have made one
+        return None
     from pyspark.sql import SparkSession
 
     active = SparkSession.getActiveSession()
@@ -98,7 +117,7 @@ def session(cluster: Cluster) -> Iterator[SparkSession]:
     except Exception as error:
         log.exception("Spark did not start")
         where = f" ({cluster.log_file})" if cluster.log_file else ""
-        master = connect.redacted(cluster.master)
+        master = connect.redacted(cluster.master or ALL_CORES)
         raise JobError(
             f"Spark did not start on {master}: {root_cause(error)}; see the log{where}"
         ) from error
@@ -112,22 +131,24 @@ def session(cluster: Cluster) -> Iterator[SparkSession]:
 
 
 def _builder(cluster: Cluster) -> SparkSession.Builder:
+    check_pyspark()
     from pyspark.sql import SparkSession
 
-    if connect.is_server(cluster.master):
-        connect.check_server(cluster.master)
-        builder = SparkSession.builder.remote(cluster.master)
+    master = cluster.master or ALL_CORES
+    if connect.is_server(master):
+        connect.check_server(master)
+        builder = SparkSession.builder.remote(master)
     else:
         check_java()
-        if cluster.master.startswith("local"):
+        if master.startswith("local"):
             # Without this, workers run whatever `python3` comes first on the PATH. On a cluster
             # that is right: the driver's own path means nothing there.
             os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         # By default a task has one attempt in local mode, so that a dead worker ends a long run.
-        master = re.sub(r"^local\[([^,\]]+)\]$", rf"local[\1,{TASK_ATTEMPTS}]", cluster.master)
+        master = re.sub(r"^local\[([^,\]]+)\]$", rf"local[\1,{TASK_ATTEMPTS}]", master)
         builder = SparkSession.builder.master(master)
     builder = builder.appName("pomona")
-    for key, value in {**_defaults(cluster.master), **dict(cluster.conf)}.items():
+    for key, value in {**_defaults(master), **dict(cluster.conf)}.items():
         builder = builder.config(key, value)
     return builder
 
@@ -138,13 +159,6 @@ def adopt() -> None:
 
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     SparkSession.builder.appName("pomona").getOrCreate()
-
-
-@contextlib.contextmanager
-def lazy_session(cluster: Cluster) -> Iterator[Callable[[], SparkSession]]:
-    """Give a function that starts the session on its first call: a run may need none."""
-    with contextlib.ExitStack() as stack:
-        yield functools.cache(lambda: stack.enter_context(session(cluster)))
 
 
 def _defaults(master: str) -> dict[str, str]:

@@ -12,14 +12,13 @@ import functools
 import json
 import logging
 import os
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -29,6 +28,7 @@ from pomona.core.errors import CrashError, JobError, PomonaError, first_line
 from pomona.core.files import atomic_file
 from pomona.core.parquet import read_chunk
 from pomona.core.schema import ddl
+from pomona.engine.engine import POLL_SECONDS, Answer, ChunkTask, InPlace, Poll, Task
 from pomona.spark.resources import slots
 from pomona.spark.session import root_cause
 
@@ -37,12 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pomona")
 
-Answer = dict[str, Any]
-"""What a task returns: anything that JSON holds."""
 ANSWERS = pa.schema([("answer", pa.string())])
 
-Poll = Callable[[], None]
-POLL_SECONDS = 0.5
 END_SECONDS = 5.0
 """How long interrupted jobs may take to end."""
 
@@ -51,7 +47,7 @@ END_SECONDS = 5.0
 
 
 def run_tasks(
-    spark: SparkSession, task: Callable[[int], Answer], count: int, poll: Poll | None = None
+    spark: SparkSession, task: Task, count: int, poll: Poll | None = None
 ) -> list[Answer]:
     """Call ``task(0) … task(count - 1)`` on executors and return the answers in that order.
 
@@ -65,9 +61,7 @@ def run_tasks(
     return sorted(collect(answers, poll), key=lambda answer: int(answer["task"]))
 
 
-def _run_on_worker(
-    task: Callable[[int], Answer], batches: Iterator[pa.RecordBatch]
-) -> Iterator[pa.RecordBatch]:
+def _run_on_worker(task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Run a task for each number. Runs on workers."""
     for batch in batches:
         for number in batch["id"].to_pylist():
@@ -85,7 +79,7 @@ def collect(answers: DataFrame, poll: Poll | None) -> list[Answer]:
     return [json.loads(row["answer"]) for row in rows]
 
 
-def run_here(task: Callable[[int], Answer], count: int, poll: Poll | None = None) -> list[Answer]:
+def run_here(task: Task, count: int, poll: Poll | None = None) -> list[Answer]:
     """Call ``task(0) … task(count - 1)`` in threads of the driver, for files only it sees."""
     answers = []
     with ThreadPoolExecutor(available_cpus()) as pool:
@@ -153,8 +147,6 @@ def at_task(spec: BackboneSpec) -> BackboneSpec:
     The first attempt of a task is watched, later ones decode in a child process
     (`pomona.photos.isolation`): a photo that kills workers then costs only itself.
     """
-    if "pyspark" not in sys.modules:  # outside Spark a task has no second attempt
-        return spec
     from pyspark import TaskContext
 
     context = TaskContext.get()
@@ -178,38 +170,16 @@ def partition() -> int:
 # --- chunks of a list become files -------------------------------------------------------------
 
 
-class ChunkTask(Protocol):
-    """Turn chunks of a list into files of one folder. Picklable."""
-
-    @property
-    def chunks(self) -> str:
-        """File of the list, as written by `pomona.core.parquet.write_chunks`."""
-
-    @property
-    def folder(self) -> str:
-        """Where the files belong."""
-
-    def write(self, photos: pa.RecordBatch, number: int, folder: str) -> Answer:
-        """Write the files of chunk ``number`` into ``folder``. Runs on workers."""
-
-    def done(self) -> set[int]:
-        """Return the numbers of the chunks whose files are in place. Runs on the driver."""
-
-    def careful(self) -> ChunkTask:
-        """Return the same task, decoding photos in child processes."""
-
-
 @dataclass(frozen=True)
 class SharedChunks:
-    """Run a task's chunks where workers see its list and folder. Picklable; runs on workers."""
+    """Run some of a task's chunks in place. Picklable; runs on workers."""
 
     task: ChunkTask
     numbers: tuple[int, ...]
 
     def __call__(self, index: int) -> Answer:
         """Write the files of the chunk ``numbers[index]`` in place."""
-        number = self.numbers[index]
-        return self.task.write(read_chunk(self.task.chunks, number), number, self.task.folder)
+        return InPlace(self.task.with_spec(at_task))(self.numbers[index])
 
 
 def send_chunks(
@@ -277,7 +247,7 @@ def _files_on_worker(
         for index in batch["id"].to_pylist():
             photos = pa.ipc.open_stream(chunks[index]).read_next_batch()
             with tempfile.TemporaryDirectory(prefix="pomona-") as folder:
-                task.write(photos, numbers[index], folder)
+                task.with_spec(at_task).write(photos, numbers[index], folder)
                 for path in sorted(Path(folder).iterdir()):
                     row = {"name": path.name, "content": path.read_bytes()}
                     yield pa.RecordBatch.from_pylist([row], FILES)

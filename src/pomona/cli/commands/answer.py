@@ -12,13 +12,25 @@ from typer import Argument, Option
 
 import pomona
 from pomona.cli import render
-from pomona.cli.options import ANSWER, Device, ErrorRate, SparkConf, command, spark_pairs
+from pomona.cli.options import (
+    ANSWER,
+    Device,
+    ErrorRate,
+    Master,
+    SparkConf,
+    Workers,
+    cluster,
+    command,
+)
 from pomona.cli.work import progress, show
 from pomona.core.errors import MissingError, RequestError
 from pomona.core.uris import is_store, refuse_uri
 
 if TYPE_CHECKING:
     from pomona.serving.app import Settings
+
+MOST_IN_A_TABLE = 2000
+"""Photos whose answers a person may read."""
 
 ModelName = Annotated[
     str | None,
@@ -53,10 +65,8 @@ def predict(
     top: Annotated[int, "How many labels to give for each photo."] = 3,
     out: Annotated[str | None, "A new folder for the answers, as Parquet."] = None,
     device: Device = "auto",
-    master: Annotated[
-        str | None,
-        "Spark's master, or sc://HOST:PORT. [default: local[*] above 2,000 photos, else no Spark]",
-    ] = None,
+    workers: Workers = None,
+    master: Master = None,
     spark_conf: SparkConf = None,
     error_rate: ErrorRate,
     as_json: Annotated[bool, Option("--json", help="One JSON object a line.")] = False,
@@ -64,14 +74,15 @@ def predict(
 ) -> None:
     """Say what is on photos. Killed, with --out, it goes on where it stopped."""
     from pomona.cli import answers
-    from pomona.pipeline.predict import SPARK_ABOVE, PredictOptions, predict
+    from pomona.pipeline.predict import PredictOptions, predict
 
     if out:
         refuse_uri(out, "--out")
     if as_json and as_csv:
         raise RequestError("--json or --csv, not both")
-    most = None if as_json or as_csv else SPARK_ABOVE
-    options = PredictOptions(top, device, out, most, master, spark_pairs(spark_conf))
+    most = None if as_json or as_csv else MOST_IN_A_TABLE
+    where = cluster(workers, master, spark_conf)
+    options = PredictOptions(top, device, out, most, where)
     opened = _open_model(model)
     if model is None:
         typer.echo(f"pomona: {render.which(opened)}", err=True)

@@ -9,7 +9,17 @@ from typer import Argument
 
 import pomona
 from pomona.cli import render
-from pomona.cli.options import PHOTOS, AsJson, Label, LocalOut, Master, SourceName, command
+from pomona.cli.options import (
+    PHOTOS,
+    AsJson,
+    Label,
+    LocalOut,
+    Master,
+    SourceName,
+    Workers,
+    cluster,
+    command,
+)
 from pomona.cli.work import counter, log_to, progress, show, show_run
 from pomona.core.errors import RequestError
 from pomona.core.progress import OnTick, Tick
@@ -82,7 +92,8 @@ def demo(
     out: LocalOut = "demo",
     classes: Annotated[int, "How many labels to render."] = 12,
     images: Annotated[int, "How many photos to render."] = 600,
-    master: Master = "local[*]",
+    workers: Workers = None,
+    master: Master = None,
     as_json: AsJson = False,
 ) -> None:
     """Render photos, some of them damaged, and run. Needs no network, no downloaded weights."""
@@ -94,7 +105,7 @@ def demo(
         on_photo = counter(on_tick, "synthesize")
         pomona.synthesize(photos, classes=classes, images=images, progress=on_photo)
         pomona.add_damaged_photos(photos)
-        options, cluster = pomona.ExtractOptions(weights="fruits"), pomona.Cluster(master)
-        records = pomona.run(photos, results, options, cluster=cluster, on_tick=on_tick)
+        options, where = pomona.ExtractOptions(weights="fruits"), cluster(workers, master)
+        records = pomona.run(photos, results, options, cluster=where, on_tick=on_tick)
         records["mlflow"] = pomona.track(results, records)
     show_run(records, Home(str(results), str(results)), as_json)
