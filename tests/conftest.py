@@ -53,6 +53,33 @@ def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "test"
 
 
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Any]:
+    """One pool of workers for all tests that need none of their own."""
+    from pomona.engine.processes import Processes
+
+    class Shared(Processes):
+        def __exit__(self, *_: object) -> None:
+            """Stay."""
+
+    shared = Shared(2)
+    yield shared
+    Processes.__exit__(shared)
+
+
+@pytest.fixture(autouse=True)
+def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, workers: Any) -> None:
+    """Stages run on Spark in tests that take the fixture ``spark``, and in those alone.
+
+    The session stays active in a process of pytest whose later tests don't ask for it. Other tests
+    share workers, but for those with the mark ``own_workers``.
+    """
+    if "spark" not in request.fixturenames:
+        monkeypatch.setattr("pomona.pipeline.engines.active_session", lambda: None)
+    if not request.node.get_closest_marker("own_workers"):
+        monkeypatch.setattr("pomona.pipeline.engines.Processes", lambda *_: workers)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the files that take longest first, so that no process ends long after the others."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))

@@ -57,7 +57,7 @@ def test_status(out: Path) -> None:
     assert (found["photos"], found["todo"], found["rejected"]) == (13, 0, {"empty": 1})
 
 
-def test_reduce_goes_on(spark: Any, out: Path) -> None:
+def test_reduce_goes_on(out: Path) -> None:
     stages = read_json(out / "manifest.json")["stages"]
     same = ReduceOptions(components=3, plots=False)
     assert reduce(out, same) == stages["reduce"]

@@ -17,7 +17,7 @@ RANDOM = ["--weights", "random:0", "--image-size", "32", "--device", "cpu"]
 
 
 @pytest.fixture
-def pomona(spark: Any, command: Any) -> Any:
+def pomona(command: Any) -> Any:
     """Call the command in this process, on the running session; returns (code, stdout, stderr)."""
     return command
 

@@ -45,7 +45,7 @@ def outputs(out: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def extracted_once(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def extracted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("extracted")
     extract(fill(base / "source"), base / "out", FRUITS)
     return base
@@ -75,7 +75,7 @@ def varieties(root: Path, each: int = 8) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OUT with a model by --label top."""
     base = tmp_path_factory.mktemp("trained")
     source = varieties(base / "source")

@@ -20,8 +20,6 @@ from tests.conftest import fill, photo
 from tests.pipeline.conftest import FRUITS as QUICK
 from tests.pipeline.conftest import Extracted, outputs, rows
 
-pytestmark = pytest.mark.usefixtures("spark")
-
 
 def test_every_photo_has_a_row(source: Path, tmp_path: Path) -> None:
     ticks: list[Tick] = []
@@ -207,7 +205,7 @@ def test_what_was_unreadable_is_tried_again(source: Path, tmp_path: Path) -> Non
     assert extract(source, out, QUICK)["rejected"] == {}
 
 
-def test_binary_file_gives_the_same_table(tmp_path: Path) -> None:
+def test_binary_file_gives_the_same_table(spark: Any, tmp_path: Path) -> None:
     """A local folder read as Hadoop's URIs are, and as local folders are."""
     source = fill(tmp_path / "source [1] {x}")
     for name in ("a b.jpg", "été.JPG", "50%20off.jpeg", "k=v.Png", "#1.jpg", "it's.jpg", "🍎.jpg"):
@@ -228,7 +226,7 @@ def test_binary_file_gives_the_same_table(tmp_path: Path) -> None:
 
 
 def test_what_vanishes_from_hadoop_is_unreadable(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spark: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pomona.spark import binary_files
 
@@ -239,7 +237,7 @@ def test_what_vanishes_from_hadoop_is_unreadable(
         (source / "Training/Fruit 0/3_100.jpg").unlink()
         return found
 
-    monkeypatch.setattr(binary_files, "list_hadoop", then_gone)
+    monkeypatch.setattr("pomona.pipeline.extract.list_hadoop", then_gone)
     options = ExtractOptions(**{**QUICK.__dict__, "reader": "spark"})
     record = extract(source, tmp_path / "out", options)
     assert record["rejected"] == {"unreadable": 1}

@@ -24,8 +24,6 @@ from tests.conftest import fill, photo
 from tests.pipeline.conftest import FRUITS as QUICK
 from tests.pipeline.conftest import Extracted, rows
 
-pytestmark = pytest.mark.usefixtures("spark")
-
 FEW = ReduceOptions(components=5)
 
 

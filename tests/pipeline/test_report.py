@@ -25,7 +25,7 @@ HOSTILE = """<script>alert("1")</script>'&}}"""
 
 
 @pytest.fixture(scope="module")
-def out(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OUT with everything that a report can show, and names that are hostile."""
     base = tmp_path_factory.mktemp("report")
     source = varieties(base / "source")
@@ -76,7 +76,7 @@ def test_the_same_twice_but_for_times(out: Path) -> None:
     assert run.report(out).read_text() == first
 
 
-def test_before_a_model_and_without_the_source(spark: Any, tmp_path: Path) -> None:
+def test_before_a_model_and_without_the_source(tmp_path: Path) -> None:
     source = fill(tmp_path / "source")
     (source / "Training" / "Fruit 0" / "bad.jpg").write_bytes(b"")
     run.run(source, tmp_path / "o", QUICK, ReduceOptions(5), train_options=None)
@@ -88,7 +88,7 @@ def test_before_a_model_and_without_the_source(spark: Any, tmp_path: Path) -> No
     assert page.count("data:image/jpeg") == 1  # the map's sheet, grey
 
 
-def test_many_labels_and_no_test(spark: Any, tmp_path: Path) -> None:
+def test_many_labels_and_no_test(tmp_path: Path) -> None:
     source = fill(tmp_path / "source", labels=34, each=4)
     run.run(source, tmp_path / "o", QUICK, ReduceOptions(5), train_options=TrainOptions())
     page = (tmp_path / "o/report/report.html").read_text()

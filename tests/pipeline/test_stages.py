@@ -22,8 +22,6 @@ from tests.conftest import photo
 from tests.pipeline.conftest import FRUITS as QUICK
 from tests.pipeline.conftest import Extracted, outputs
 
-pytestmark = pytest.mark.usefixtures("spark")
-
 FEW = ReduceOptions(components=5)
 
 

@@ -157,7 +157,7 @@ def test_stage_by_stage_and_the_file_agree(spark: Any, out: Path, tmp_path: Path
             )
 
 
-def test_labels_that_training_never_saw(spark: Any, tmp_path: Path) -> None:
+def test_labels_that_training_never_saw(tmp_path: Path) -> None:
     source = fill(tmp_path / "source", labels=4, each=10)
     shutil.rmtree(source / "Training" / "Fruit 3")
     run.run(source, tmp_path / "o", QUICK, TEN, train_options=TrainOptions())
@@ -175,7 +175,7 @@ def test_labels_that_training_never_saw(spark: Any, tmp_path: Path) -> None:
     assert "test" not in artifact.load_model(tmp_path / "p/model").about["metrics"]
 
 
-def test_a_label_with_one_photo_and_no_test(spark: Any, tmp_path: Path) -> None:
+def test_a_label_with_one_photo_and_no_test(tmp_path: Path) -> None:
     source = fill(tmp_path / "source", labels=3, each=10)
     shutil.rmtree(source / "Test")
     for n in range(1, 10):
@@ -187,7 +187,7 @@ def test_a_label_with_one_photo_and_no_test(spark: Any, tmp_path: Path) -> None:
     assert artifact.load_model(tmp_path / "o/model").labels == ("Fruit 0", "Fruit 1", "Fruit 2")
 
 
-def test_two_photos_are_a_model_that_doubts_nothing(spark: Any, tmp_path: Path) -> None:
+def test_two_photos_are_a_model_that_doubts_nothing(tmp_path: Path) -> None:
     source = fill(tmp_path / "source", labels=2, each=1)
     run.run(
         source, tmp_path / "o", QUICK, ReduceOptions(1, plots=False), train_options=TrainOptions()
@@ -198,7 +198,7 @@ def test_two_photos_are_a_model_that_doubts_nothing(spark: Any, tmp_path: Path) 
     assert told["temperature"] == 1
 
 
-def test_one_label(spark: Any, tmp_path: Path) -> None:
+def test_one_label(tmp_path: Path) -> None:
     source = fill(tmp_path / "source", labels=1, each=12)
     records = run.run(source, tmp_path / "o", QUICK, TEN, train_options=TrainOptions())
     assert records["train"] == {"skipped": "all photos have the same label"}
@@ -252,7 +252,7 @@ def test_a_method_can_be_asked_for(out: Path, method: str) -> None:
     assert told["test"]["kept"] <= 1
 
 
-def test_stages_in_the_wrong_order(spark: Any, out: Path, tmp_path: Path) -> None:
+def test_stages_in_the_wrong_order(out: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="there is no"):
         train(tmp_path / "nowhere")
     extract(fill(tmp_path / "source"), tmp_path / "o", QUICK)
@@ -279,7 +279,7 @@ def test_a_backbone_that_isnt_the_features(out: Path) -> None:
     assert train(out)["labels"] == 3
 
 
-def test_near_copies_are_found(spark: Any, tmp_path: Path) -> None:
+def test_near_copies_are_found(tmp_path: Path) -> None:
     source = varieties(tmp_path / "source", each=6)
     for n in range(4):
         one = source / "Training" / "Fruit 1" / "Kind 1-0" / f"{n}.jpg"

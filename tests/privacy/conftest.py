@@ -75,7 +75,7 @@ def model_is_gone(out: Path) -> bool:
 
 
 @pytest.fixture(scope="session")
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``source`` and ``out``, a whole run without MLflow. Not to be changed.
 
     Made once for all of xdist's workers, by the first that asks.
@@ -85,7 +85,6 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     base = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "forget"
     with FileLock(base.with_name("forget.lock")):
         if not (base / "finished").exists():
-            request.getfixturevalue("spark")
             write_source(base / "source")
             options = TrainOptions(unknown="neighbours")
             run(base / "source", base / "out", QUICK, ReduceOptions(10), train_options=options)

@@ -32,7 +32,6 @@ from tests.privacy.conftest import MAKE, QUICK, QUIET, SECRET, model_is_gone, ot
 from tests.privacy.leftovers import everything, feature_rows, hits, needles, tree
 
 pytestmark = [
-    pytest.mark.usefixtures("spark"),  # its stages find it active
     # MLflow and SQLAlchemy warn of each other's deprecations when they are imported.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]

@@ -28,7 +28,7 @@ QUICK = ExtractOptions(weights="fruits", image_size=32, device="cpu")
 
 
 @pytest.fixture(scope="session")
-def ran(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """OUT of a whole run and its records; MLflow takes seconds to make the empty database."""
     pytest.importorskip("mlflow")
     pytest.importorskip("sklearn")

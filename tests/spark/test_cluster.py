@@ -26,8 +26,9 @@ from pomona.pipeline.extract import ExtractOptions
 from pomona.pipeline.reduce import ReduceOptions
 from pomona.pipeline.run import run
 from pomona.pipeline.train import TrainOptions
+from tests import bad_decoder
 from tests.cluster import MEMORY, SHORT_TIMEOUTS, Cluster, cluster, hiding, python_without_pomona
-from tests.conftest import fill, photo
+from tests.conftest import fill
 
 OPTIONS = ["--weights", "fruits", "--image-size", "64", "--device", "cpu", "--json"]
 PHOTOS = 3 * 2 * 100
@@ -233,25 +234,6 @@ def test_the_driver_is_killed(
     assert digest(record) == digest(whole)
 
 
-BAD_DECODER = """
-# A native decoder below Pillow that crashes on one photo and never returns from another.
-import ctypes, os, signal
-from PIL import Image
-
-true_open = Image.open
-
-def open_or_worse(file, *words, **named):
-    content = file.getvalue() if hasattr(file, "getvalue") else b""
-    if b"this one crashes" in content:
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if b"this one hangs" in content:
-        ctypes.PyDLL(None).sleep(1000)  # with the interpreter's lock held
-    return true_open(file, *words, **named)
-
-Image.open = open_or_worse
-"""
-
-
 IN_A_SESSION = """
 import json, sys
 from pyspark.sql import SparkSession
@@ -268,25 +250,19 @@ assert spark.range(3).count() == 3, "the session is left running"
 def test_a_photo_that_ends_or_stalls_its_worker(
     where: str, source: Path, whole: dict[str, Any], tmp_path: Path, request: Any
 ) -> None:
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    (bad / "sitecustomize.py").write_text(BAD_DECODER)
     photos = tmp_path / "source"
     shutil.copytree(source, photos)
-    for word in ("crashes", "hangs"):
-        (photos / "Training" / "Fruit 1" / f"{word}.jpg").write_bytes(
-            photo(1) + f"this one {word}".encode()
-        )
+    bad_decoder.add_photos(photos)
     out = tmp_path / "out"
-    setting = {"PYTHONPATH": str(bad), "POMONA_DECODE_SECONDS": "5"}
+    setting = bad_decoder.install(tmp_path / "bad")
     if where == "a cluster":
+        setting["PYTHONPATH"] = str(tmp_path / "bad")  # Pomona itself is sent
         more = [
             w for k, v in setting.items() for w in ("--spark-conf", f"spark.executorEnv.{k}={v}")
         ]
         two = request.getfixturevalue("two")
         process = start(photos, out, two, more=(*more, "--max-error-rate", "0.01"))
     else:
-        setting["PYTHONPATH"] += os.pathsep + os.environ.get("PYTHONPATH", "")
         words = [sys.executable, "-c", IN_A_SESSION, str(photos), str(out)]
         process = popen(words, os.environ | setting)
     record = done(process)

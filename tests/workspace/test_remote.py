@@ -42,7 +42,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(photos: Path, spark: Any) -> dict[str, tuple[Any, ...]]:
+def undisturbed(photos: Path) -> dict[str, tuple[Any, ...]]:
     extract(photos, photos.parent / "plain", OPTIONS)
     return features_of(photos.parent / "plain")
 
