@@ -79,12 +79,14 @@ def decode_apart(content: bytes | None, size: int, most: int = MAX_DECODED) -> P
 
 
 class _Child:
-    """A process that decodes. It is spawned, so that it inherits no locks or threads by fork."""
+    """A process that decodes. It isn't forked, so that it inherits no locks or threads."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        from loky.backend import get_context
+
+        self.pipe, theirs = multiprocessing.Pipe()
+        # Unlike multiprocessing's, it doesn't import the caller's __main__.
+        self.process = get_context("loky").Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
         atexit.register(self.end)
@@ -98,7 +100,9 @@ class _Child:
             raise RuntimeError("the process that decodes photos doesn't start")
 
     def end(self) -> None:
-        self.process.kill()
+        from loky.backend.utils import kill_process_tree
+
+        kill_process_tree(self.process)
         self.process.join()
         self.pipe.close()
         atexit.unregister(self.end)
