@@ -275,7 +275,11 @@ def test_the_core_needs_no_extra(source: Path, tmp_path: Path) -> None:
 
 def test_no_java_is_one_line(source: Path, tmp_path: Path) -> None:
     refused = process(
-        "extract", source, "--out", tmp_path / "out", *RANDOM, JAVA_HOME=str(tmp_path)
+        "extract",
+        source,
+        *("--out", tmp_path / "out", "--master", "local[2]"),
+        *RANDOM,
+        JAVA_HOME=str(tmp_path),
     )
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("pomona: Spark needs Java 17")
@@ -283,7 +287,7 @@ def test_no_java_is_one_line(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_terminal_shows_a_bar(source: Path, tmp_path: Path) -> None:
-    """Also while Spark starts, when the process's own output goes to the log."""
+    """Also while workers start, whose output goes to the log."""
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
     request = ["extract", str(source), "--out", str(tmp_path / "out"), *RANDOM]
@@ -298,13 +302,14 @@ def test_a_terminal_shows_a_bar(source: Path, tmp_path: Path) -> None:
     os.close(ours)
     assert child.returncode == 0
     text = output.decode()
-    for words in ("starting Spark", "extracting features", "48/48", "\x1b["):
+    for words in ("starting workers", "extracting features", "48/48", "\x1b["):
         assert words in text
     assert "\x1b[" not in (tmp_path / "out" / "pomona.log").read_text()
 
 
 def test_sparks_noise_goes_to_the_log(source: Path, tmp_path: Path) -> None:
-    done = process("extract", source, "--out", tmp_path / "out", *RANDOM)
+    out = ("--out", tmp_path / "out", "--master", "local[2]")
+    done = process("extract", source, *out, *RANDOM)
     assert done.returncode == 0
     assert "WARN" not in done.stderr + done.stdout
     assert "log4j" in (tmp_path / "out" / "pomona.log").read_text()

@@ -209,7 +209,7 @@ def test_photos_that_were_never_taken_in(out: Path, finished: Path, tmp_path: Pa
     assert receipt["made_again"] == {}, "nothing was made with it"
     after = tree(out)
     assert {name for name in after if after[name] != before.get(name)} == {
-        "forgotten/tombstones.json",
+        *tombstones.FILES,
         receipt["file"],
         "pomona.log",
     }

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -29,6 +30,10 @@ def cache_folder() -> Path:
 
 FORMAT = 1
 """Version of OUT's files: raise it if an older Pomona would misread them; keep reading old ones."""
+
+
+UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.part")
+"""The name of a file that `atomic_file` was writing when the process was killed."""
 
 
 @contextlib.contextmanager

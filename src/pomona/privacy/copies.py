@@ -7,7 +7,6 @@ These are the log, the record of where OUT was pushed to, MLflow's store and the
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from pomona.core.errors import RequestError
-from pomona.core.files import atomic_file, read_json, write_json
+from pomona.core.files import UNFINISHED, atomic_file, read_json, write_json
 from pomona.privacy.names_in_text import A_PHOTO, Names
 from pomona.privacy.occurrences import DERIVED, Occurrences
 from pomona.workspace.feature_table import read_rejected
@@ -36,9 +35,6 @@ OWN = {
     *(f"{STORE}-{end}" for end in ("wal", "shm", "journal")),
 }
 """The names in OUT that are Pomona's."""
-
-UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.part")
-"""The name of a file that a killed run was writing (`pomona.core.files.atomic_file`)."""
 
 BINARY = (".onnx", ".safetensors", ".png")
 """Files that hold numbers or pixels: no name is looked for in them."""

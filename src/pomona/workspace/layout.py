@@ -13,6 +13,7 @@ from typing import Any
 from pomona.core.errors import BusyError, RequestError
 from pomona.core.files import (
     FORMAT,
+    UNFINISHED,
     make_folder,
     read_json,
     sync_file,
@@ -67,7 +68,7 @@ def open_out(path: str | Path, *, must_exist: bool = False) -> Out:
     if must_exist and not root.is_dir():
         raise RequestError(f"there is no {text}: pomona extract SOURCE --out {text} makes it")
     out = Out(root)
-    foreign = [name for name in OWN_FOLDERS if (root / name).exists()]
+    foreign = [name for name in OWN_FOLDERS if _holds_something(root / name)]
     ours = (out.table_file, out.manifest, out.journal, out.places)
     if foreign and not any(path.exists() for path in ours):
         raise RequestError(
@@ -75,10 +76,18 @@ def open_out(path: str | Path, *, must_exist: bool = False) -> Out:
             "choose a new folder"
         )
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
     except OSError as error:
         raise RequestError(f"--out {text} can't be made: {error.strerror}") from error
     return out
+
+
+def _holds_something(path: Path) -> bool:
+    """Tell whether a path holds more than what a first run left that was killed at once."""
+    if not path.is_dir():
+        return path.exists()
+    files = (file for file in path.rglob("*") if not file.is_dir())
+    return any(not UNFINISHED.fullmatch(file.name) for file in files)
 
 
 @contextlib.contextmanager

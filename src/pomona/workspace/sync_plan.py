@@ -56,9 +56,9 @@ def plan_parts(local: Files, remote: Files, sizes: dict[str, int], *, table_empt
     """
     push = plan_push(local, remote, sizes)
     waves = in_waves(name for name in push.names if table_empty and name in TABLE)
-    parts = [name for name in push.names if name.startswith("_work/")]
-    if set(parts) - {EXTRACT_PLAN}:
-        waves.append(parts)
+    parts = [name for name in push.names if name.startswith(PARTS)]
+    if parts:  # after the plan, without which nobody could tell how far the run is
+        waves += [[EXTRACT_PLAN], parts] if EXTRACT_PLAN in push.names else [parts]
     return Plan(waves, [], push.same)
 
 
