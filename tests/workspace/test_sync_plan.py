@@ -55,9 +55,9 @@ def test_parts_follow_what_made_them_and_nothing_is_removed() -> None:
     local = {name: file(None) for name in (PART, TABLE, PLAN, "manifest.json", "rejected.csv")}
     remote = {"gone": file("a")}
     plan = plan_parts(local, remote, sizes(remote), table_empty=True)
-    assert (plan.waves, plan.remove) == ([[TABLE], [PART, PLAN]], [])
+    assert (plan.waves, plan.remove) == ([[TABLE], [PLAN], [PART]], [])
     named = plan_parts(local, remote, sizes(remote), table_empty=False)
-    assert named.waves == [[PART, PLAN]], "a table that names files has to follow them"
+    assert named.waves == [[PLAN], [PART]], "a table that names files has to follow them"
     del local[PART]
     assert plan_parts(local, remote, sizes(remote), table_empty=False).waves == [], "no new part"
 
