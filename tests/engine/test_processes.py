@@ -160,7 +160,8 @@ def test_workers_end_with_the_driver(how: signal.Signals, way: str, tmp_path: Pa
         time.sleep(0.05)
     workers = [psutil.Process(int(path.name)) for path in folder.iterdir()]
     process.send_signal(how)
-    process.communicate(timeout=PATIENCE)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert "Warning" not in errors
     _, alive = psutil.wait_procs(workers, PATIENCE)
     assert not alive
     assert len(list(folder.iterdir())) == 2, "the script ran once"

@@ -168,16 +168,29 @@ class Processes:
 
     def _submit(self, task: Task, number: int) -> Future[Answer]:
         if self._pool is None:
-            from loky import ProcessPoolExecutor
+            self._pool = self._make_pool()
+        future: Future[Answer] = self._pool.submit(task, number)
+        return future
 
-            self._pool = ProcessPoolExecutor(
+    def _make_pool(self) -> Any:
+        from loky import ProcessPoolExecutor
+
+        # loky's process that cleans up after a driver that was killed would tell the terminal so.
+        before = os.environ.get("PYTHONWARNINGS")
+        quiet = "ignore::UserWarning:loky.backend.resource_tracker"
+        os.environ["PYTHONWARNINGS"] = f"{before},{quiet}" if before else quiet
+        try:
+            return ProcessPoolExecutor(
                 self.slots,
                 initializer=_begin,
                 initargs=(os.getpid(), None if self._log_file is None else str(self._log_file)),
                 env=ONE_THREAD,
             )
-        future: Future[Answer] = self._pool.submit(task, number)
-        return future
+        finally:
+            if before is None:
+                del os.environ["PYTHONWARNINGS"]
+            else:
+                os.environ["PYTHONWARNINGS"] = before
 
     def _end(self) -> None:
         """End the workers at once, whatever they do."""
