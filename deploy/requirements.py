@@ -15,13 +15,13 @@ from pip._vendor.packaging.requirements import Requirement
 
 
 def wanted(extras: Sequence[str]) -> Iterator[str]:
-    """Give the requirements of the core and of some extras, in pip's format."""
+    """Give the requirements of the core, of `spark` and of other extras, in pip's format."""
     for line in requires("pomona") or []:
         requirement = Requirement(line)
         marker = requirement.marker
         if requirement.name == "pyspark":
             continue
-        if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+        if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", "spark", *extras)):
             yield f"{requirement.name}{requirement.specifier}"
 
 
