@@ -1,9 +1,11 @@
-# One door for people and for CI. `make demo` and `make test` do everything on a fresh clone; of the
-# system they expect Python 3.10–3.13 and Java 17.
+# One door for people and for CI. `make demo` and `make test` do everything on a fresh clone. Of the
+# system `make demo` expects Python 3.10–3.13, and `make test` Java 17 too.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# torch is pinned too: without a pin pip takes a CUDA build of several GB.
+# What the demo needs, and neither torch, nor Spark, nor the tools of tests; by uv where there is one.
+DEMO := $(VENV)/.demo
+# All the rest on top, by pip. torch is pinned too: without a pin pip takes a CUDA build of several GB.
 STAMP := $(VENV)/.installed
 
 # The page's runtime, by npm. Without npm's registry all works but the page's mode on the device.
@@ -15,7 +17,7 @@ ARCHIVE := $(VENV)/spark.jsa
 
 .PHONY: demo test check format docs site runtime clean
 
-demo: $(SET_UP)
+demo: $(DEMO)
 	$(BIN)/pomona demo --out demo
 
 test: $(SET_UP) $(ARCHIVE)
@@ -38,8 +40,14 @@ docs: $(STAMP)
 site: $(STAMP)
 	$(BIN)/python docs/build_site.py
 
-$(STAMP): pyproject.toml constraints.txt
+$(DEMO): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	if command -v uv >/dev/null; \
+	  then uv pip install --python $(BIN)/python --editable '.[demo]' --constraint constraints.txt; \
+	  else $(BIN)/python -m pip install --editable '.[demo]' --constraint constraints.txt; fi
+	touch $(DEMO)
+
+$(STAMP): $(DEMO)
 	$(BIN)/python -m pip install --quiet --editable '.[all,dev]' --constraint constraints.txt
 	touch $(STAMP)
 

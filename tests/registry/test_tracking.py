@@ -117,4 +117,4 @@ def test_a_server_that_is_down_costs_nothing(
 def test_without_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     sentence = tracking.record(open_out(tmp_path / "out"), {}, {}, [])
-    assert "pip install 'pomona[mlflow]'" in sentence
+    assert "pip install 'pomona[track]'" in sentence

@@ -173,7 +173,7 @@ def record(
     Returns a sentence to show: where it was written, or why it wasn't.
     """
     if not is_installed():
-        return "not recorded: MLflow isn't installed (pip install 'pomona[mlflow]')"
+        return "not recorded: MLflow isn't installed (pip install 'pomona[track]')"
     uri = store_of(out)
     try:
         with connected(uri) as client:
