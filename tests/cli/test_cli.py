@@ -251,7 +251,7 @@ def test_help_is_instant() -> None:
 def test_the_core_needs_no_extra(source: Path, tmp_path: Path) -> None:
     """What the extras and the tests bring is hidden from the driver."""
     hidden = ["torch", "mlflow", "matplotlib", "sklearn", "scipy", "psutil", "duckdb", "boto3"]
-    hidden += ["pandas", "pyspark", "py4j"]
+    hidden += ["pyspark", "py4j"]
     words = ["run", str(source), "--out", str(tmp_path / "out"), *RANDOM, "--components", "3"]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({hidden!r})); sys.argv[1:] = {words!r}\n"
