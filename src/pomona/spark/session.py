@@ -88,7 +88,7 @@ class Cluster:
 
 def active_session() -> SparkSession | None:
     """Return the user's session, even if another thread made it and the JVM has none active."""
-    if "pyspark" not in sys.modules:  # nobody can have made one
+    if sys.modules.get("pyspark") is None:  # nobody can have made one
         return None
     from pyspark.sql import SparkSession
 
