@@ -135,6 +135,8 @@ def _role(process: Any, root: Any) -> str:
         if _is_daemon(process):
             # Workers are forks of the daemon and have its command line.
             return "worker" if _is_daemon(process.parent()) else "daemon"
+        if "LokyProcess" in " ".join(process.cmdline()):
+            return "worker"
     return "other"
 
 

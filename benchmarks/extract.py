@@ -1,13 +1,14 @@
 """Photos to features: Pomona beside the notebook's way, and beside what the machine can do.
 
 notebook          Spark local[2], binaryFile, pandas UDF, PyTorch eager (notebook.py)
-pomona on Spark   pomona extract, local[2]; from the list of photos to the parts, without Spark's
-                  start; "wall" is the whole command
-pomona's function the same function in two plain processes, results thrown away, no Spark
+pomona            pomona extract, in processes; from the list of photos to the parts, without the
+                  workers' start; "wall" is the whole command
+pomona on Spark   the same with --master local[2]
+pomona's function the same function in two plain processes, results thrown away
 bare ONNX Runtime the same network on pixels in memory, two processes of one thread, no decoding
 
-The notebook gets few photos, for it is slow, and Pomona runs once on those same photos too: the
-start of Spark's workers weighs more there. The last three run in turn, in rounds. Features of the
+The notebook gets few photos, for it is slow, and Pomona on Spark runs once on those same photos
+too: the start of Spark's workers weighs more there. The others run in turn, in rounds. Features of the
 notebook and of Pomona are compared photo by photo.
 """
 
@@ -41,8 +42,8 @@ from pomona.photos.reading import read
 from pomona.photos.source import Source, arrange, open_source
 
 NOTEBOOK = "notebook"
+HERE = "pomona"
 SPARK = "pomona on Spark"
-WALL = "pomona on Spark, wall"
 FEW = "pomona on Spark, notebook's photos"
 FUNCTION = "pomona's function"
 BARE = "bare ONNX Runtime"
@@ -124,16 +125,19 @@ def rate_in_processes(
     return int(photos.num_rows) / (max(float(end) for end in ends[:]) - start)
 
 
-# --- Spark -------------------------------------------------------------------------------------
+# --- the command -------------------------------------------------------------------------------
 
 
-def run_on_spark(source: Path, out: Path, weights: str) -> tuple[dict[str, float], common.Peaks]:
-    """Return photos per second without and with Spark's start, and the memory."""
-    words = ("--weights", weights, "--master", "local[2]", "--max-error-rate", "1")
+def run_pomona(
+    name: str, source: Path, out: Path, weights: str
+) -> tuple[dict[str, float], common.Peaks]:
+    """Return photos per second without and with the workers' start, and the memory."""
+    engine = ("--master", "local[2]") if name == SPARK else ("--workers", str(PROCESSES))
+    words = ("--weights", weights, "--device", "cpu", "--max-error-rate", "1", *engine)
     ran = common.run_pomona("extract", source, "--out", out, *words)
     record = ran.answer["extract"]
     times = record["times"]
-    rates = {SPARK: times["photos_per_second"], WALL: record["photos"] / ran.seconds}
+    rates = {name: times["photos_per_second"], f"{name}, wall": record["photos"] / ran.seconds}
     return rates, ran.peaks
 
 
@@ -204,12 +208,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     spec = make_spec(load_weights(options.weights), device="cpu", batch_size=BATCH)
     common.say(f"{NOTEBOOK}: {min(options.notebook_photos, count):,} photos")
     notebook = run_notebook(few, folder / "notebook", options.weights)
-    on_few = run_on_spark(few, folder / "few_out", options.weights)[0][SPARK]
+    on_few = run_pomona(SPARK, few, folder / "few_out", options.weights)[0][SPARK]
     rounds: list[dict[str, float]] = []
     memory: list[common.Peaks] = []
     for number in range(options.rounds):
-        common.say(f"round {number + 1} of {options.rounds}: {count:,} photos, three contenders")
-        rates, peaks = run_on_spark(photos, folder / f"out{number}", options.weights)
+        common.say(f"round {number + 1} of {options.rounds}: {count:,} photos, four contenders")
+        rates, peaks = run_pomona(HERE, photos, folder / f"out{number}", options.weights)
+        rates |= run_pomona(SPARK, photos, folder / f"spark{number}", options.weights)[0]
         rates[FUNCTION] = rate_in_processes(read_and_extract, photos, spec)
         rates[BARE] = rate_in_processes(run_network, photos, spec)
         rounds.append(rates)
@@ -222,7 +227,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "rounds": rounds,
         "ratios": {
             f"{a} / {b}": rates[a] / rates[b]
-            for a, b in ((SPARK, NOTEBOOK), (FEW, NOTEBOOK), (SPARK, FUNCTION), (FUNCTION, BARE))
+            for a, b in (
+                *((HERE, FUNCTION), (SPARK, FUNCTION), (FUNCTION, BARE)),
+                *((HERE, NOTEBOOK), (SPARK, NOTEBOOK), (FEW, NOTEBOOK)),
+            )
         },
         "agreement": compare(pomona_vectors(folder / "out0"), theirs),
         "memory": max(memory, key=lambda peaks: peaks.of("worker").rss),
@@ -244,10 +252,10 @@ def show(figures: dict[str, Any]) -> None:
     )
     workers = [peak for peak in figures["memory"].processes if peak.role == "worker"]
     rows = [
-        (f"Python worker {n + 1}", *(common.megabytes(v) for v in (p.rss, p.uss, p.pss)))
+        (f"worker {n + 1}", *(common.megabytes(v) for v in (p.rss, p.uss, p.pss)))
         for n, p in enumerate(workers)
     ]
-    print(common.table(("peak memory of pomona on Spark", "RSS MB", "USS MB", "PSS MB"), rows))
+    print(common.table(("peak memory of pomona", "RSS MB", "USS MB", "PSS MB"), rows))
 
 
 def main() -> int:

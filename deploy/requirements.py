@@ -21,7 +21,9 @@ def wanted(extras: Sequence[str]) -> Iterator[str]:
         marker = requirement.marker
         if requirement.name == "pyspark":
             continue
-        if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", "spark", *extras)):
+        if marker is None or any(
+            marker.evaluate({"extra": extra}) for extra in ("", "spark", *extras)
+        ):
             yield f"{requirement.name}{requirement.specifier}"
 
 
