@@ -8,8 +8,8 @@ pomona's function the same function in two plain processes, results thrown away
 bare ONNX Runtime the same network on pixels in memory, two processes of one thread, no decoding
 
 The notebook gets few photos, for it is slow, and Pomona on Spark runs once on those same photos
-too: the start of Spark's workers weighs more there. The others run in turn, in rounds. Features of the
-notebook and of Pomona are compared photo by photo.
+too: the start of Spark's workers weighs more there. The others run in turn, in rounds. Features of
+the notebook and of Pomona are compared photo by photo.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def wanted(extras: Sequence[str]) -> Iterator[str]:
     """Give the requirements of the core, of `spark` and of other extras, in pip's format."""
     for line in requires("pomona") or []:
         requirement = Requirement(line)
-        marker = requirement.marker
+        marker, of = requirement.marker, ("", "spark", *extras)
         if requirement.name == "pyspark":
             continue
         if marker is None or any(
