@@ -26,6 +26,7 @@ from pomona.backbone.extract import features_of
 from pomona.core.errors import RequestError
 from pomona.core.files import atomic_file, read_json, sha256, tree_digest
 from pomona.core.parquet import even_bounds, gather, read_chunk, write_chunks
+from pomona.core.printable import cells
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.provenance import utc_now
 from pomona.core.schema import PCA_TABLE, without
@@ -72,6 +73,7 @@ class ReduceOptions:
     whiten: bool = False
     power: float = 0.5
     plots: bool = True
+    csv_safe: bool = False  # no cell of the CSV is a formula
 
 
 def reduce(
@@ -237,6 +239,7 @@ class ProjectTask:
     files: tuple[str, ...]
     projection: Projection
     staged: str
+    csv_safe: bool = False
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Return ``files``: the sha256 of each file written, by name."""
@@ -249,7 +252,7 @@ class ProjectTask:
         name = FOLDERS[plan["split"][0].as_py()]
         written = [
             *_write_labels(plan, values, Path(self.staged, name), number),
-            _write_csv(plan, values, Path(self.staged, f"{name}_csv"), number),
+            _write_csv(plan, values, Path(self.staged, f"{name}_csv"), number, self.csv_safe),
         ]
         staged = Path(self.staged)
         return {
@@ -276,10 +279,14 @@ def _write_labels(
 
 
 def _write_csv(
-    plan: pa.RecordBatch, values: npt.NDArray[np.float32], folder: Path, number: int
+    plan: pa.RecordBatch,
+    values: npt.NDArray[np.float32],
+    folder: Path,
+    number: int,
+    csv_safe: bool,
 ) -> Path:
     path = folder / f"part-{number:05d}.csv"
-    columns = {"label": plan["label"], "filename": plan["filename"]}
+    columns = {name: cells(plan[name], csv_safe=csv_safe) for name in ("label", "filename")}
     columns |= {f"f_{n}": pa.array(np.ascontiguousarray(v)) for n, v in enumerate(values.T)}
     with atomic_file(path) as part:
         pcsv.write_csv(pa.table(columns), part)
@@ -298,7 +305,8 @@ def _write(
     plan, files, bounds = _plan(out, projection.k)
     chunks = out.work / "project.arrow"
     write_chunks(chunks, plan, bounds)
-    task = ProjectTask(str(chunks), str(out.root), files, projection, str(staged))
+    csv_safe = made_from["settings"]["csv_safe"]
+    task = ProjectTask(str(chunks), str(out.root), files, projection, str(staged), csv_safe)
     answers = run_tasks(task, len(bounds) - 1)
     save_projection(projection, staged / "projection", made_from)
     names = [f"{name}{kind}" for name in FOLDERS.values() for kind in ("", "_csv")]

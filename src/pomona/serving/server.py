@@ -21,6 +21,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pomona.core.errors import RequestError
+from pomona.core.printable import LogFormatter
 from pomona.serving.problem_details import Problem
 
 HEAD_SECONDS = 10.0  # that a request's head may take, from the connection or its first byte
@@ -222,7 +223,7 @@ def _without_upgrade(data: bytes) -> bytes:
 def log_to_stderr(*, access: bool) -> None:
     """Write the service's log to stderr, with ``access`` also a line for each request."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LogFormatter())
     for name in ("pomona", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO if name == "pomona" else logging.WARNING)

@@ -12,9 +12,18 @@ from typer import Argument, Option
 
 import pomona
 from pomona.cli import render
-from pomona.cli.options import ANSWER, Device, ErrorRate, SparkConf, command, spark_pairs
+from pomona.cli.options import (
+    ANSWER,
+    CsvSafe,
+    Device,
+    ErrorRate,
+    SparkConf,
+    command,
+    spark_pairs,
+)
 from pomona.cli.work import progress, show
 from pomona.core.errors import MissingError, RequestError
+from pomona.core.printable import escaped
 from pomona.core.uris import is_store, refuse_uri
 
 if TYPE_CHECKING:
@@ -61,6 +70,7 @@ def predict(
     error_rate: ErrorRate,
     as_json: Annotated[bool, Option("--json", help="One JSON object a line.")] = False,
     as_csv: Annotated[bool, Option("--csv", help="CSV with a header.")] = False,
+    csv_safe: CsvSafe = False,
 ) -> None:
     """Say what is on photos. Killed, with --out, it goes on where it stopped."""
     from pomona.cli import answers
@@ -70,12 +80,14 @@ def predict(
         refuse_uri(out, "--out")
     if as_json and as_csv:
         raise RequestError("--json or --csv, not both")
+    if csv_safe and not as_csv:
+        raise RequestError("--csv-safe goes with --csv")
     most = None if as_json or as_csv else SPARK_ABOVE
     options = PredictOptions(top, device, out, most, master, spark_pairs(spark_conf))
     opened = _open_model(model)
     if model is None:
-        typer.echo(f"pomona: {render.which(opened)}", err=True)
-    printer = answers.printer(sys.stdout, opened, as_json=as_json, as_csv=as_csv)
+        typer.echo(f"pomona: {escaped(render.which(opened))}", err=True)
+    printer = answers.printer(sys.stdout, opened, as_json=as_json, as_csv=as_csv, csv_safe=csv_safe)
     with printer as on_answers, progress() as on_tick:
         record = predict(photos, opened, options, on_tick, on_answers)
     if out:
@@ -162,7 +174,7 @@ def serve(arguments: ServeArguments) -> None:
         def on_start() -> None:
             model = app.state.service.pool.loaded.model
             url = server.address(socket)
-            typer.echo(f"pomona: {render.which(model)}", err=True)
+            typer.echo(f"pomona: {escaped(render.which(model))}", err=True)
             typer.echo(f"pomona: {url} answers; the page is there too. Ctrl-C ends it.", err=True)
 
         server.serve(app, socket, on_start)
