@@ -120,6 +120,11 @@ class ServeArguments:
     allow_origin: Annotated[
         list[str] | None, "A web site whose pages may ask (CORS), https://…; repeatable."
     ] = None
+    allow_host: Annotated[
+        list[str] | None,
+        "Without keys: a name that requests may call the service by, as a proxy passes it on; "
+        "repeatable; *: any. Its addresses, localhost and --host always are.",
+    ] = None
     isolate: Annotated[
         bool,
         "Decode in child processes: a photo that crashes or stalls the decoder harms no other.",
@@ -130,6 +135,7 @@ class ServeArguments:
     def settings(self) -> Settings:
         """Return the service's settings; keys also come from ``POMONA_API_KEYS``."""
         from pomona.serving.app import Settings
+        from pomona.serving.server import own_names
         from pomona.serving.uploads import Limits
 
         counts = [n for n in (self.workers, self.queue, self.max_photos) if n is not None]
@@ -140,15 +146,17 @@ class ServeArguments:
                 "128, --max-megapixels above 0 and up to 64, --watch isn't negative"
             )
         from_environment = os.environ.get("POMONA_API_KEYS", "").split(",")
-        keys = (*(self.api_key or ()), *(key.strip() for key in from_environment))
+        given = (*(self.api_key or ()), *(key.strip() for key in from_environment))
+        keys = tuple(filter(None, given))
         return Settings(
-            keys=tuple(filter(None, keys)),
+            keys=keys,
             limits=Limits(int(self.max_mb * 1e6), self.max_photos),
             queue=self.queue,
             workers=self.workers,
             device=self.device,
             watch=self.watch,
             origins=tuple(self.allow_origin or ()),
+            hosts=own_names(self.host, self.allow_host or (), keys),
             guard="child" if self.isolate else "",
             pixels=int(self.max_megapixels * 1e6),
         )
