@@ -15,7 +15,10 @@ SET_UP := $(STAMP) $(RUNTIME)
 # Spark's classes as the tests' JVMs map them: they start in 60 % of the time. The tests run without.
 ARCHIVE := $(VENV)/spark.jsa
 
-.PHONY: demo test check format docs site runtime clean
+# Apart from the tests' environment: their requirements would meet those of the tests.
+TOOLS := $(VENV)/tools
+
+.PHONY: demo test check format docs site runtime lock audit clean
 
 demo: $(DEMO)
 	$(BIN)/pomona demo --out demo
@@ -61,6 +64,19 @@ runtime: $(STAMP)
 $(RUNTIME): package.json package-lock.json tools/runtime.py | $(STAMP)
 	$(BIN)/python tools/runtime.py || \
 	  echo "no runtime for browsers: the page won't answer on the device; make runtime tries again"
+
+# What the images install, by version and hash; after a change of pyproject.toml or constraints.txt.
+lock: $(TOOLS)
+	$(TOOLS)/bin/python tools/lock.py
+
+# Known vulnerabilities of what images and page use, and bills of materials: build/audit/
+audit: $(TOOLS)
+	tools/audit.sh $(TOOLS)/bin
+
+$(TOOLS): tools/requirements.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --requirement tools/requirements.txt
+	touch $(TOOLS)
 
 clean:
 	rm -rf $(VENV) demo build dist site src/pomona/web/assets/runtime

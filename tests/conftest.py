@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -193,12 +193,22 @@ INSECURE = "--host-resolver-rules=MAP fruit.test 127.0.0.1"
 """A name for this machine that the browser takes for another one's: plain http isn't trusted."""
 
 
+def browser_lacks(what: str) -> NoReturn:
+    """Skip what needs a browser; where `.ci/run` found one, nothing else may be missing."""
+    if os.environ.get("POMONA_BROWSER_TESTS") == "required":
+        pytest.fail(f"{what}, and .ci/run requires the browser tests")
+    pytest.skip(what, allow_module_level=True)
+
+
 @contextlib.contextmanager
 def chromium() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api")
+    try:
+        api = importlib.import_module("playwright.sync_api")
+    except ImportError:
+        browser_lacks("no playwright here")
     program = shutil.which("chromium") or shutil.which("chromium-browser")
     if not program:
-        pytest.skip("no chromium here (Debian: apt-get install chromium)")
+        browser_lacks("no chromium here (Debian: apt-get install chromium)")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
     with api.sync_playwright() as playwright:
         launched = playwright.chromium.launch(

@@ -9,10 +9,9 @@ aws s3 cp --recursive --only-show-errors "$packages" /tmp/packages
 
 sudo python3.11 -m venv /opt/pomona
 pip=(sudo /opt/pomona/bin/pip install --quiet --no-index --find-links /tmp/packages)
-"${pip[@]}" --no-deps /tmp/packages/pomona-*.whl
 # All requirements but PySpark, which EMR has.
-/opt/pomona/bin/python /tmp/packages/requirements.py train report > /tmp/requirements.txt
-"${pip[@]}" --requirement /tmp/requirements.txt
+"${pip[@]}" --require-hashes --requirement /tmp/packages/cluster.txt
+"${pip[@]}" --no-deps /tmp/packages/pomona-*.whl
 
 sudo install --directory --mode 1777 /mnt/tmp # the driver works on a local copy of OUT there
 rm -r /tmp/packages

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import copy
 import doctest
+import hashlib
+import os
 import re
+import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from pomona.cloud import submit
 from pomona.cloud.stack import REGION, Stack
@@ -157,7 +162,7 @@ def test_images_and_nodes_fit_the_commands(template: dict[str, Any]) -> None:
     assert f"/{label}:" in emr
     for text in (emr, kubernetes, script):
         assert PYTHON.removesuffix("/bin/python") in text
-        assert "requirements.py train report" in text
+        assert "--require-hashes --requirement" in text
     for text, user in ((emr, "hadoop:hadoop"), (kubernetes, "185")):
         assert text.strip().splitlines()[-1] == f"USER {user}"
         ignored = read("emr" if text == emr else "kubernetes", "Dockerfile.dockerignore")
@@ -173,16 +178,76 @@ def test_images_and_nodes_fit_the_commands(template: dict[str, Any]) -> None:
     assert read("job.py").endswith(body)
 
 
-def test_requirements_are_those_of_the_package_but_pyspark() -> None:
-    def told(*extras: str) -> set[str]:
-        words = [sys.executable, str(DEPLOY / "requirements.py"), *extras]
-        lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
-        return {re.split(r"[<>=~!]", line)[0] for line in lines}
+def locked(name: str) -> dict[str, list[Requirement]]:
+    """The entries of a lock by package; each has a hash."""
+    entries: dict[str, list[Requirement]] = {}
+    for entry in re.split(r"(?m)^(?=[a-z])", read(f"{name}.txt"))[1:]:
+        pin, *hashes = re.split(r"\s+--hash=", entry.replace("\\\n", " ").strip())
+        assert hashes and all(re.fullmatch("sha256:[0-9a-f]{64}", each) for each in hashes), pin
+        requirement = Requirement(pin)
+        entries.setdefault(requirement.name, []).append(requirement)
+    return entries
 
-    core, more = told(), told("train", "report")
-    assert {"onnxruntime", "pyarrow", "numpy", "pandas"} <= core
-    assert "pyspark" not in more
-    assert {"scikit-learn", "jinja2", "matplotlib"} <= more - core
+
+def requirements_of(file: Path) -> list[Requirement]:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if not line.startswith("#")]
+
+
+def wanted(*extras: str) -> list[Requirement]:
+    """What the package asks of the index, for some extras."""
+    asked = [Requirement(line) for line in metadata.requires("pomona") or []]
+    return [
+        one
+        for one in asked
+        if one.name != "pomona"
+        and (not one.marker or any(one.marker.evaluate({"extra": extra}) for extra in extras))
+    ]
+
+
+def test_locks_are_what_the_package_wants_as_it_is_tested() -> None:
+    """Versions of constraints.txt, each with hashes; `make lock` writes them again."""
+    tested: dict[str, set[str]] = {}
+    for one in requirements_of(ROOT / "constraints.txt"):
+        tested.setdefault(one.name, set()).add(str(one.specifier))
+    for name in ("cluster", "notebook", "gpu"):
+        for package, entries in locked(name).items():
+            versions = {str(one.specifier) for one in entries}
+            assert versions <= tested.get(package, versions), (name, package)
+    for name, extras in {
+        "cluster": ("train", "report"),
+        "notebook": ("notebook", "mlflow", "train", "report"),
+    }.items():
+        entries_of = locked(name)
+        for one in wanted(*extras):
+            if (name, one.name) == ("cluster", "pyspark"):  # the platform has its own
+                assert one.name not in entries_of
+                continue
+            for entry in entries_of[one.name]:
+                assert one.specifier.contains(str(entry.specifier).removeprefix("==")), entry
+    assert {one.name for one in requirements_of(DEPLOY / "jupyter.txt")} <= entries_of.keys()
+
+
+def test_base_images_are_pinned_by_what_the_registry_tells(tmp_path: Path) -> None:
+    """With a docker that answers: tag and digest, also over an older digest."""
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    docker = tmp_path / "docker"
+    docker.write_text(
+        "#!/bin/sh\nfor tag; do :; done\necho sha256:$(echo $tag | sha256sum | cut -c-64)\n"
+    )
+    docker.chmod(0o755)
+    words = [tmp_path / "deploy" / "pin.sh"]
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for _ in range(2):
+        subprocess.run(words, env=os.environ | path, check=True, capture_output=True)
+        for file in (DEPLOY / "Dockerfile", *DEPLOY.glob("*/Dockerfile")):
+            (base,) = re.findall("^ARG BASE=([^@\n]*)", file.read_text(), re.M)
+            digest = hashlib.sha256(f"{base}\n".encode()).hexdigest()
+            pinned = (tmp_path / "deploy" / file.relative_to(DEPLOY)).read_text()
+            assert f"\nARG BASE={base}@sha256:{digest}\n" in pinned
+    docker.write_text("#!/bin/sh\necho none\n")
+    refused = subprocess.run(words, env=os.environ | path, check=False, capture_output=True)
+    assert refused.returncode == 1
 
 
 # --- Databricks --------------------------------------------------------------------------------
@@ -282,6 +347,23 @@ def test_the_manifest_fits_image_and_commands(manifest: dict[str, Any]) -> None:
     for role in ("driver", "executor"):
         for key in ("memory", "memoryOverhead", "cores"):
             assert settings[f"spark.{role}.{key}"] == str(spec[role][key]), (role, key)
+
+
+def test_executors_have_none_of_the_drivers_rights(manifest: dict[str, Any]) -> None:
+    kinds: dict[tuple[str, str], dict[str, Any]] = {
+        (each["kind"], each["metadata"]["name"]): each
+        for each in yaml.safe_load_all(read("kubernetes", "service-accounts.yaml"))
+    }
+    driver, executor = (manifest["spec"][role]["serviceAccount"] for role in ("driver", "executor"))
+    assert driver != executor
+    assert kinds["ServiceAccount", executor]["automountServiceAccountToken"] is False
+    assert ("ServiceAccount", driver) in kinds
+    bound = [each for (kind, _), each in kinds.items() if kind.endswith("Binding")]
+    assert [each["subjects"] for each in bound] == [[{"kind": "ServiceAccount", "name": driver}]]
+    assert not [kind for kind, _ in kinds if kind.startswith("Cluster")]
+    (rule,) = kinds["Role", bound[0]["roleRef"]["name"]]["rules"]
+    assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
+    assert not {"secrets", "serviceaccounts", "roles"} & set(rule["resources"])
 
 
 # --- costs -------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def kill_in(stage: str, seconds: float, words: list[str]) -> str:
         process.kill()
         lines = [line, *process.stderr]
     assert not any("Warning" in line for line in lines), lines
-    return lines[-1].partition(":")[0]
+    return str(lines[-1].partition(":")[0])
 
 
 def test_killed_in_every_stage(photos: Path, tmp_path: Path) -> None:

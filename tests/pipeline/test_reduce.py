@@ -152,6 +152,29 @@ def test_names_go_through_parquet_and_csv(spark: Any, tmp_path: Path) -> None:
         same([(row["filename"], row["label"]) for row in csv.DictReader(file)])
 
 
+def test_csv_holds_no_commands(tmp_path: Path) -> None:
+    """Of a terminal: always; of a spreadsheet: with ``csv_safe``."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    strange = {"=1+1": "=1+1", "a\n\x1b[2Jb": r"a\n\x1b[2Jb", "plain": "plain"}
+    for number, name in enumerate(strange):
+        folder = source / "Training" / name
+        folder.mkdir(parents=True)
+        for copy in range(2):
+            (folder / f"{copy}.jpg").write_bytes(photo(10 * number + copy))
+        (folder / "@bad.jpg").write_bytes(b"")
+    few = ReduceOptions(components=2, plots=False)
+    for safe in (False, True):
+        options = replace(QUICK, csv_safe=safe), replace(few, csv_safe=safe)
+        run(source, out, *options, train_options=None)
+        prefix = "'" if safe else ""
+        wanted = {shown.replace("=1", f"{prefix}=1") for shown in strange.values()}
+        text = next((out / "training_pca_csv").glob("*.csv")).read_text(encoding="utf-8")
+        assert {row["label"] for row in csv.DictReader(text.splitlines())} == wanted
+        rejected = out.joinpath("rejected.csv").read_text(encoding="utf-8")
+        assert {row["label"] for row in csv.DictReader(rejected.splitlines())} == wanted
+        assert set(pd.read_parquet(out / "training_pca")["label"].astype(str)) == set(strange)
+
+
 def test_pandas_duckdb_and_spark_read_the_features(spark: Any, extracted: Extracted) -> None:
     _, out = extracted
     frame = pd.read_parquet(out / "features")

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.csv import write_csv
 from pyarrow.fs import FileSystem
 
 from pomona.cli import render
-from pomona.privacy import forget, names_in_text
+from pomona.cli.work import log_to
+from pomona.core.printable import cells
+from pomona.privacy import copies, forget, names_in_text
 from pomona.privacy.erase import erase_photos, rebuild_derived
 from pomona.workspace import lease, remote
+from pomona.workspace.feature_table import read_rejected
+from pomona.workspace.layout import open_out
 from pomona.workspace.remote_folder import open_place
 from tests.privacy.conftest import QUIET, SECRET, write, write_answers
 from tests.privacy.leftovers import feature_rows, hits, needles
@@ -105,6 +112,41 @@ def test_a_registry_out_of_reach_is_told(out: Path, monkeypatch: pytest.MonkeyPa
     assert line.startswith("http://127.0.0.1:9: ")
     assert "secret" not in line
     assert forget.forget(out, [SECRET[2]], QUIET)["out_of_reach"] == [], "a Test photo"
+
+
+BROKEN = "Training/Fruit\n2/kiwi\r\x1b[2J.jpg"
+
+
+def test_a_name_with_line_breaks_goes_from_the_log(tmp_path: Path) -> None:
+    """Escaped, in an exception of ours, and as a JVM writes it: over several lines."""
+    others = [f"Training/a/{n}.jpg" for n in range(names_in_text.MANY)]
+    for number, paths in enumerate(([BROKEN], [BROKEN, *others])):
+        out = open_out(tmp_path / str(number))
+        with log_to(str(out.root)):
+            log = logging.getLogger("pomona")
+            log.warning("first")
+            log.warning("unreadable: %s", BROKEN)
+            log.error("Spark gave up", exc_info=ValueError(f"at {BROKEN}:\nthe end"))
+        with out.log.open("ab") as jvm:
+            jvm.write(f"WARN {BROKEN} is damaged\nlast\n".encode())
+        before = out.log.read_bytes().splitlines()
+        names = names_in_text.Names(paths)
+        removed = copies._clean_log(out.log, names)
+        left = out.log.read_bytes().splitlines()
+        assert [line.split()[-1] for line in left] == [b"first", b"up", b"end", b"last"]
+        assert removed == len(before) - len(left)
+        for part in (b"Fruit", b"kiwi", b"2J"):
+            assert part not in out.log.read_bytes()
+
+
+def test_a_copy_of_rejected_csv_holds_escaped_names(tmp_path: Path) -> None:
+    for safe in (False, True):
+        paths = [BROKEN, "=kiwi.jpg", "Training/a/other.jpg"]
+        shown = cells(pa.array(paths), csv_safe=safe)
+        rows = {"path": shown, "split": ["Training"] * 3, "label": shown, "error": ["empty"] * 3}
+        write_csv(pa.table(rows), tmp_path / "rejected.csv")
+        assert copies._rewrite(tmp_path / "rejected.csv", names_in_text.Names(paths[:2]))
+        assert read_rejected(tmp_path / "rejected.csv")["path"].to_pylist() == paths[2:]
 
 
 def test_names_in_text() -> None:

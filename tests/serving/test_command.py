@@ -62,7 +62,7 @@ def test_the_command_answers_and_ends_calmly(model: Model, tmp_path: Path) -> No
             assert f"http://127.0.0.1:{port}" in reply
             assert KEY not in reply
             body = photo(1)
-            head = "POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+            head = "POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
             head += f"Authorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n"
             with socket.create_connection(("127.0.0.1", port), 60) as raw:
                 raw.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())

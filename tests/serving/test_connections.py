@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
+import http.client
 import json
 import re
 import socket
+import termios
 import threading
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -21,7 +25,7 @@ from pomona.serving import problem_details, server
 from pomona.serving.app import Settings, create
 from pomona.web import page
 from tests.conftest import photo
-from tests.service import place, running, send
+from tests.service import place, running, send, until
 
 
 @contextlib.contextmanager
@@ -34,7 +38,7 @@ def large_file_asked_for(model: Model, size: int) -> Iterator[socket.socket]:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.settimeout(10)
         raw.connect(place(url))
-        raw.sendall(b"GET /large.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        raw.sendall(b"GET /large.bin HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         yield raw
 
 
@@ -99,6 +103,51 @@ def test_a_client_of_http_2_gets_its_answer(url: str) -> None:
     """It asks for an upgrade first, which a server may ignore."""
     asks = {"Upgrade": "h2c", "Connection": "Upgrade, HTTP2-Settings", "HTTP2-Settings": "AAMA"}
     assert send(url, photo(1), **asks).status_code == 200
+
+
+def test_an_upgrade_that_is_cut_anywhere_keeps_the_body(url: str) -> None:
+    """TCP may cut a head at any byte."""
+    body = photo(1)
+    asks = "Connection: Upgrade, HTTP2-Settings\r\nUPGRADE: h2c\r\nHTTP2-Settings: AAMA\r\n"
+    post = f"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\n{asks}Content-Type: image/jpeg\r\n"
+    head = f"{post}Content-Length: {len(body)}\r\n\r\n".encode()
+    first, last = head.index(b"UPGRADE") - 2, head.index(b"UPGRADE") + len("UPGRADE: h2c\r\n")
+    cuts = [*range(first, last), len(head) - 3, len(head) - 1, len(head), len(head) + 1]
+    with socket.create_connection(place(url), 60) as raw:
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for cut in cuts:
+            for part in ((head + body)[:cut], (head + body)[cut:]):
+                raw.sendall(part)
+                # The server has read this part before the next one is sent.
+                until(lambda: not unread(raw))
+            assert answered(raw) == 200, cut
+
+
+def test_a_line_that_only_looks_like_an_upgrade_is_left(url: str) -> None:
+    """A photo's bytes, and the value of another header, also where a packet begins with them."""
+    odd = photo(1) + b"\r\nUpgrade: h2c\r\n\r\n"
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\nX-A: "
+    rest = b"upgrade: a\r\nContent-Length: %d\r\n\r\n%b" % (len(odd), odd)
+    with socket.create_connection(place(url), 60) as raw:
+        raw.sendall(head)
+        until(lambda: not unread(raw))
+        raw.sendall(rest)
+        assert answered(raw) == 200
+
+
+def unread(raw: socket.socket) -> int:
+    """Bytes that the peer's kernel hasn't acknowledged yet."""
+    waiting = array.array("i", [0])
+    fcntl.ioctl(raw, termios.TIOCOUTQ, waiting)
+    return waiting[0]
+
+
+def answered(raw: socket.socket) -> int:
+    """Read one answer and return its status."""
+    reply = http.client.HTTPResponse(raw)
+    reply.begin()
+    reply.read()
+    return reply.status
 
 
 def test_uvicorn_is_the_version_whose_internals_are_known() -> None:

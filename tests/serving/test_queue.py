@@ -65,7 +65,7 @@ def test_a_client_that_goes_costs_nothing(model: Model, brake: Brake) -> None:
         first = clients.submit(send, url, photo(0))
         until(lambda: photo(0) in brake.begun)
         body = photo(1)
-        head = "POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+        head = "POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
         with socket.create_connection(place(url), 60) as raw:
             raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             until(lambda: app.state.service.pool.waiting == 1)

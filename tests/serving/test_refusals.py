@@ -13,10 +13,12 @@ import httpx
 import pytest
 from PIL import Image
 
+from pomona.core.errors import RequestError
 from pomona.core.schema import ERRORS
 from pomona.model.artifact import Model
 from pomona.serving import worker_pool
 from pomona.serving.app import Settings, create
+from pomona.serving.server import own_names
 from tests.conftest import photo
 from tests.service import JPEG, KEY, place, problem_code, running, send, send_form, until
 
@@ -80,6 +82,23 @@ def test_bodies_of_the_wrong_kind(url: str) -> None:
     assert problem_code(reply, 400) == "no_photo"
 
 
+def test_a_part_whose_name_is_encoded_is_a_photo(url: str) -> None:
+    """``filename*`` alone (RFC 5987); beside it, the plain name counts, and a text is none."""
+    for disposition, wanted in (
+        ("name=photo; filename*=UTF-8''p%C3%AAche.jpg", 200),
+        ("name=photo; FILENAME*=utf-8'fr'a.jpg", 200),
+        ("name=photo; filename=a.jpg; filename*=UTF-8''b.jpg", 200),
+        ('name="a; filename*=b"', 400),
+    ):
+        part = f"--x\r\nContent-Disposition: form-data; {disposition}\r\n\r\n".encode()
+        body = part + (photo(1) if wanted == 200 else b"text") + b"\r\n--x--\r\n"
+        reply = send(url, body, **{"Content-Type": "multipart/form-data; boundary=x"})
+        assert reply.status_code == wanted, (disposition, reply.text)
+    many = b"--x\r\nContent-Disposition: form-data; name=p; filename*=UTF-8''a\r\n\r\nx\r\n" * 17
+    reply = send(url, many + b"--x--\r\n", **{"Content-Type": "multipart/form-data; boundary=x"})
+    assert problem_code(reply, 413) == "too_many_photos"
+
+
 def test_a_thousand_parts(url: str) -> None:
     assert problem_code(send_form(url, *[b"x"] * 1000), 413) == "too_many_photos"
     assert send_form(url, *[photo(1)] * 16).status_code == 200
@@ -88,7 +107,7 @@ def test_a_thousand_parts(url: str) -> None:
 def test_a_body_of_200_mb_is_refused_before_it_is_read(url: str) -> None:
     with socket.create_connection(place(url), 10) as raw:
         raw.sendall(
-            b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+            b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
             b"Content-Length: 200000000\r\n\r\n" + bytes(1000)
         )
         assert raw.recv(1000).startswith(b"HTTP/1.1 413 ")
@@ -121,7 +140,7 @@ def test_wrong_methods_and_paths(url: str) -> None:
         assert problem_code(httpx.get(url + path), 404) == "not_found"
     for path in ("/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/runtime/..%2f..%2fservice.py"):
         with socket.create_connection(place(url), 10) as raw:
-            raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            raw.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             assert raw.recv(1000).startswith(b"HTTP/1.1 404 ")
 
 
@@ -173,6 +192,39 @@ def test_keys(model: Model, caplog: pytest.LogCaptureFixture) -> None:
         for path in ("/", "/healthz", "/readyz", "/openapi.json", "/app.js", "/config.json"):
             assert httpx.get(url + path).status_code == 200, path
     assert KEY not in caplog.text
+
+
+OWN = ("localhost", "LocalHost:1", "127.0.0.1:8000", "[::1]:8000", "10.0.0.7", "fruit.example.")
+STRANGE = ("evil.example", "evil.example:8000", "localhost.evil.example", "", "[evil]", "1.2.3.4.5")
+
+
+def test_without_keys_only_its_own_names(model: Model) -> None:
+    """A web page that points a name of its own at this machine (DNS rebinding) reads nothing."""
+    names = own_names("0.0.0.0", ["Fruit.Example"], ())
+    with running(create(lambda: model, Settings(workers=1, hosts=names))) as url:
+        for path in ("/v1/model", "/", "/healthz", "/metrics", "/nothing"):
+            for name in STRANGE:
+                reply = httpx.get(url + path, headers={"Host": name})
+                assert problem_code(reply, 421) == "unknown_host", (path, name)
+        assert problem_code(send(url, photo(1), Host="evil.example"), 421) == "unknown_host"
+        for name in (*OWN, socket.gethostname()):
+            assert httpx.get(url + "/v1/model", headers={"Host": name}).status_code == 200, name
+        with socket.create_connection(place(url), 60) as raw:  # a browser always names the host
+            raw.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            assert raw.recv(100).startswith(b"HTTP/1.1 200 ")
+        with socket.create_connection(place(url), 60) as raw:
+            raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
+            assert raw.recv(100).startswith(b"HTTP/1.1 421 ")
+        assert 'code="unknown_host"' in httpx.get(url + "/metrics").text
+
+
+def test_with_keys_or_on_demand_any_name() -> None:
+    """A page that rebinds has no key."""
+    assert own_names("0.0.0.0", [], (KEY,)) is None
+    assert own_names("0.0.0.0", ["*"], ()) is None
+    for wrong in ("https://fruit.example", "fruit.example:8000", "*.example", ""):
+        with pytest.raises(RequestError, match="--allow-host is a name"):
+            own_names("0.0.0.0", [wrong], ())
 
 
 def test_a_bug_is_a_500_and_the_others_go_on(

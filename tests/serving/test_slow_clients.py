@@ -15,7 +15,7 @@ from pomona.serving.app import Settings, create
 from tests.conftest import photo
 from tests.service import place, running, send
 
-HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_body_that_stalls_or_trickles_is_a_timeout(raw: socket.socket, pause: 
 
 
 def test_an_empty_line_is_no_request(raw: socket.socket) -> None:
-    raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert raw.recv(1000).startswith(b"HTTP/1.1 200 ")
     raw.sendall(b"\r\n")
     assert raw.recv(1) == b""

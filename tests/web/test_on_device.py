@@ -80,9 +80,13 @@ STARTED = """async () => {
 }"""
 
 
-def test_over_plain_http_from_another_machine(served: Served, visit: Any) -> None:
+def test_over_plain_http_from_another_machine(small: Model, visit: Any) -> None:
     needs_runtime()
-    visitor = visit(served.url.replace("127.0.0.1", "fruit.test"))
+    with serve(small, hosts={"fruit.test"}) as served:
+        from_another_machine(visit(served.url.replace("127.0.0.1", "fruit.test")))
+
+
+def from_another_machine(visitor: Visitor) -> None:
     visitor.expected += ("The Cross-Origin-Opener-Policy header has been ignored",)
     assert visitor.page.evaluate("isSecureContext") is False
     visitor.on_device()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import random
 from pathlib import Path
@@ -14,12 +15,13 @@ from PIL import Image
 
 from pomona.model.artifact import Model
 from pomona.photos import decoding
-from tests.conftest import photo
+from pomona.photos.synthetic import render
+from tests.conftest import browser_lacks, photo
 from tests.trained_model import make_model
-from tests.web.visitor import Served, encoded, needs_runtime, python_says, serve
+from tests.web.visitor import STRANGE, Served, encoded, needs_runtime, python_says, serve
 
-pytest.importorskip("sklearn")
-
+if importlib.util.find_spec("sklearn") is None:
+    browser_lacks("no scikit-learn here")
 
 PIXELS = """async ([content, size]) => {
   const { pixelsOf } = await import('./pixels.js');
@@ -67,10 +69,28 @@ def test_pixels_are_pythons(served: Served, visit: Any) -> None:
         assert np.abs(pixels.astype(int) - wanted).max() <= most, name
 
 
+Trained = tuple[Model, list[bytes]]
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A model trained on rendered photos, and others; it needs no data that isn't here."""
+    fruits = ("Apple Red 1", "Banana", "Plum")
+    drawn = {
+        label: [encoded(render(label, frame), quality=90) for frame in range(0, 360, 9)]
+        for label in fruits
+    }
+    known = [(content, label) for label, contents in drawn.items() for content in contents[::2]]
+    contents, labels = map(list, zip(*known, strict=True))
+    others = [content for contents in drawn.values() for content in contents[1::2]]
+    folder = tmp_path_factory.mktemp("rendered-model") / "model"
+    return make_model(folder, "fruits", contents, labels, 224), [*others, STRANGE]
+
+
 @pytest.fixture(scope="module")
 def real(
     real_photos: Path, real_weights: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Model, list[bytes]]:
+) -> Trained:
     """A model trained on 150 real photos, and 200 others."""
     drawn = random.Random(0).sample(sorted(real_photos.rglob("*.jpg")), 350)
     contents = [path.read_bytes() for path in drawn]
@@ -92,9 +112,11 @@ SAYS = """async ([kind, contents]) => {
 
 
 @pytest.mark.slow
-def test_same_photo_same_answer(real: tuple[Model, list[bytes]], visit: Any) -> None:
+@pytest.mark.parametrize("photos", ["rendered", "real"])
+def test_same_photo_same_answer(photos: str, request: pytest.FixtureRequest, visit: Any) -> None:
+    """Rendered photos are everywhere: with a browser, this is never left out."""
     needs_runtime()
-    model, contents = real
+    model, contents = request.getfixturevalue(photos)
     sent = [base64.b64encode(content).decode() for content in contents]
     with serve(model) as served:
         visitor = visit(served.url)
@@ -105,7 +127,7 @@ def test_same_photo_same_answer(real: tuple[Model, list[bytes]], visit: Any) -> 
     rows = python_says(model, contents)
     differences = {}
     for kind, said in answers.items():
-        assert len(said) == len(rows) == 200
+        assert len(said) == len(rows) == len(contents)
         for ours, theirs in zip(rows, said, strict=True):
             for name in ("label", "unknown", "reason", "error"):
                 assert theirs[name] == ours[name], kind

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from PIL import Image
 from pomona.model.artifact import Model
 from pomona.model.recogniser import answer_photos, make_recogniser
 from pomona.web.page import missing_runtime
+from tests.conftest import browser_lacks
 
 SIZE = 64
 LABELS = ("Apple", "Cherry", "Pear", "Plum", "Quince", "Tomato")
@@ -49,11 +49,9 @@ def python_says(model: Model, contents: list[bytes], top: int = 5) -> list[dict[
 
 
 def needs_runtime() -> None:
-    """Skip where npm couldn't be asked; in CI it has to be there."""
+    """Skip where npm couldn't be asked; where the browser tests are required it has to be there."""
     if missing := missing_runtime():
-        if os.environ.get("CI"):
-            pytest.fail(missing)
-        pytest.skip(missing)
+        browser_lacks(missing)
 
 
 class Visitor:

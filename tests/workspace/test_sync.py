@@ -264,12 +264,14 @@ def test_a_record_leads_nowhere_else(tmp_path: Path) -> None:
     remote.push(make_out(tmp_path / "out"), str(place))
     record = json.loads((place / RECORD).read_text())
     entry = record["files"]["manifest.json"]
-    for name in ("../evil", "/tmp/evil", "a/../../../evil", ".places.json"):
+    windows = ("C:/evil", "a\\..\\..\\evil")
+    for name in ("../evil", "/tmp/evil", "a/../../../evil", ".places.json", *windows):
         record["files"][name] = entry
     (place / RECORD).write_text(json.dumps(record))
     shutil.copy(place / "manifest.json", tmp_path / "evil")
     assert remote.pull(str(place), back)["files"] == 7
     assert not (tmp_path / "deep" / "evil").exists()
+    assert not [path for path in back.rglob("*") if "evil" in path.name or path.name == "C:"]
 
 
 def test_the_commands(bucket: str, tmp_path: Path, command: Any) -> None:

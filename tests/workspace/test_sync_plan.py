@@ -11,6 +11,7 @@ from pomona.workspace.sync_plan import (
     Files,
     changed_since,
     in_waves,
+    is_plain,
     offer,
     plan_parts,
     plan_pull,
@@ -78,6 +79,31 @@ def test_what_is_going_or_on_its_way_is_not_offered() -> None:
     with pytest.raises(MismatchError, match="x is missing at there"):
         offer(record, {"going"}, {}, "there")
     assert offer(None, set(), {"x": 1, "../evil": 1, ".hidden": 1}, "there") == {"x": file(None)}
+
+
+ASTRAY = (
+    "C:/x",
+    "c:x",
+    "a\\..\\x",
+    "\\\\host\\share\\x",
+    "//host/share/x",
+    "../x",
+    "a/../x",
+    "/x",
+    "",
+)
+
+
+def test_a_name_that_leads_out_of_out_is_not_pulled_on_any_system() -> None:
+    """The place's record is a file that others can write; Windows has roots of its own."""
+    assert [name for name in ASTRAY if is_plain(name)] == []
+    for name in (
+        "features/split=Test/part-0.parquet",
+        "notes/12:30.txt",
+        "training_pca/label=a%3Ab",
+    ):
+        assert is_plain(name)
+    assert offer(None, set(), dict.fromkeys(ASTRAY, 1), "there") == {}
 
 
 def test_what_changed_here_is_neither_what_is_there_nor_what_was() -> None:

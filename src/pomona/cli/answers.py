@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, Any
@@ -12,6 +11,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from pomona.cli import render, work
+from pomona.core.printable import cell, json_line
 from pomona.model.artifact import Model
 from pomona.model.recogniser import to_json
 
@@ -21,9 +21,11 @@ Row = dict[str, Any]
 
 @contextlib.contextmanager
 def printer(
-    stream: IO[str], model: Model, *, as_json: bool, as_csv: bool
+    stream: IO[str], model: Model, *, as_json: bool, as_csv: bool, csv_safe: bool = False
 ) -> Iterator[Callable[[pa.RecordBatch], None]]:
     """Give a function that shows answers, as `pomona.pipeline.predict.ROWS`.
+
+    With ``csv_safe`` no text of CSV is a formula.
 
     JSON and CSV go out as they come, unless on a terminal, where a progress bar is shown meanwhile.
     """
@@ -34,7 +36,7 @@ def printer(
     elif as_csv:
         sheet = csv.DictWriter(stream, CSV, lineterminator="\n")
         sheet.writeheader()
-        write = partial(_csv, sheet)
+        write = partial(_csv, sheet, csv_safe)
     else:
         write = partial(_table, stream)
     at_once = (as_json or as_csv) and not stream.isatty()
@@ -54,13 +56,17 @@ def printer(
 def _json(stream: IO[str], version: str, rows: list[Row]) -> None:
     for row in rows:
         answer = {**to_json(row), "model": version}
-        stream.write(json.dumps(answer, ensure_ascii=False, sort_keys=True) + "\n")
+        stream.write(json_line(answer) + "\n")
 
 
-def _csv(sheet: csv.DictWriter[str], rows: list[Row]) -> None:
+def _csv(sheet: csv.DictWriter[str], csv_safe: bool, rows: list[Row]) -> None:
+    def shown(value: Any) -> Any:  # numbers stay numbers: -1.5 is a score, not a formula
+        return cell(value, csv_safe=csv_safe) if isinstance(value, str) else value
+
     for row in rows:
         nearest = "; ".join(f"{label} {p:.4f}" for label, p in _nearest(row))
-        sheet.writerow({**{name: row[name] for name in CSV}, "nearest": nearest})
+        values = {**{name: row[name] for name in CSV}, "nearest": nearest}
+        sheet.writerow({name: shown(value) for name, value in values.items()})
 
 
 def _nearest(row: Row) -> list[tuple[str, float]]:
@@ -71,7 +77,7 @@ def _table(stream: IO[str], rows: list[Row]) -> None:
     table = render.table("photo", "answer", "nearest", "why unknown")
     for row in rows:
         nearest = ", ".join(f"{label} {p:.1%}" for label, p in _nearest(row))
-        table.add_row(row["path"], _answer(row), nearest, row["reason"] or "")
+        render.add_row(table, row["path"], _answer(row), nearest, row["reason"] or "")
     if all(row["reason"] is None for row in rows):
         table.columns.pop()
     work.write(stream, table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
 import sys
@@ -11,6 +12,7 @@ import typer
 from pomona.cli.commands import answer, cloud, look_at_photos, make_model, operate
 from pomona.cli.options import app
 from pomona.core.errors import PomonaError
+from pomona.core.printable import escaped
 
 __all__ = ["app", "main"]
 
@@ -31,14 +33,16 @@ def main() -> None:
         # Typer returns the code of an Exit, and makes one of an interrupt.
         code = app(standalone_mode=False) or 0
     except PomonaError as error:
-        typer.echo(f"pomona: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"pomona: {escaped(' '.join(str(error).split()))}", err=True)
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
         if not hasattr(error, "show"):  # not a usage error of the command line
             raise
-        error.show()
+        usage = io.StringIO()
+        error.show(usage)
+        typer.echo("\n".join(map(escaped, usage.getvalue().rstrip().split("\n"))), err=True)
         code = 2
     if code == INTERRUPTED:
         typer.echo("pomona: stopped; run the same command again to go on", err=True)

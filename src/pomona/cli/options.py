@@ -137,6 +137,9 @@ Master = Annotated[
 ]
 SparkConf = Annotated[list[str] | None, "A setting of Spark, KEY=VALUE; repeatable."]
 NoPlots = Annotated[bool, "Draw nothing, and write no report."]
+CsvSafe = Annotated[
+    bool, "In CSV, put ' before names that a spreadsheet would run: those beginning with = + - @."
+]
 NoMlflow = Annotated[bool, "Record nothing in MLflow."]
 AsJson = Annotated[bool, Option("--json", help="Print JSON for machines.")]
 
@@ -165,11 +168,11 @@ class ExtractArguments:
         "auto"
     )
 
-    def options(self) -> pomona.ExtractOptions:
+    def options(self, *, csv_safe: bool = False) -> pomona.ExtractOptions:
         """Return the stage's options."""
         if self.reader not in ("auto", "spark"):
             raise RequestError(f"--reader is auto or spark, not {self.reader}")
-        return pomona.ExtractOptions(**vars(self))
+        return pomona.ExtractOptions(**vars(self), csv_safe=csv_safe)
 
 
 @dataclass(frozen=True)
@@ -181,12 +184,13 @@ class ReduceArguments:
     no_scale: Annotated[bool, "Don't bring features to standard deviation 1 first."] = False
     whiten: Annotated[bool, "Bring pca_features to standard deviation 1."] = False
 
-    def options(self, *, plots: bool) -> pomona.ReduceOptions:
+    def options(self, *, plots: bool, csv_safe: bool = False) -> pomona.ReduceOptions:
         """Return the stage's options."""
         from pomona.model.projection import parse_components
 
         components = parse_components(self.components)
-        return pomona.ReduceOptions(components, not self.no_scale, self.whiten, self.power, plots)
+        scale = not self.no_scale
+        return pomona.ReduceOptions(components, scale, self.whiten, self.power, plots, csv_safe)
 
 
 @dataclass(frozen=True)

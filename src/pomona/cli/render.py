@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pomona.core.printable import escaped
+
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
     from rich.table import Table
@@ -32,7 +34,7 @@ def stack(*parts: Rows | RenderableType) -> Group:
             return part
         grid = Table.grid(Column(), Column(overflow="fold"), padding=(0, 2))
         for row in part:
-            grid.add_row(*row)
+            add_row(grid, *row)
         return grid
 
     return Group(*map(drawn, parts))
@@ -43,6 +45,11 @@ def table(*header: str, pad_edge: bool = False) -> Table:
     from rich.table import Table
 
     return Table(*header, box=None, pad_edge=pad_edge)
+
+
+def add_row(to: Table, *texts: str) -> None:
+    """Add a row to a table. Texts may hold names of files and labels: none acts on a terminal."""
+    to.add_row(*map(escaped, texts))
 
 
 def summary(records: dict[str, Any], home: Home) -> Group:
@@ -96,7 +103,7 @@ def _components(record: dict[str, Any]) -> Table:
     total = 0.0
     for number, share in enumerate(record["first_components"][: record["components"]], 1):
         total += share
-        components.add_row(str(number), f"{share:.2%}", f"{total:.2%}")
+        add_row(components, str(number), f"{share:.2%}", f"{total:.2%}")
     return components
 
 
@@ -122,8 +129,10 @@ def _figures(metrics: dict[str, Any]) -> Table:
         judged.add_column(f"{what} ({figures['photos']:,} photos{units})")
     for name, words in FIGURES.items():
         intervals = (figures[name] for figures in metrics.values())
-        judged.add_row(
-            words, *(f"{i['value']:.2%} ({i['low']:.1%} to {i['high']:.1%})" for i in intervals)
+        add_row(
+            judged,
+            words,
+            *(f"{i['value']:.2%} ({i['low']:.1%} to {i['high']:.1%})" for i in intervals),
         )
     return judged
 
@@ -186,7 +195,8 @@ def exported(record: dict[str, Any]) -> Group:
         for column in judged.columns[1:]:
             column.justify = "right"
         for row in variants:
-            judged.add_row(
+            add_row(
+                judged,
                 row["name"],
                 f"{row['bytes'] / 1e6:.2f}",
                 f"{row['accuracy']:.2%}",
@@ -334,5 +344,5 @@ def inspection(record: dict[str, Any]) -> Group:
         rows.append(("hint", record["hint"]))
     sizes = table("largest", "photos", "smallest", "photos", pad_edge=True)
     for (big, many), (small, few) in zip(record["largest"], record["smallest"], strict=True):
-        sizes.add_row(big, f"{many:,}", small, f"{few:,}")
+        add_row(sizes, big, f"{many:,}", small, f"{few:,}")
     return stack(rows, sizes)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pomona.cli import main as command
 from pomona.core.errors import WeightsError
+from pomona.core.printable import escaped
 from pomona.core.uris import redacted
 from pomona.spark.session import adopt
 
@@ -31,7 +32,7 @@ def main() -> None:
             sys.argv[1:] = words
             command.main()
     except WeightsError as error:
-        print(f"pomona: {error}", file=sys.stderr)
+        print(f"pomona: {escaped(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code:

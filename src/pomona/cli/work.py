@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import shutil
@@ -18,6 +17,7 @@ import typer
 import pomona
 from pomona.cli import render
 from pomona.core.errors import BusyError, JobError, PomonaError, RequestError
+from pomona.core.printable import LogFormatter, escaped, json_line
 from pomona.core.progress import OnTick, Tick
 from pomona.core.uris import local_path
 from pomona.workspace.layout import Out, open_out
@@ -93,7 +93,7 @@ def log_to(out: str) -> Iterator[None]:
     folder = open_out(out)
     log = logging.getLogger("pomona")
     handler = logging.FileHandler(folder.log, delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LogFormatter())
     log.addHandler(handler)
     try:
         yield
@@ -120,7 +120,7 @@ def log_to(out: str) -> Iterator[None]:
 def show(record: Any, as_json: bool, draw: Callable[[Any], render.Rows | RenderableType]) -> None:
     """Print a record: as one line of JSON, or as ``draw`` shows it to people."""
     if as_json:
-        typer.echo(json.dumps(record, ensure_ascii=False, sort_keys=True))
+        typer.echo(json_line(record))
     else:
         write(sys.stdout, draw(record))
 
@@ -130,6 +130,7 @@ def write(stream: IO[str], text: render.Rows | RenderableType) -> None:
     from rich.console import Console
 
     console = Console(file=stream, width=None if stream.isatty() else 1000, emoji=False)
+    text = escaped(text) if isinstance(text, str) else text
     console.print(render.stack(text), markup=False, highlight=False)
 
 

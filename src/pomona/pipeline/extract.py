@@ -59,6 +59,7 @@ class ExtractOptions:
     source_moved: bool = False
     reader: str = "auto"  # spark: through binaryFile, whatever the source
     verify: bool = False  # compare digests of photos and of the table, not only sizes and times
+    csv_safe: bool = False  # no cell of rejected.csv is a formula
 
 
 @dataclass(frozen=True)
@@ -321,13 +322,14 @@ def _compact(
 
 
 def _record(stage: Extraction, photos: pa.Table) -> dict[str, Any]:
-    codes = feature_table.write_rejected(stage.out)
+    codes = feature_table.write_rejected(stage.out, csv_safe=stage.options.csv_safe)
     in_split = {split: pc.equal(photos["split"], split) for split in SPLITS}
     return {
         "source": stage.source.name,
         "settings": {
             "label": stage.options.label,
             "test_fraction": stage.options.test_fraction,
+            "csv_safe": stage.options.csv_safe,
             "device": stage.spec.device,
             "batch_size": stage.spec.batch_size,
             "weights": stage.spec.weights,

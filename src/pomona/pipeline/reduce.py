@@ -63,6 +63,7 @@ class ReduceOptions:
     whiten: bool = False
     power: float = 0.5
     plots: bool = True
+    csv_safe: bool = False  # no cell of the CSV is a formula
 
 
 def reduce(
@@ -209,7 +210,8 @@ def _write(
     chunks = out.work / "project.arrow"
     write_chunks(chunks, plan, bounds)
     folders = partitions(pc.unique(plan["label"]).to_pylist())
-    task = ProjectTask(str(chunks), str(out.root), files, projection, str(staged), folders)
+    safe = made_from["settings"]["csv_safe"]
+    task = ProjectTask(str(chunks), str(out.root), files, projection, str(staged), folders, safe)
     answers = engine.run_tasks(task, len(bounds) - 1, out.root)
     _refuse_damaged(answers)
     save_projection(projection, staged / "projection", made_from)

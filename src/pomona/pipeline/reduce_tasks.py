@@ -19,6 +19,7 @@ from pomona.backbone.extract import features_of
 from pomona.core.errors import DamagedError
 from pomona.core.files import atomic_file, sha256
 from pomona.core.parquet import gather, read_chunk, read_group
+from pomona.core.printable import cells
 from pomona.core.schema import PCA_TABLE, without
 from pomona.model.pca_table import FOLDERS
 from pomona.model.projection import Moments, Projection, merge, raised
@@ -94,6 +95,7 @@ class ProjectTask:
     projection: Projection
     staged: str
     folders: dict[str, str]  # of labels
+    csv_safe: bool = False
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Return ``files``: the sha256 of each file written, by name; or what is ``damaged``."""
@@ -109,7 +111,7 @@ class ProjectTask:
         name = FOLDERS[plan["split"][0].as_py()]
         written = [
             *self._write_labels(plan, values, Path(self.staged, name), number),
-            _write_csv(plan, values, Path(self.staged, f"{name}_csv"), number),
+            _write_csv(plan, values, Path(self.staged, f"{name}_csv"), number, self.csv_safe),
         ]
         staged = Path(self.staged)
         return {
@@ -135,10 +137,14 @@ class ProjectTask:
 
 
 def _write_csv(
-    plan: pa.RecordBatch, values: npt.NDArray[np.float32], folder: Path, number: int
+    plan: pa.RecordBatch,
+    values: npt.NDArray[np.float32],
+    folder: Path,
+    number: int,
+    csv_safe: bool,
 ) -> Path:
     path = folder / f"part-{number:05d}.csv"
-    columns = {"label": plan["label"], "filename": plan["filename"]}
+    columns = {name: cells(plan[name], csv_safe=csv_safe) for name in ("label", "filename")}
     columns |= {f"f_{n}": pa.array(np.ascontiguousarray(v)) for n, v in enumerate(values.T)}
     with atomic_file(path) as part:
         pcsv.write_csv(pa.table(columns), part)

@@ -6,7 +6,9 @@ These are the log, the record of where OUT was pushed to, MLflow's store and the
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -21,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pomona.core.errors import RequestError
 from pomona.core.files import UNFINISHED, atomic_file, read_json, write_json
-from pomona.privacy.names_in_text import A_PHOTO, Names
+from pomona.privacy.names_in_text import A_PHOTO, Names, cell_forms
 from pomona.privacy.occurrences import DERIVED, Occurrences
 from pomona.workspace.feature_table import read_rejected
 from pomona.workspace.layout import Out
@@ -79,12 +81,18 @@ def clean(
 def _clean_log(log: Path, names: Names) -> int:
     """Remove the lines that name any photo: a log may cut or escape a name in ways of its own.
 
-    The file is written in place: this process and a JVM may have it open to append to it.
+    A name that holds line breaks may stand in several lines: all of them go. The file is written in
+    place: this process and a JVM may have it open to append to it.
     """
     if not log.exists():
         return 0
-    lines = log.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if not A_PHOTO.search(line) and not names.are_in(line)]
+    content = log.read_bytes()
+    lines = content.splitlines(keepends=True)
+    ends = [0, *itertools.accumulate(map(len, lines))]
+    gone = {n for n, line in enumerate(lines) if A_PHOTO.search(line)}
+    for start, end in names.spans(content):
+        gone.update(range(bisect.bisect_right(ends, start) - 1, bisect.bisect_left(ends, end)))
+    kept = [line for n, line in enumerate(lines) if n not in gone]
     if len(kept) < len(lines):
         with log.open("r+b") as file:
             file.write(b"".join(kept))
@@ -176,7 +184,8 @@ def _rewrite(path: Path, names: Names) -> bool:
     """Write a list or JSON without the photos. Returns whether no name is left in it."""
     if path.name == "rejected.csv":
         rows = read_rejected(path)
-        is_named = pc.is_in(rows["path"], pa.array(sorted(names.paths), pa.string()))
+        paths = {form for path in names.paths for form in cell_forms(path)}
+        is_named = pc.is_in(rows["path"], pa.array(sorted(paths), pa.string()))
         with atomic_file(path) as part:
             pcsv.write_csv(rows.filter(pc.invert(is_named)), part)
         return True

@@ -6,11 +6,12 @@ import html
 import json
 import mmap
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from pomona.core.printable import INDENT, cell, escaped
 from pomona.photos.source import SUFFIXES
 
 GONE = "(forgotten)"  # replaces a name
@@ -20,6 +21,8 @@ MANY = 200
 _SUFFIX = "|".join(re.escape(suffix) for suffix in SUFFIXES)
 ANY_PHOTO = re.compile(rf".*(?:{_SUFFIX}).*", re.IGNORECASE | re.DOTALL)
 """Matches text that names any photo, by its suffix."""
+_SUFFIX_ANYWHERE = f"(?i:{_SUFFIX})"
+_BREAK = re.compile(r"[\r\n]")
 A_PHOTO = re.compile(_SUFFIX.encode(), re.IGNORECASE)
 """Finds the name of any photo in bytes."""
 
@@ -35,17 +38,23 @@ class Names:
     def __init__(self, paths: Iterable[str], others: Iterable[str] = ()) -> None:
         self.paths = frozenset(paths)
         names = [*self.paths, *others]
-        if len(names) > MANY:
-            self._text, self._bytes = ANY_PHOTO, A_PHOTO
+        if len(names) > MANY:  # any photo's suffix; what stands before a line break, by its name
+            pattern = "|".join(
+                [_SUFFIX_ANYWHERE, *_alternatives(n for n in names if _BREAK.search(n))]
+            )
+            self._text, self._bytes = ANY_PHOTO, re.compile(pattern.encode())
             return
-        written = {form for name in names if name for form in forms(name)}
-        pattern = "|".join(_pattern(form) for form in sorted(written, key=len, reverse=True))
+        pattern = "|".join(_alternatives(names))
         self._text = re.compile(pattern or r"(?!)")
         self._bytes = re.compile(pattern.encode("utf-8", "surrogateescape") or rb"(?!)")
 
     def are_in(self, content: bytes) -> bool:
         """Tell whether bytes hold one of the names."""
         return self._bytes.search(content) is not None
+
+    def spans(self, content: bytes) -> Iterator[tuple[int, int]]:
+        """Give where the names stand in bytes: start and end."""
+        return (found.span() for found in self._bytes.finditer(content))
 
     def are_in_file(self, path: Path) -> bool:
         """Tell whether a file holds one of the names, without reading it into memory."""
@@ -71,6 +80,12 @@ class Names:
         return any(isinstance(value, str) and self._text.search(value) for value in values)
 
 
+def _alternatives(names: Iterable[str]) -> list[str]:
+    """Return patterns that match the names in all their forms, the longest first."""
+    written = {form for name in names if name for form in forms(name)}
+    return [_pattern(form) for form in sorted(written, key=len, reverse=True)]
+
+
 def _pattern(form: str) -> str:
     # 1.jpg isn't 21.jpg. Any other character may stand in front: finding too much is safe.
     return (r"(?<![0-9])" if form[0].isdigit() else "") + re.escape(form)
@@ -94,4 +109,11 @@ def forms(name: str) -> set[str]:
         quote(name),
         name.replace('"', '""'),
         repr(name)[1:-1],
+        escaped(name),
+        f"\n{INDENT}".join(map(escaped, name.split("\n"))),  # in an exception in the log
     }
+
+
+def cell_forms(name: str) -> set[str]:
+    """Return the ways that a name is written in a column of CSV, once it is read."""
+    return {name, *(cell(name, csv_safe=safe) for safe in (False, True))}

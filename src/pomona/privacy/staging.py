@@ -180,7 +180,8 @@ def _stage_manifest(
             manifest["stages"].pop(name, None)
     rows = occurrences.index.rows.filter(pa.array(occurrences.in_table & ~occurrences.erased))
     rejected = change.put("rejected.csv")
-    codes = feature_table.list_rejected(rows, rejected)
+    csv_safe = record["settings"].get("csv_safe", False)
+    codes = feature_table.list_rejected(rows, rejected, csv_safe=csv_safe)
     record |= {
         "photos": rows.num_rows,
         "splits": {split: pc.sum(pc.equal(rows["split"], split)).as_py() or 0 for split in SPLITS},

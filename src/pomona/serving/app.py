@@ -2,7 +2,7 @@
 
 ::
 
-    request ── Gate     key, metrics, access log, headers
+    request ── Gate     host, key, metrics, access log, headers
             ├─ photos   out of the body, within limits (`pomona.serving.uploads`)
             ├─ pool     a bounded queue and a thread for each core (`pomona.serving.worker_pool`)
             └─ answer   JSON, or a problem (`pomona.serving.problem_details`)
@@ -33,7 +33,7 @@ import pomona
 from pomona.core.errors import PomonaError
 from pomona.model.recogniser import to_json
 from pomona.serving import openapi
-from pomona.serving.middleware import PROBLEM, Gate
+from pomona.serving.middleware import PROBLEM, UNKNOWN_HOST, Gate
 from pomona.serving.problem_details import Problem, described
 from pomona.serving.service import Fetch, Service, Settings
 from pomona.serving.worker_pool import MOST_TOP, Loaded, Row
@@ -67,7 +67,10 @@ def create(fetch: Fetch, settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lambda _: _lifespan(service),
-        responses={401: described(401, {"unauthorized": "Send a key."})},
+        responses={
+            401: described(401, {"unauthorized": "Send a key."}),
+            421: described(421, {"unknown_host": UNKNOWN_HOST}),
+        },
     )
     app.state.service = service
     app.openapi = lambda: openapi.document(app, keys=bool(settings.keys))  # type: ignore[method-assign]
@@ -91,6 +94,7 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
         open_routes=OPEN,
         locked={("POST", RELOAD)},
         page=lambda path: _is_guarded(service, path),
+        hosts=settings.hosts,
     )
     if settings.origins:
         app.add_middleware(

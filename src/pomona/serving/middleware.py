@@ -1,11 +1,13 @@
-"""ASGI middleware before every route: the key, metrics, the access log, headers."""
+"""ASGI middleware before every route: host name, key, metrics, the access log, headers."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import logging
+import re
 import time
 from collections.abc import Callable, Collection
 
@@ -34,8 +36,14 @@ SAFE = {
 """Headers of answers that don't set their own."""
 
 
+UNKNOWN_HOST = (
+    "The service isn't known by this host name: ask it by its address, or start it with "
+    "--allow-host NAME."
+)
+
+
 class Gate:
-    """Passes requests on, or refuses them if a key is missing."""
+    """Passes requests on, or refuses those for another host, or without a key."""
 
     def __init__(
         self,
@@ -46,14 +54,15 @@ class Gate:
         open_routes: Collection[str],  # need no key
         locked: Collection[tuple[str, str]],  # method, path: refused even if no key is set
         page: Callable[[str], bool | None],  # whether a file of the page needs a key; None: no file
+        hosts: Collection[str] | None,  # names that requests may call the service by; None: any
     ) -> None:
         self.app, self.metrics = app, metrics
         self.keys = [hashlib.sha256(key.encode()).digest() for key in keys]
         self.routes, self.open_routes, self.locked = routes, open_routes, locked
-        self.page = page
+        self.page, self.hosts = page, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it if a key is missing."""
+        """Pass a request on, or refuse it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -74,7 +83,9 @@ class Gate:
                 await problem.response()(scope, receive, sending)
 
         try:
-            if self._needs_key(scope) and not self._has_key(scope):
+            if not all(self._is_own(value) for name, value in scope["headers"] if name == b"host"):
+                await refuse(Problem(421, "unknown_host", UNKNOWN_HOST))
+            elif self._needs_key(scope) and not self._has_key(scope):
                 await refuse(_unauthorized(bool(self.keys)))
             else:
                 await self.app(scope, receive, sending)
@@ -89,6 +100,19 @@ class Gate:
             await refuse(Problem(500, "internal_error", detail))
         finally:
             self._record(scope, status, time.perf_counter() - start)
+
+    def _is_own(self, host: bytes) -> bool:
+        """Whether a Host header names the service. An address can't be pointed elsewhere by DNS."""
+        if self.hosts is None:
+            return True
+        name = re.sub(r":[0-9]*$", "", host.decode("latin-1")).lower().removesuffix(".")
+        if name in self.hosts:
+            return True
+        try:
+            ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+        except ValueError:
+            return False
+        return True
 
     def _needs_key(self, scope: Scope) -> bool:
         path = scope["path"]

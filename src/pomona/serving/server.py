@@ -14,13 +14,14 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pomona.core.errors import RequestError
+from pomona.core.printable import LogFormatter
 from pomona.serving.problem_details import Problem
 
 HEAD_SECONDS = 10.0  # that a request's head may take, from the connection or its first byte
@@ -31,6 +32,31 @@ IDLE_SECONDS = 15  # that a connection may wait for its next request
 END_SECONDS = 30  # that requests in flight have after SIGTERM
 CONNECTIONS = 1000  # most open connections; further ones are closed at once
 LEAST_KEY = 16  # least number of characters of a key
+
+
+def own_names(host: str, allowed: Collection[str], keys: Collection[str]) -> frozenset[str] | None:
+    """Return the names by which a service may be asked, beside its addresses; None: by any.
+
+    Without a key, any web page could read the service by pointing a name of its own at this machine
+    (DNS rebinding): its browser then takes both for one site, but names the page's host. With a key
+    that page has none. ``allowed`` are further names, as a proxy passes them on; ``*`` allows any.
+
+    Raises
+    ------
+    RequestError
+        If a name isn't one.
+    """
+    for name in allowed:
+        if name != "*" and not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise RequestError(
+                f"--allow-host is a name such as fruit.example, without scheme and port, not {name}"
+            )
+    if keys or "*" in allowed:
+        return None
+    machine = socket.gethostname()
+    short = machine.partition(".")[0]
+    names = ("localhost", machine, short, f"{short}.local", host, *allowed)
+    return frozenset(name.lower().removesuffix(".") for name in names)
 
 
 def check_access(host: str, keys: tuple[str, ...], *, public: bool) -> None:
@@ -133,6 +159,7 @@ class _Protocol(HttpToolsProtocol):
     """
 
     _head = 0  # bytes of the head so far; -1: no head is being received
+    _line = b""  # of the head: what came after its last line break
     _body = False  # whether a body is being received
     # Since when the connection waits for a head, for the rest of a body, for its answer to be read.
     _waits: float | None = None
@@ -163,9 +190,18 @@ class _Protocol(HttpToolsProtocol):
             self.transport.abort()
             return
         if self._head >= 0:
+            if not self._head:
+                self._waits = time.monotonic()
             self._head += len(data)
-            data = _without_upgrade(data)
-        super().data_received(data)
+            # The last line may be cut: it waits until it is whole.
+            lines, newline, self._line = (self._line + data).rpartition(b"\n")
+            if newline:
+                super().data_received(_without_upgrade(lines + newline))
+            if self._head >= 0 or self.transport.is_closing():
+                return
+            data, self._line = self._line, b""  # the head is over: this is of the body
+        if data:
+            super().data_received(data)
 
     def on_message_begin(self) -> None:
         self._head, self._waits = max(0, self._head), time.monotonic()
@@ -222,7 +258,7 @@ def _without_upgrade(data: bytes) -> bytes:
 def log_to_stderr(*, access: bool) -> None:
     """Write the service's log to stderr, with ``access`` also a line for each request."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LogFormatter())
     for name in ("pomona", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO if name == "pomona" else logging.WARNING)

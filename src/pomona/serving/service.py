@@ -52,6 +52,8 @@ class Settings:
     device: str = "auto"
     watch: float = 0.0  # seconds between checks for a new model; 0: never
     origins: tuple[str, ...] = ()  # web sites whose pages may send requests (CORS)
+    hosts: frozenset[str] | None = frozenset({"localhost"})
+    """Names that requests may call the service by, beside IP addresses; None: any."""
     guard: Guard = ""  # child: decode in child processes
     # That may be decoded: fewer than for tables, since a worker needs 8 bytes for each.
     pixels: int = 24_000_000

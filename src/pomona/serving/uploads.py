@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
+from email.message import Message
 
 import anyio
 from starlette.datastructures import UploadFile
@@ -86,6 +87,17 @@ class _InMemory(MultiPartParser):
 
     spool_max_size = 1 << 62
     ended = False
+
+    def on_headers_finished(self) -> None:
+        """Take a part whose file name is only given as ``filename*`` (RFC 5987) for a file, too.
+
+        RFC 7578 forbids it in forms, and so the library ignores it; clients send it.
+        """
+        header, part = Message(), self._current_part
+        header["content-disposition"] = (part.content_disposition or b"").decode("latin-1")
+        if header.get_filename() is not None:
+            part.content_disposition = (part.content_disposition or b"") + b'; filename="photo"'
+        super().on_headers_finished()
 
     def on_end(self) -> None:
         self.ended = True

@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from pomona.core.errors import DamagedError
 from pomona.core.files import atomic_file, put_in_place, read_json, tree_digest
 from pomona.core.parquet import open_parquet
+from pomona.core.printable import cells
 from pomona.core.schema import FEATURES_TABLE, PHOTOS, REJECTED, UNREADABLE
 from pomona.workspace.layout import Out
 
@@ -237,17 +238,21 @@ def write_part(part: PartFile, task: int, batches: Iterator[pa.RecordBatch]) -> 
     return Counts(rows, rejected)
 
 
-def write_rejected(out: Out) -> dict[str, int]:
+def write_rejected(out: Out, *, csv_safe: bool = False) -> dict[str, int]:
     """Write ``OUT/rejected.csv`` and return the number of photos for each error code."""
-    return list_rejected(index(out, out.work / "none").rows, out.rejected)
+    return list_rejected(index(out, out.work / "none").rows, out.rejected, csv_safe=csv_safe)
 
 
-def list_rejected(rows: pa.Table, path: Path) -> dict[str, int]:
-    """Write the rows with an error as CSV, and return the number of rows for each error code."""
+def list_rejected(rows: pa.Table, path: Path, *, csv_safe: bool = False) -> dict[str, int]:
+    """Write the rows with an error as CSV, and return the number of rows for each error code.
+
+    Texts are written as `pomona.core.printable.cell` returns them.
+    """
     bad = rows.filter(pc.is_valid(rows["error"])).select(REJECTED.names)
     bad = bad.sort_by([("split", "ascending"), ("path", "ascending")])
+    shown = {name: cells(bad[name], csv_safe=csv_safe) for name in REJECTED.names}
     with atomic_file(path) as part:
-        pcsv.write_csv(bad, part)
+        pcsv.write_csv(pa.table(shown), part)
     counted = bad.group_by("error").aggregate([("path", "count")]).to_pylist()
     return {row["error"]: row["path_count"] for row in sorted(counted, key=lambda r: r["error"])}
 

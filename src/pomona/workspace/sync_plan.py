@@ -7,6 +7,7 @@ that names others follows them, the manifest comes last, and removals come after
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import PureWindowsPath
 from typing import NamedTuple
 
 from pomona.core.errors import MismatchError
@@ -110,7 +111,12 @@ def in_waves(names: Iterable[str]) -> list[list[str]]:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name leads into OUT and nowhere else: a record is a file that others can write."""
+    r"""Whether a name leads into OUT and nowhere else: a record is a file that others can write.
+
+    On Windows, too, where ``C:/x`` is absolute and ``\`` separates folders.
+    """
+    if "\\" in name or PureWindowsPath(name).drive:
+        return False
     return not any(part.startswith(".") or not part for part in name.split("/"))
 
 

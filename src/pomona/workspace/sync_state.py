@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import uuid
@@ -18,6 +19,8 @@ from pomona.workspace.layout import Out
 from pomona.workspace.lease import LOCK
 from pomona.workspace.remote_folder import Entry, Place, refusing
 from pomona.workspace.sync_plan import EXTRACT_PLAN, PARTS, Files, changed_since, is_plain
+
+log = logging.getLogger("pomona")
 
 RECORD = "_push.json"
 
@@ -41,6 +44,8 @@ class Record:
         if record.get("format", FORMAT) > FORMAT:
             raise MismatchError(f"{place} was pushed by a newer Pomona: update")
         files = {name: e for name, e in record.get("files", {}).items() if is_plain(name)}
+        if strange := sorted(record.get("files", {}).keys() - files.keys()):
+            log.warning("names in %s that lead out of OUT are left out: %s", place, strange)
         return cls(record.get("revision"), files, files.keys() & set(record.get("going", [])))
 
     def write(self, place: Place) -> None:
@@ -129,7 +134,8 @@ def open_copy(out: Out, place: Place) -> Copy:
 def scan(out: Out, *, work: bool) -> dict[str, os.stat_result]:
     """Return the files of OUT by name; with ``work`` also the parts of an unfinished run.
 
-    Without hidden files: the lock, and files that are being written.
+    Without hidden files (the lock, and files that are being written), and without names that no
+    pull takes.
     """
     stats: dict[str, os.stat_result] = {}
     for folder, folders, names in os.walk(out.root):
@@ -137,7 +143,7 @@ def scan(out: Out, *, work: bool) -> dict[str, os.stat_result]:
         for file in names:
             path = Path(folder, file)
             name = path.relative_to(out.root).as_posix()
-            if file.startswith(".") or name in (RECORD, LOCK):
+            if not is_plain(name) or name in (RECORD, LOCK):
                 continue
             if not name.startswith("_work/") or (work and _resumes(name)):
                 with contextlib.suppress(FileNotFoundError):

@@ -14,6 +14,7 @@ import pomona
 from pomona.cli import render
 from pomona.cli.options import (
     ANSWER,
+    CsvSafe,
     Device,
     ErrorRate,
     Master,
@@ -24,6 +25,7 @@ from pomona.cli.options import (
 )
 from pomona.cli.work import progress, show
 from pomona.core.errors import MissingError, RequestError
+from pomona.core.printable import escaped
 from pomona.core.uris import is_store, refuse_uri
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def predict(
     error_rate: ErrorRate,
     as_json: Annotated[bool, Option("--json", help="One JSON object a line.")] = False,
     as_csv: Annotated[bool, Option("--csv", help="CSV with a header.")] = False,
+    csv_safe: CsvSafe = False,
 ) -> None:
     """Say what is on photos. Killed, with --out, it goes on where it stopped."""
     from pomona.cli import answers
@@ -80,13 +83,15 @@ def predict(
         refuse_uri(out, "--out")
     if as_json and as_csv:
         raise RequestError("--json or --csv, not both")
+    if csv_safe and not as_csv:
+        raise RequestError("--csv-safe goes with --csv")
     most = None if as_json or as_csv else MOST_IN_A_TABLE
     where = cluster(workers, master, spark_conf)
     options = PredictOptions(top, device, out, most, where)
     opened = _open_model(model)
     if model is None:
-        typer.echo(f"pomona: {render.which(opened)}", err=True)
-    printer = answers.printer(sys.stdout, opened, as_json=as_json, as_csv=as_csv)
+        typer.echo(f"pomona: {escaped(render.which(opened))}", err=True)
+    printer = answers.printer(sys.stdout, opened, as_json=as_json, as_csv=as_csv, csv_safe=csv_safe)
     with printer as on_answers, progress() as on_tick:
         record = predict(photos, opened, options, on_tick, on_answers)
     if out:
@@ -119,6 +124,11 @@ class ServeArguments:
     allow_origin: Annotated[
         list[str] | None, "A web site whose pages may ask (CORS), https://…; repeatable."
     ] = None
+    allow_host: Annotated[
+        list[str] | None,
+        "Without keys: a name that requests may call the service by, as a proxy passes it on; "
+        "repeatable; *: any. Its addresses, localhost and --host always are.",
+    ] = None
     isolate: Annotated[
         bool,
         "Decode in child processes: a photo that crashes or stalls the decoder harms no other.",
@@ -129,6 +139,7 @@ class ServeArguments:
     def settings(self) -> Settings:
         """Return the service's settings; keys also come from ``POMONA_API_KEYS``."""
         from pomona.serving.app import Settings
+        from pomona.serving.server import own_names
         from pomona.serving.uploads import Limits
 
         counts = [n for n in (self.workers, self.queue, self.max_photos) if n is not None]
@@ -139,15 +150,17 @@ class ServeArguments:
                 "128, --max-megapixels above 0 and up to 64, --watch isn't negative"
             )
         from_environment = os.environ.get("POMONA_API_KEYS", "").split(",")
-        keys = (*(self.api_key or ()), *(key.strip() for key in from_environment))
+        given = (*(self.api_key or ()), *(key.strip() for key in from_environment))
+        keys = tuple(filter(None, given))
         return Settings(
-            keys=tuple(filter(None, keys)),
+            keys=keys,
             limits=Limits(int(self.max_mb * 1e6), self.max_photos),
             queue=self.queue,
             workers=self.workers,
             device=self.device,
             watch=self.watch,
             origins=tuple(self.allow_origin or ()),
+            hosts=own_names(self.host, self.allow_host or (), keys),
             guard="child" if self.isolate else "",
             pixels=int(self.max_megapixels * 1e6),
         )
@@ -173,7 +186,7 @@ def serve(arguments: ServeArguments) -> None:
         def on_start() -> None:
             model = app.state.service.pool.loaded.model
             url = server.address(socket)
-            typer.echo(f"pomona: {render.which(model)}", err=True)
+            typer.echo(f"pomona: {escaped(render.which(model))}", err=True)
             typer.echo(f"pomona: {url} answers; the page is there too. Ctrl-C ends it.", err=True)
 
         server.serve(app, socket, on_start)

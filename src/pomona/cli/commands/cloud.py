@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +14,7 @@ from pomona.cloud import jobs
 from pomona.cloud.stack import Stack, find_stack
 from pomona.cloud.teardown import check_empty, holdings, teardown
 from pomona.core.errors import PomonaError, RequestError
+from pomona.core.printable import escaped, json_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -112,11 +112,12 @@ def emr_logs(
     """Show what a job's driver printed."""
     files = jobs.logs(find_stack(stack, region), job)
     if as_json:
-        typer.echo(json.dumps([{"file": name, "text": text} for name, text in files]))
+        typer.echo(json_line([{"file": name, "text": text} for name, text in files]))
         return
     for name, text in files:
-        typer.echo(f"==> {name} <==", err=True)
-        typer.echo("\n".join(text.splitlines()[-lines if lines > 0 else 0 :]))
+        typer.echo(f"==> {escaped(name)} <==", err=True)
+        shown = text.splitlines()[-lines if lines > 0 else 0 :]
+        typer.echo("\n".join(escaped(line.expandtabs()) for line in shown))
 
 
 @emr.command("teardown")
@@ -174,7 +175,9 @@ def _jobs(record: dict[str, Any]) -> Table | str:
         return f"{record['stack']} ({record['mode']}) has no jobs yet"
     table = render.table("job", "state", "started", "took")
     for job in record["jobs"]:
-        table.add_row(job["job"], job["state"], job["started"] or "", _duration(job["seconds"]))
+        render.add_row(
+            table, job["job"], job["state"], job["started"] or "", _duration(job["seconds"])
+        )
     return table
 
 

@@ -13,6 +13,7 @@ from pomona.cli import render
 from pomona.cli.options import (
     MODEL,
     AsJson,
+    CsvSafe,
     Device,
     ErrorRate,
     ExtractArguments,
@@ -30,6 +31,7 @@ from pomona.cli.options import (
     command,
 )
 from pomona.cli.work import end_forget, log_to, progress, show, show_run, working_in
+from pomona.core.printable import escaped
 from pomona.core.uris import refuse_uri
 
 
@@ -46,11 +48,13 @@ def run(
     error_rate: ErrorRate,
     no_plots: NoPlots = False,
     no_mlflow: NoMlflow = False,
+    csv_safe: CsvSafe = False,
     as_json: AsJson = False,
 ) -> None:
     """Run every stage: extract, reduce, train, report. What is there isn't computed again."""
     cluster = spark.cluster()
-    options = extraction.options(), reduction.options(plots=not no_plots)
+    reduce_options = reduction.options(plots=not no_plots, csv_safe=csv_safe)
+    options = extraction.options(csv_safe=csv_safe), reduce_options
     train_options = None if no_train else pomona.TrainOptions(**vars(training))
     with working_in(out, source) as (home, on_tick):
         records = pomona.run(
@@ -69,10 +73,11 @@ def extract(
     extraction: ExtractArguments,
     spark: SparkArguments,
     error_rate: ErrorRate,
+    csv_safe: CsvSafe = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn photos into features. Killed, it goes on where it stopped."""
-    options, cluster = extraction.options(), spark.cluster()
+    options, cluster = extraction.options(csv_safe=csv_safe), spark.cluster()
     with working_in(out, source) as (home, on_tick):
         record = pomona.extract_features(source, home.folder, options, cluster, on_tick)
     show_run({"extract": record}, home, as_json)
@@ -85,10 +90,12 @@ def reduce(
     reduction: ReduceArguments,
     spark: SparkArguments,
     no_plots: NoPlots = False,
+    csv_safe: CsvSafe = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn features into PCA features. Power, scaler and PCA are fitted on Training."""
-    options, cluster = reduction.options(plots=not no_plots), spark.cluster()
+    options = reduction.options(plots=not no_plots, csv_safe=csv_safe)
+    cluster = spark.cluster()
     with working_in(out) as (home, on_tick):
         record = pomona.reduce(home.folder, options, cluster, on_tick)
     show_run({"reduce": record}, home, as_json)
@@ -112,7 +119,7 @@ def report(out: OutDir) -> None:
     """Write OUT/report/report.html again, from what is in OUT."""
     with working_in(out) as (home, on_tick):
         path = pomona.report(home.folder, on_tick)
-    typer.echo(home.shown(path))
+    typer.echo(escaped(home.shown(path)))
 
 
 @dataclass(frozen=True)
