@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LOCKS = {
-    "cluster": ("pyproject.toml", "--extra=train", "--extra=report", "--python-version=3.10",
+    "cluster": ("pyproject.toml", "--extra=spark", "--extra=train", "--extra=report",
+                "--python-version=3.10",
                 "--no-emit-package=pyspark", "--no-emit-package=py4j"),
     "notebook": ("pyproject.toml", "deploy/jupyter.txt", "--extra=notebook",
                  "--python-version=3.11"),
