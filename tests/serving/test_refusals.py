@@ -9,14 +9,17 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from PIL import Image
+from starlette.requests import Request
 
 from pomona.core.schema import ERRORS
 from pomona.model.artifact import Model
-from pomona.serving import worker_pool
+from pomona.serving import uploads, worker_pool
 from pomona.serving.app import Settings, create
+from pomona.serving.problem_details import Problem
 from tests.conftest import photo
 from tests.service import JPEG, KEY, place, problem_code, running, send, send_form, until
 
@@ -78,6 +81,19 @@ def test_bodies_of_the_wrong_kind(url: str) -> None:
     body = b'--x\r\nContent-Disposition: form-data; name="photo"\r\n\r\ntext\r\n--x--\r\n'
     reply = send(url, body, **{"Content-Type": "multipart/form-data; boundary=x"})
     assert problem_code(reply, 400) == "no_photo"
+
+
+def test_a_charset_that_starlette_stumbles_over() -> None:
+    """Found by fuzz/uploads.py."""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"--x--", "more_body": False}
+
+    kind = b"multipart/form-data; boundary=x; charset=a\0"
+    request = Request({"type": "http", "headers": [(b"content-type", kind)]}, receive)
+    with uploads.Budget(1000).share() as share, pytest.raises(Problem) as raised:
+        anyio.run(uploads.photos, request, uploads.Limits(), share)
+    assert raised.value.code == "malformed"
 
 
 def test_a_thousand_parts(url: str) -> None:
