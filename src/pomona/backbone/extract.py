@@ -153,7 +153,7 @@ def _column(rows: npt.NDArray[np.float32], usable: npt.NDArray[np.bool_]) -> pa.
 def _decode(contents: Sequence[bytes | None], spec: BackboneSpec) -> list[Photo]:
     size, most = spec.image_size, spec.pixels
     if spec.guard == "child":
-        return [isolation.decode_apart(content, size, most) for content in contents]
+        return [isolation.decode_apart(content, size, most, spec.seconds) for content in contents]
     with isolation.watched() if spec.guard else contextlib.nullcontext():
         if spec.threads == 1:
             return [decode(content, size, most) for content in contents]

@@ -2,10 +2,12 @@
 
 Runs on workers.
 
-Damage that a decoder notices becomes an error code (`pomona.photos.decoding`). This module is for
-what it doesn't notice: a crash in native code, unbounded memory, an endless loop. On Spark a task's
-first attempt is watched, and a stalled worker ends itself; in the second attempt each photo is
-decoded in a child process, so that the photo that crashes or stalls it is known.
+What a photo claims is checked before it is decoded (`pomona.photos.decoding_cost`), and damage that
+a decoder notices becomes an error code (`pomona.photos.decoding`). This module is for what neither
+notices: a crash in native code, unbounded memory, an endless loop. On Spark a task's first attempt
+is watched, and a stalled worker ends itself; in the second attempt each photo is decoded in a child
+process, so that the photo that crashes or stalls it is known. Where there is no second attempt (the
+driver, `pomona predict` without Spark, costly photos in the service) the child comes first.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Literal
@@ -57,24 +60,30 @@ def watched(seconds: float | None = None) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def decode_apart(content: bytes | None, size: int, most: int = MAX_DECODED) -> Photo:
+def decode_apart(
+    content: bytes | None, size: int, most: int = MAX_DECODED, seconds: float | None = None
+) -> Photo:
     """Decode a photo as `pomona.photos.decoding.decode` does, in a child process.
 
     Its error is ``crashed`` if two children in turn died or took longer than `patience`. One alone
-    may have died of something else, such as a lack of memory.
+    may have died of something else, such as a lack of memory. With ``seconds`` the photo has no
+    longer than that in all, and a child that stalls isn't followed by another.
     """
     if not content:
         return decode(content, size, most)
+    end = time.monotonic() + (2 * patience() if seconds is None else seconds)
     for _ in range(2):
         child = _child()
         try:
             child.pipe.send((content, size, most))
-            if child.pipe.poll(patience()):
+            if child.pipe.poll(patience() if seconds is None else end - time.monotonic()):
                 return Photo(*child.pipe.recv())
         except (EOFError, OSError):  # it died
             pass
         child.end()
         del _own.child
+        if time.monotonic() > end:
+            break
     return Photo(None, None, None, CRASHED)
 
 
