@@ -13,7 +13,6 @@ with atheris.instrument_imports(include=["PIL", "pomona.photos"]):
     from pomona.core.schema import ERRORS
     from pomona.photos import decoding
 from PIL import Image
-
 from tests.photos import crafted
 
 MOST = 4_000_000
@@ -60,13 +59,17 @@ def seeds() -> Iterator[bytes]:
                     yield crafted.encode(image, kind, **options)
                 except (OSError, ValueError, KeyError):  # the format lacks the mode
                     continue
-    yield crafted.encode(crafted.noise(40, 30), "MPO", save_all=True, append_images=[image.convert("L")])
+    yield crafted.encode(
+        crafted.noise(40, 30), "MPO", save_all=True, append_images=[image.convert("L")]
+    )
     yield crafted.progressive(64, 64, 3, busy=True)
     yield crafted.separate_scans(64, 64)
     for sof in (0xC1, 0xC3, 0xC9, 0xCA):
         yield crafted.jpeg(32, 32, [crafted.scan((1, 2, 3), 0, 63, 0, bytes(40))], sof=sof)
     for bits in (4, 8):
-        yield crafted.bmp_rle(20, 20, b"\x05\x01\x00\x00\x00\x05abcde\x00\x00\x02\x01\x01\x00\x01", bits=bits)
+        yield crafted.bmp_rle(
+            20, 20, b"\x05\x01\x00\x00\x00\x05abcde\x00\x00\x02\x01\x01\x00\x01", bits=bits
+        )
     for compression in (1, 5, 7, 8, 32773, 34925, 50000):
         yield crafted.tiled_tiff(40, 40, 32, compression=compression)
     real = ROOT.parent / "shared" / "data"

@@ -14,7 +14,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 try:
     import atheris
 except ImportError:
-    raise SystemExit("fuzzing needs atheris: pip install atheris (Linux; see fuzz/README.md)") from None
+    raise SystemExit(
+        "fuzzing needs atheris: pip install atheris (Linux; see fuzz/README.md)"
+    ) from None
 
 
 def fuzz(target: Callable[[bytes], None], seeds: Iterable[bytes], rss_mb: int) -> None:

@@ -29,9 +29,7 @@ def target(content: bytes) -> None:
     budget = uploads.Budget(1 << 16)
     try:
         with budget.share() as share:
-            photos = loop.run_until_complete(
-                uploads.photos(_request(headers, body), LIMITS, share)
-            )
+            photos = loop.run_until_complete(uploads.photos(_request(headers, body), LIMITS, share))
             assert 1 <= len(photos) <= LIMITS.photos
             assert sum(map(len, photos)) <= share.used <= LIMITS.whole
     except Problem as problem:

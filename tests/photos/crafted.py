@@ -6,7 +6,7 @@ import functools
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,9 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 @functools.cache
-def png(width: int, height: int, colour: int = 2, depth: int = 8, *, rotated: bool = False) -> bytes:
+def png(
+    width: int, height: int, colour: int = 2, depth: int = 8, *, rotated: bool = False
+) -> bytes:
     """A PNG of zeros, complete: deflate makes a thousandth of it."""
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
     row = bytes(1 + (width * channels * depth + 7) // 8)
@@ -131,7 +133,7 @@ def bmp_rle(width: int, height: int, data: bytes = b"\x00\x01", *, bits: int = 8
     )
 
 
-def tiff(tags: dict[int, tuple[int, Sequence[int]]], data: bytes = b"") -> bytes:
+def tiff(tags: Mapping[int, tuple[int, Sequence[int]]], data: bytes = b"") -> bytes:
     """A little-endian TIFF: tag to (type, values); offsets of ``data`` count from 8."""
     entries, extra = b"", b""
     where = 8 + len(data) + 2 + 12 * len(tags) + 4

@@ -25,9 +25,7 @@ class Taken(NamedTuple):
     estimated_seconds: float
 
 
-def measure(
-    files: Mapping[str, bytes], folder: Path, most: int = MAX_DECODED
-) -> dict[str, Taken]:
+def measure(files: Mapping[str, bytes], folder: Path, most: int = MAX_DECODED) -> dict[str, Taken]:
     """Decode contents by name; one process measures, and has held nothing before."""
     for name, content in files.items():
         (folder / name).write_bytes(content)

@@ -15,6 +15,7 @@ from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
+from PIL import ImageFile
 
 from pomona.photos import isolation
 from pomona.photos.decoding import decode
@@ -49,7 +50,7 @@ def worse(pipe: Connection) -> None:
     """A child whose decoder crashes on one photo and stalls on another."""
     pipe.send(isolation.READY)
     while True:
-        content, size, most = pipe.recv()
+        content, size, most, ImageFile.LOAD_TRUNCATED_IMAGES = pipe.recv()
         if content == b"crash":
             os.kill(os.getpid(), signal.SIGKILL)
         if content == b"hang":
@@ -69,7 +70,7 @@ def test_a_child_that_died_of_something_else(monkeypatch: pytest.MonkeyPatch) ->
     good = photo(3)
     assert isolation.decode_apart(good, 32).error is None
     isolation._child().process.kill()
-    isolation._child().process.join()
+    isolation._child().process.wait()
     assert isolation.decode_apart(good, 32).error is None, "the photo is not to blame"
 
 
@@ -84,7 +85,7 @@ def test_a_child_that_stalls_outlives_no_parent() -> None:
         "from tests.photos import test_isolation as test_guard\n"
         "if __name__ == '__main__':\n"
         "    isolation._serve = test_guard.stalls\n"
-        "    isolation._child().pipe.send((b'x', 32, 10**6))\n"
+        "    isolation._child().pipe.send((b'x', 32, 10**6, False))\n"
         "    time.sleep(0.5)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -113,6 +114,31 @@ def stalls(pipe: Connection) -> None:
 
     vars(isolation)["decode"] = create_autospec(decode, side_effect=never_ends)
     isolation._serve(pipe)
+
+
+def test_a_script_that_has_no_main_guard_runs_once(tmp_path: Path) -> None:
+    """`multiprocessing` would run it again in the child."""
+    (tmp_path / "photo.jpg").write_bytes(photo(3))
+    (tmp_path / "script.py").write_text(
+        "from pathlib import Path\n"
+        "from pomona.photos.isolation import decode_apart\n"
+        "print(decode_apart(Path('photo.jpg').read_bytes(), 32).error)\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "script.py"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert told.stdout == "None\n"
+
+
+def test_as_much_of_a_damaged_photo_as_there_is() -> None:
+    damaged = photo(3, (640, 480))[:-3000]
+    assert isolation.decode_apart(damaged, 32, partial=True).pixels is not None
+    assert isolation.decode_apart(damaged, 32).error == "truncated", "of this photo only"
 
 
 def dies(pipe: Connection) -> None:

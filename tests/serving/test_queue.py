@@ -116,7 +116,7 @@ def waits(pipe: Connection) -> None:
     pipe.send(isolation.READY)
     folder = Path(os.environ["POMONA_TEST_FOLDER"])
     while True:
-        content, size, most = pipe.recv()
+        content, size, most, _ = pipe.recv()
         (folder / "begun").touch()
         until((folder / "go").exists)
         pipe.send(tuple(decode(content, size, most)))

@@ -106,8 +106,19 @@ def decode(content: bytes | None, size: int, most: int = MAX_DECODED) -> Photo:
     return Photo(np.asarray(square), width, height, None)
 
 
+def pixel_size(content: bytes) -> tuple[int, int] | None:
+    """Return a photo's width and height, as its header says; None if that can't be read."""
+    if not _fits(read_header(content).cost, MAX_DECODED):
+        return None
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return image.size
+    except Exception:  # noqa: BLE001 - as in `decode`
+        return None
+
+
 def estimate(content: bytes, size: int, most: int = MAX_DECODED) -> Cost:
-    """Return what decoding a file will cost, before it is decoded; what is refused costs nothing."""
+    """Return what decoding a file will cost, before it is decoded; nothing if it is refused."""
     header = read_header(content)
     if not _fits(header.cost, most):
         return Cost(0, 0.0)
@@ -119,9 +130,7 @@ def estimate(content: bytes, size: int, most: int = MAX_DECODED) -> Cost:
     return cost if _fits(cost, most) else Cost(0, 0.0)
 
 
-def _prepare(
-    image: Image.Image, header: Header, content: bytes, size: int, most: int
-) -> Cost:
+def _prepare(image: Image.Image, header: Header, content: bytes, size: int, most: int) -> Cost:
     """Choose the fraction at which a JPEG is decoded, and return what decoding costs."""
     width, height = image.size
     is_jpeg = image.format in ("JPEG", "MPO")

@@ -1,13 +1,12 @@
-"""What a photo costs to decode, from its headers alone: memory and time, rather too much than too
-little.
+"""What a photo costs to decode, from its headers alone: upper bounds of memory and time.
 
 Runs on workers.
 
 A file of a few bytes can claim millions of pixels, scans or tags. `read_header` walks a file's
 structure in bounded time before Pillow opens it, since Pillow and libjpeg do work, and hold memory,
 for every segment, chunk, tag and scan. `of_pixels` adds what decoding and converting its pixels
-takes. The figures were measured with ``benchmarks/decoding.py``; `tests/photos/test_decoding_cost.py`
-holds them to the memory of a child process.
+takes. The figures were measured with ``benchmarks/decoding.py``; a test holds them to the memory of
+a child process.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -97,7 +96,7 @@ def of_pixels(image: Image.Image, content: bytes, size: int) -> Cost:
     sides = 4 * size * max(width, height) + 16 * (width + height)
     rows = 4 * 8 * width  # of 16-bit RGBA
     cost = Cost(each * pixels + sides + rows, PIXEL.get(image.format or "", OTHER_PIXEL) * pixels)
-    codecs = {tile.codec_name for tile in image.tile}
+    codecs = {tile.codec_name for tile in getattr(image, "tile", ())}
     if image.format == "WEBP":
         return cost.plus((WEBP_LOSSLESS if b"VP8L" in content else WEBP_LOSSY) * pixels)
     if "libtiff" in codecs:
@@ -158,7 +157,7 @@ def _jpeg(content: bytes, cost: Cost) -> Header:
 
 
 def _frame(body: bytes) -> tuple[int, int, int]:
-    """Return a frame's components, pixels and the bytes of its coefficients, whole MCUs of int16."""
+    """Return a frame's components, its pixels, and its coefficients' bytes: whole MCUs of int16."""
     if len(body) < 6:
         return 0, 0, 0
     _, height, width, count = struct.unpack(">BHHB", body[:6])
@@ -211,7 +210,7 @@ def _tiff(content: bytes, cost: Cost) -> Cost:
             ("value", "S8" if big else "S4"),
         ]
     )
-    byteorder = "little" if order == "<" else "big"
+    byteorder: Literal["little", "big"] = "little" if order == "<" else "big"
     start = int.from_bytes(content[8:16] if big else content[4:8], byteorder)
     head = 8 if big else 2
     number = int.from_bytes(content[start : start + head], byteorder)

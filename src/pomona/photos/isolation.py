@@ -12,17 +12,20 @@ driver, `pomona predict` without Spark, costly photos in the service) the child 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import faulthandler
-import multiprocessing
 import os
+import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import Literal
+
+from PIL import ImageFile
 
 from pomona.core.schema import CRASHED
 from pomona.photos.decoding import MAX_DECODED, Photo, decode
@@ -36,6 +39,7 @@ START = 120.0
 """Seconds that the child process may take to start, on a loaded machine."""
 
 READY = "ready"
+_START = "from pomona.photos.isolation import _begin; _begin({})"
 
 
 def patience() -> float:
@@ -61,13 +65,19 @@ def watched(seconds: float | None = None) -> Iterator[None]:
 
 
 def decode_apart(
-    content: bytes | None, size: int, most: int = MAX_DECODED, seconds: float | None = None
+    content: bytes | None,
+    size: int,
+    most: int = MAX_DECODED,
+    seconds: float | None = None,
+    *,
+    partial: bool = False,
 ) -> Photo:
     """Decode a photo as `pomona.photos.decoding.decode` does, in a child process.
 
     Its error is ``crashed`` if two children in turn died or took longer than `patience`. One alone
     may have died of something else, such as a lack of memory. With ``seconds`` the photo has no
-    longer than that in all, and a child that stalls isn't followed by another.
+    longer than that in all, and a child that stalls isn't followed by another. With ``partial`` a
+    damaged photo gives as much of it as can be decoded.
     """
     if not content:
         return decode(content, size, most)
@@ -75,7 +85,7 @@ def decode_apart(
     for _ in range(2):
         child = _child()
         try:
-            child.pipe.send((content, size, most))
+            child.pipe.send((content, size, most, partial))
             if child.pipe.poll(patience() if seconds is None else end - time.monotonic()):
                 return Photo(*child.pipe.recv())
         except (EOFError, OSError):  # it died
@@ -88,17 +98,28 @@ def decode_apart(
 
 
 class _Child:
-    """A process that decodes. It is spawned, so that it inherits no locks or threads by fork."""
+    """A process that decodes.
+
+    It is no fork, which would inherit locks and threads, and none of `multiprocessing`'s, which
+    would run a script that called Pomona again, unless that says ``if __name__ == "__main__"``.
+    """
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
+        self.pipe, theirs = Pipe()
+        number = theirs.fileno()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", f"import sys; del sys.path[0]; {_START.format(number)}"],
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[number],
+        )
         theirs.close()
-        atexit.register(self.end)
+        # It ends with the thread that has it, and with this process.
+        self.end = weakref.finalize(self, _end, self.process, self.pipe)
         # Without this check, every photo would be `crashed` if children can't start.
         try:
+            self.pipe.send(_serve)  # by its name
             ready = self.pipe.poll(START) and self.pipe.recv() == READY
         except (EOFError, OSError):
             ready = False
@@ -106,11 +127,11 @@ class _Child:
             self.end()
             raise RuntimeError("the process that decodes photos doesn't start")
 
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
-        atexit.unregister(self.end)
+
+def _end(process: subprocess.Popen[bytes], pipe: Connection) -> None:
+    process.kill()
+    process.wait()
+    pipe.close()
 
 
 _own = threading.local()
@@ -124,11 +145,17 @@ def _child() -> _Child:
     return child
 
 
+def _begin(number: int) -> None:
+    """Run the function that comes first through the pipe with this file number."""
+    pipe = Connection(number)
+    pipe.recv()(pipe)
+
+
 def _serve(pipe: Connection) -> None:
-    with contextlib.suppress(EOFError, OSError):  # the parent has gone
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):  # the parent goes
         pipe.send(READY)
         while True:
-            content, size, most = pipe.recv()
+            content, size, most, ImageFile.LOAD_TRUNCATED_IMAGES = pipe.recv()
             # The parent ends a stalled child, unless the parent itself was killed meanwhile.
             with watched(2 * patience()):
                 photo = decode(content, size, most)

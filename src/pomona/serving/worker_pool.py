@@ -39,8 +39,7 @@ PER_WORKER = 16
 """Photos that may wait for each thread: the last one waits for 16 times a photo's time."""
 
 COSTLY = 0.5
-"""Seconds of decoding, by estimate, from which a photo is costly: a baseline JPEG of 100 megapixels,
-a PNG of 10."""
+"""Seconds of decoding, by estimate, from which a photo is costly: a PNG of 10 megapixels."""
 
 DECODE_SECONDS = 4.0
 """Seconds that a child process may decode one photo: more than an estimate that is accepted by
