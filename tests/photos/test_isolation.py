@@ -11,10 +11,11 @@ import zipfile
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import numpy as np
-import psutil
 import pytest
+from PIL import ImageFile
 
 from pomona.photos import isolation
 from pomona.photos.decoding import decode
@@ -49,7 +50,7 @@ def worse(pipe: Connection) -> None:
     """A child whose decoder crashes on one photo and stalls on another."""
     pipe.send(isolation.READY)
     while True:
-        content, size, most = pipe.recv()
+        content, size, most, ImageFile.LOAD_TRUNCATED_IMAGES = pipe.recv()
         if content == b"crash":
             os.kill(os.getpid(), signal.SIGKILL)
         if content == b"hang":
@@ -74,15 +75,17 @@ def test_a_child_that_died_of_something_else(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_child_that_stalls_outlives_no_parent() -> None:
-    """The parent is killed while the child decodes: nobody else would end it."""
+    """The parent is killed while the child decodes: nobody else would end it.
+
+    `run` returns when all have closed stderr, the child too: it has ended.
+    """
     script = (
         "import os, signal, sys, threading, time\n"
         "from pomona.photos import isolation\n"
         "from tests.photos import test_isolation as test_guard\n"
         "if __name__ == '__main__':\n"
         "    isolation._serve = test_guard.stalls\n"
-        "    print(isolation._child().process.pid, flush=True)\n"
-        "    isolation._child().pipe.send((b'x', 32, 10**6))\n"
+        "    isolation._child().pipe.send((b'x', 32, 10**6, False))\n"
         "    time.sleep(0.5)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -91,21 +94,51 @@ def test_a_child_that_stalls_outlives_no_parent() -> None:
         [sys.executable, "-c", script],
         env=os.environ
         | {"POMONA_DECODE_SECONDS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])},
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
         cwd=root,
+        timeout=300,
     )
-    child = int(told.stdout)
-    end = time.monotonic() + 300
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    assert told.stdout.strip() == "called"
+    assert "Timeout" in told.stderr, "the watch ended it"
+    assert "Error" not in told.stderr
 
 
 def stalls(pipe: Connection) -> None:
-    vars(isolation)["decode"] = lambda content, size: time.sleep(1000)
+    """A child whose decoder never ends; it has the real one's signature."""
+
+    def never_ends(*args: object) -> None:
+        print("called", flush=True)
+        time.sleep(1000)
+
+    vars(isolation)["decode"] = create_autospec(decode, side_effect=never_ends)
     isolation._serve(pipe)
+
+
+def test_a_script_that_has_no_main_guard_runs_once(tmp_path: Path) -> None:
+    """`multiprocessing` would run it again in the child."""
+    (tmp_path / "photo.jpg").write_bytes(photo(3))
+    (tmp_path / "script.py").write_text(
+        "from pathlib import Path\n"
+        "from pomona.photos.isolation import decode_apart\n"
+        "print(decode_apart(Path('photo.jpg').read_bytes(), 32).error)\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "script.py"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert told.stdout == "None\n"
+
+
+def test_as_much_of_a_damaged_photo_as_there_is() -> None:
+    damaged = photo(3, (640, 480))[:-3000]
+    assert isolation.decode_apart(damaged, 32, partial=True).pixels is not None
+    assert isolation.decode_apart(damaged, 32).error == "truncated", "of this photo only"
 
 
 def dies(pipe: Connection) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,13 @@ from pomona.cli import main
 from pomona.core.errors import MismatchError, RequestError, SourceError
 from pomona.model import artifact
 from pomona.model.artifact import Model
+from pomona.photos import isolation
 from pomona.pipeline import predict as predict_module
+from pomona.pipeline import programs
 from pomona.pipeline.predict import ROWS, PredictOptions, predict
 from pomona.spark.session import Cluster
 from tests.conftest import photo
+from tests.photos.test_isolation import worse
 from tests.small_model import save_small_model
 
 pytest.importorskip("sklearn")
@@ -67,6 +71,19 @@ def test_photos_folders_and_their_order(found: Model, folder: Path) -> None:
     assert {row["error"] for row in rows} == {None, "truncated"}
     same = [row for row in rows if row["path"] == str(one)]
     assert same[0] == same[1] == same[2]
+
+
+def test_a_photo_that_kills_the_decoder_costs_itself(
+    found: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Spark nobody else would go on."""
+    monkeypatch.setattr(isolation, "_own", threading.local())  # no child yet
+    monkeypatch.setattr(isolation, "_serve", worse)
+    for name, content in {"a.jpg": photo(1), "b.jpg": b"crash", "c.jpg": photo(2)}.items():
+        (tmp_path / name).write_bytes(content)
+    assert [row["error"] for row in rows_of([tmp_path], found)] == [None, "crashed", None]
+    answers = programs.predict([photo(1), b"crash"], found)
+    assert [row["error"] for row in answers] == [None, "crashed"]
 
 
 def test_standard_input(found: Model, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

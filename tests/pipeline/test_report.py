@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from pomona.core.errors import RequestError
+from pomona.photos import isolation
 from pomona.pipeline import report_figures, report_page, run
 from pomona.pipeline.reduce import ReduceOptions
 from pomona.pipeline.train import TrainOptions
 from pomona.workspace import layout
 from tests.conftest import fill, photo
+from tests.photos.test_isolation import worse
 from tests.pipeline.conftest import QUICK, varieties
 
 for name in ("sklearn", "matplotlib", "jinja2"):
@@ -154,6 +156,17 @@ def test_a_source_out_of_reach_is_given_up(tmp_path: Path, monkeypatch: pytest.M
     patient = report_figures.patient_reader(str(tmp_path))
     assert [patient(f"{n}.jpg") for n in range(9)] == [None] * 9
     assert len(asked) == 3 + 2  # 31 s each
+
+
+def test_a_photo_that_kills_the_decoder_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report reads rejected photos again, in the driver."""
+    monkeypatch.setattr(isolation, "_serve", worse)
+    for name, content in {"a.jpg": photo(1), "b.jpg": b"crash", "c.jpg": photo(2)[:900]}.items():
+        (tmp_path / name).write_bytes(content)
+    shown = report_figures.read_thumbnails(str(tmp_path), [(f"{n}.jpg", 8) for n in "abc"])
+    assert {path for path, _ in shown} == {"a.jpg", "c.jpg"}
 
 
 def test_colours_are_seen_on_both_pages() -> None:

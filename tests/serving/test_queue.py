@@ -1,17 +1,23 @@
-"""Load: a full queue, bounded memory, clients that go, batches on a GPU."""
+"""Load: a full queue, bounded memory, clients that go, costly photos, batches on a GPU."""
 
 from __future__ import annotations
 
+import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import httpx
 import pytest
 
 from pomona.model.artifact import Model
+from pomona.photos import isolation
+from pomona.photos.decoding import decode
 from pomona.serving import problem_details, uploads, worker_pool
 from pomona.serving.app import Settings, create
 from tests.conftest import Brake, photo
+from tests.photos import crafted
 from tests.service import place, problem_code, running, send, send_form, until
 
 
@@ -99,3 +105,52 @@ def test_what_waits_is_batched_on_a_gpu(model: Model, brake: Brake) -> None:
     assert rows == [run(loaded, "predict", [photo(n)])[0] for n in range(1, 7)]
     with pytest.raises(RuntimeError, match="stopped"):
         working.submit("predict", [photo(1)])
+
+
+COSTLY = crafted.png(4000, 4000, 0)
+"""70 KB that take half a second."""
+
+
+def waits(pipe: Connection) -> None:
+    """A child that decodes once it may, as files say."""
+    pipe.send(isolation.READY)
+    folder = Path(os.environ["POMONA_TEST_FOLDER"])
+    while True:
+        content, size, most, _ = pipe.recv()
+        (folder / "begun").touch()
+        until((folder / "go").exists)
+        pipe.send(tuple(decode(content, size, most)))
+
+
+def test_costly_photos_let_others_pass(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation, "_serve", waits)
+    monkeypatch.setattr(worker_pool, "DECODE_SECONDS", 60.0)
+    monkeypatch.setenv("POMONA_TEST_FOLDER", str(tmp_path))
+    app = create(lambda: model, Settings(workers=2))
+    with running(app) as url, ThreadPoolExecutor(2) as clients:
+        costly = [clients.submit(send, url, COSTLY) for _ in range(2)]
+        until((tmp_path / "begun").exists)
+        until(lambda: app.state.service.pool.waiting == 1)  # one is decoded, the other waits
+        assert send(url, photo(1)).status_code == 200
+        assert not any(reply.done() for reply in costly)
+        (tmp_path / "go").touch()
+        assert [reply.result().status_code for reply in costly] == [200, 200]
+
+
+def test_a_photo_that_takes_too_long_is_ended(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation, "_serve", waits)
+    monkeypatch.setattr(worker_pool, "DECODE_SECONDS", 0.5)
+    monkeypatch.setenv("POMONA_TEST_FOLDER", str(tmp_path))
+    with running(create(lambda: model, Settings(workers=1))) as url:
+        assert problem_code(send(url, COSTLY), 422) == "crashed"
+        assert send(url, photo(1)).status_code == 200
+
+
+def test_photos_that_take_too_long_together(model: Model) -> None:
+    with running(create(lambda: model, Settings(workers=1))) as url:
+        assert problem_code(send_form(url, *[COSTLY] * 16), 413) == "too_large"
+        assert send_form(url, photo(1), COSTLY).status_code == 200

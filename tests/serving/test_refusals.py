@@ -9,15 +9,18 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from PIL import Image
+from starlette.requests import Request
 
 from pomona.core.errors import RequestError
 from pomona.core.schema import ERRORS
 from pomona.model.artifact import Model
-from pomona.serving import worker_pool
+from pomona.serving import uploads, worker_pool
 from pomona.serving.app import Settings, create
+from pomona.serving.problem_details import Problem
 from pomona.serving.server import own_names
 from tests.conftest import photo
 from tests.service import JPEG, KEY, place, problem_code, running, send, send_form, until
@@ -97,6 +100,19 @@ def test_a_part_whose_name_is_encoded_is_a_photo(url: str) -> None:
     many = b"--x\r\nContent-Disposition: form-data; name=p; filename*=UTF-8''a\r\n\r\nx\r\n" * 17
     reply = send(url, many + b"--x--\r\n", **{"Content-Type": "multipart/form-data; boundary=x"})
     assert problem_code(reply, 413) == "too_many_photos"
+
+
+def test_a_charset_that_starlette_stumbles_over() -> None:
+    """Found by fuzz/uploads.py."""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"--x--", "more_body": False}
+
+    kind = b"multipart/form-data; boundary=x; charset=a\0"
+    request = Request({"type": "http", "headers": [(b"content-type", kind)]}, receive)
+    with uploads.Budget(1000).share() as share, pytest.raises(Problem) as raised:
+        anyio.run(uploads.photos, request, uploads.Limits(), share)
+    assert raised.value.code == "malformed"
 
 
 def test_a_thousand_parts(url: str) -> None:

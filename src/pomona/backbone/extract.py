@@ -152,13 +152,17 @@ def _column(rows: npt.NDArray[np.float32], usable: npt.NDArray[np.bool_]) -> pa.
 
 def _decode(contents: Sequence[bytes | None], spec: BackboneSpec) -> list[Photo]:
     size, most = spec.image_size, spec.pixels
-    if spec.guard == "child":
-        return [isolation.decode_apart(content, size, most) for content in contents]
-    with isolation.watched() if spec.guard else contextlib.nullcontext():
-        if spec.threads == 1:
-            return [decode(content, size, most) for content in contents]
+
+    def decoded(content: bytes | None) -> Photo:
+        if spec.guard == "child":
+            return isolation.decode_apart(content, size, most, spec.seconds)
+        return decode(content, size, most)
+
+    with isolation.watched() if spec.guard == "watch" else contextlib.nullcontext():
+        if spec.threads == 1 or len(contents) == 1:
+            return [decoded(content) for content in contents]
         # A GPU waits for pixels: Pillow releases the interpreter's lock while it decodes.
-        return list(_pool(spec.threads).map(lambda content: decode(content, size, most), contents))
+        return list(_pool(spec.threads).map(decoded, contents))
 
 
 @functools.cache

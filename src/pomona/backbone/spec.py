@@ -48,6 +48,8 @@ class BackboneSpec:
         How photos that crash or stall the decoder are contained (`pomona.photos.isolation`).
     pixels
         Pixels that may be decoded (`pomona.photos.decoding.decode`).
+    seconds
+        For one photo in a child process; None: as `pomona.photos.isolation.patience` says.
     outputs
         What `extract` returns for each photo: ``features``, or outputs of a model's file
         (`pomona.model.artifact`).
@@ -67,6 +69,7 @@ class BackboneSpec:
     gpu: int = 0
     guard: Guard = field(default="", compare=False)  # not part of the network
     pixels: int = field(default=MAX_DECODED, compare=False)
+    seconds: float | None = field(default=None, compare=False)
     outputs: tuple[str, ...] = (mobilenet.OUTPUT,)
     payload: bytes = field(default=b"", repr=False, compare=False)
 

@@ -18,7 +18,8 @@ from pomona.core.errors import RequestError, SourceError
 from pomona.core.files import read_json
 from pomona.export.equalization import BATCH
 from pomona.model.head import ANSWER
-from pomona.photos.decoding import Pixels, decode
+from pomona.photos import isolation
+from pomona.photos.decoding import Pixels
 from pomona.photos.reading import Reader, reader
 from pomona.photos.source import open_readable
 from pomona.workspace import feature_table
@@ -124,7 +125,7 @@ def _reader(source: str) -> Reader:
 def _decoded(read: Reader, sample: Sample, size: int) -> Iterator[tuple[Pixels, int]]:
     for path, code in zip(sample.paths, sample.y, strict=True):
         try:
-            pixels = decode(read(path), size).pixels
+            pixels = isolation.decode_apart(read(path), size).pixels
         except OSError:
             continue
         if pixels is not None:

@@ -12,14 +12,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pomona.backbone.extract import features_of
-from pomona.core.cpus import available_cpus
 from pomona.core.errors import RequestError, SourceError
 from pomona.core.files import read_json
 from pomona.core.parquet import sliced
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.model import metrics, pca_table
 from pomona.model.artifact import Model
-from pomona.model.recogniser import make_recogniser, recognise
+from pomona.model.recogniser import for_driver, make_recogniser, recognise
 from pomona.photos.reading import read
 from pomona.photos.source import open_readable
 from pomona.workspace.layout import Out
@@ -101,7 +100,7 @@ def _from_photos(
         source = open_readable(source_name)
     except SourceError as error:
         raise SourceError(f"it needs the photos, and {error}") from error
-    recogniser = make_recogniser(model, 1, threads=available_cpus())
+    recogniser = for_driver(make_recogniser(model, 1))
     photos = pa.record_batch({"path": pa.array(paths, pa.string())})
     batches = sliced([photos], recogniser.spec.batch_size)  # before reading: it bounds the bytes
     done = 0

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from pomona.backbone.extract import extract_photos
 from pomona.backbone.spec import BackboneSpec
+from pomona.core.cpus import available_cpus
 from pomona.core.errors import RequestError
 from pomona.model.artifact import Model
 
@@ -54,6 +55,15 @@ def make_recogniser(model: Model, top: int = 3, **options: Any) -> Recogniser:
 def with_threads(recogniser: Recogniser, threads: int) -> Recogniser:
     """Return the recogniser with another number of CPU threads."""
     return replace(recogniser, spec=replace(recogniser.spec, threads=threads))
+
+
+def for_driver(recogniser: Recogniser) -> Recogniser:
+    """Return the recogniser for this machine without Spark: all its CPUs, decoding in children.
+
+    A task on Spark that dies is tried again; here nobody else would go on.
+    """
+    spec = replace(recogniser.spec, threads=available_cpus(), guard="child")
+    return replace(recogniser, spec=spec)
 
 
 def recognise(

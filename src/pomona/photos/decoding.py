@@ -6,6 +6,7 @@ Runs on workers.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,15 +14,25 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from pomona.core.schema import EMPTY, NOT_AN_IMAGE, TOO_LARGE, TRUNCATED, UNREADABLE
+from pomona.photos.decoding_cost import TOO_MUCH, Cost, Header, of_pixels, read_header
 from pomona.photos.source import MAX_BYTES
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
 """The decoders that Pillow may use. The one for JPEG also opens MPO, which some phones write."""
 
 MAX_DECODED = 64_000_000
-"""Largest number of pixels to decode: 256 MB as Pillow holds RGB, to bound a worker's memory."""
+"""Largest number of pixels to decode, to bound a worker's memory and time."""
 
-STRIP = 1 << 20
+MEMORY = 10
+"""Bytes of memory that decoding may take for each pixel of the limit: 640 MB, beside the file."""
+
+SECONDS = 125e-9
+"""Seconds that it may take for each pixel of the limit, by `pomona.photos.decoding_cost`: 8."""
+
+LEAST = 16_000_000
+"""Pixels to which `MEMORY` and `SECONDS` apply at least: large JPEGs pass a low limit as well."""
+
+STRIP = 1 << 17
 """Pixels to convert at a time, where a conversion takes more memory than its result."""
 
 MAX_JPEG = 256_000_000
@@ -60,8 +71,9 @@ def decode(content: bytes | None, size: int, most: int = MAX_DECODED) -> Photo:
     size
         Side of the square, in pixels.
     most
-        Largest number of pixels to decode; a photo with more is ``too_large``. A JPEG's file may
-        have up to `MAX_JPEG`.
+        Largest number of pixels to decode; a photo with more is ``too_large``, and so is one that
+        would take more than `MEMORY` or `SECONDS` for each of them. A JPEG's file may have up to
+        `MAX_JPEG`, unless it is progressive.
 
     Returns
     -------
@@ -74,20 +86,16 @@ def decode(content: bytes | None, size: int, most: int = MAX_DECODED) -> Photo:
         return Photo(None, None, None, EMPTY)
     if len(content) > MAX_BYTES:
         return Photo(None, None, None, TOO_LARGE)
+    header = read_header(content)
+    if not _fits(header.cost, most):
+        return Photo(None, None, None, TOO_LARGE)
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         width, height = image.size
     except Exception:  # noqa: BLE001 - Pillow's readers raise nearly any type on damaged headers
         return Photo(None, None, None, TRUNCATED if _looks_known(content) else NOT_AN_IMAGE)
     try:
-        is_jpeg = image.format in ("JPEG", "MPO")
-        if width * height > (MAX_JPEG if is_jpeg else most):
-            return Photo(None, width, height, TOO_LARGE)
-        if is_jpeg and min(width, height) > 2 * size:
-            # Twice the size needed leaves work to the bilinear filter: results stay close to those
-            # of decoding at full size.
-            image.draft(None, (2 * size, 2 * size))
-        if image.size[0] * image.size[1] > most:
+        if not _fits(_prepare(image, header, content, size, most), most):
             return Photo(None, width, height, TOO_LARGE)
         image.load()
         square = upright_rgb(image).resize((size, size), Image.Resampling.BILINEAR)
@@ -98,6 +106,50 @@ def decode(content: bytes | None, size: int, most: int = MAX_DECODED) -> Photo:
     return Photo(np.asarray(square), width, height, None)
 
 
+def pixel_size(content: bytes) -> tuple[int, int] | None:
+    """Return a photo's width and height, as its header says; None if that can't be read."""
+    if not _fits(read_header(content).cost, MAX_DECODED):
+        return None
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return image.size
+    except Exception:  # noqa: BLE001 - as in `decode`
+        return None
+
+
+def estimate(content: bytes, size: int, most: int = MAX_DECODED) -> Cost:
+    """Return what decoding a file will cost, before it is decoded; nothing if it is refused."""
+    header = read_header(content)
+    if not _fits(header.cost, most):
+        return Cost(0, 0.0)
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            cost = _prepare(image, header, content, size, most)
+    except Exception:  # noqa: BLE001 - as in `decode`
+        return header.cost
+    return cost if _fits(cost, most) else Cost(0, 0.0)
+
+
+def _prepare(image: Image.Image, header: Header, content: bytes, size: int, most: int) -> Cost:
+    """Choose the fraction at which a JPEG is decoded, and return what decoding costs."""
+    width, height = image.size
+    is_jpeg = image.format in ("JPEG", "MPO")
+    if width * height > (MAX_JPEG if is_jpeg and header.one_scan else most):
+        return TOO_MUCH
+    if is_jpeg and min(width, height) > 2 * size:
+        # Twice the size needed leaves work to the bilinear filter: results stay close to those
+        # of decoding at full size.
+        image.draft(None, (2 * size, 2 * size))
+    if image.size[0] * image.size[1] > most:
+        return TOO_MUCH
+    return header.cost.plus(*of_pixels(image, content, size))
+
+
+def _fits(cost: Cost, most: int) -> bool:
+    pixels = max(most, LEAST)
+    return cost.memory <= MEMORY * pixels and cost.seconds <= SECONDS * pixels
+
+
 def _looks_known(content: bytes) -> bool:
     return content.startswith(SIGNATURES) or (content[:4] == b"RIFF" and content[8:12] == b"WEBP")
 
@@ -105,36 +157,46 @@ def _looks_known(content: bytes) -> bool:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Return the image as RGB, rotated as its EXIF tag says, transparency laid onto white."""
     if image.getexif().get(0x0112, 1) != 1:  # the Orientation tag
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would keep both in memory
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(image)).convert("RGB")
+        return _eight_bits(image)
     if image.has_transparency_data:
-        return _onto_white(image)
+        return _by_strips(image, _onto_white)
     return image.convert("RGB")
 
 
-def _onto_white(image: Image.Image) -> Image.Image:
-    flat = Image.new("RGB", image.size)
+def _strips(image: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
-        strip = (0, top, image.width, min(top + rows, image.height))
-        layer = image.crop(strip).convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        flat.paste(Image.alpha_composite(white, layer).convert("RGB"), strip)
-    return flat
+        box = (0, top, image.width, min(top + rows, image.height))
+        yield box, image.crop(box)
 
 
-def _eight_bits(image: Image.Image) -> Pixels:
+def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Convert an image to RGB strip by strip: whole, the steps between would take memory too."""
+    rgb = Image.new("RGB", image.size)
+    for box, strip in _strips(image):
+        rgb.paste(convert(strip), box)
+    return rgb
+
+
+def _onto_white(strip: Image.Image) -> Image.Image:
+    layer = strip.convert("RGBA")
+    white = Image.new("RGBA", layer.size, "white")
+    return Image.alpha_composite(white, layer).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit, 32-bit and float grey to 8 bits; Pillow's own conversion clips at 255."""
-    grey = np.asarray(image)
-    top = float(grey.max(initial=0.0))
+    top = max(float(np.asarray(strip).max(initial=0.0)) for _, strip in _strips(image))
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0, float(2**31 - 1))
     full = next((scale for scale in scales if top <= scale), top)
-    eight_bits = np.empty(grey.shape, np.uint8)
-    rows = max(1, STRIP // grey.shape[1])
-    for start in range(0, len(grey), rows):
-        strip = grey[start : start + rows].astype(np.float64)
-        eight_bits[start : start + rows] = np.clip(np.round(strip * (255.0 / full)), 0, 255)
-    return eight_bits
+
+    def convert(strip: Image.Image) -> Image.Image:
+        grey = np.asarray(strip).astype(np.float64)
+        scaled = np.clip(np.round(grey * (255.0 / full)), 0, 255)
+        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+
+    return _by_strips(image, convert)

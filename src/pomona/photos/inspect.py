@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 
 from pomona.core.object_store import READ_AHEAD
 from pomona.core.schema import SPLITS
@@ -73,7 +71,7 @@ def _look(source: Source, photos: pa.Table, on_done: OnDone) -> tuple[Counter[An
         except OSError:
             return None, None
         digest = hashlib.sha256(content).hexdigest() if bytes_[number] in shared else None
-        return _pixels(content), digest
+        return decoding.pixel_size(content), digest
 
     sizes: Counter[Any] = Counter()
     copies: dict[str, list[int]] = defaultdict(list)
@@ -85,14 +83,6 @@ def _look(source: Source, photos: pa.Table, on_done: OnDone) -> tuple[Counter[An
             if number % 1000 == 999 or number + 1 == len(paths):
                 on_done(number + 1, len(paths))
     return sizes, _duplicates([[(splits[n], paths[n]) for n in c] for c in copies.values()])
-
-
-def _pixels(content: bytes) -> tuple[int, int] | None:
-    try:
-        with Image.open(io.BytesIO(content), formats=decoding.FORMATS) as image:
-            return image.size
-    except Exception:  # noqa: BLE001 - Pillow's readers raise nearly any type on damaged headers
-        return None
 
 
 def _duplicates(groups: list[list[tuple[str, str]]]) -> dict[str, Any]:

@@ -2,24 +2,28 @@
 
 Runs on workers.
 
-Damage that a decoder notices becomes an error code (`pomona.photos.decoding`). This module is for
-what it doesn't notice: a crash in native code, unbounded memory, an endless loop. On Spark a task's
-first attempt is watched, and a stalled worker ends itself; in the second attempt each photo is
-decoded in a child process, so that the photo that crashes or stalls it is known.
+What a photo claims is checked before it is decoded (`pomona.photos.decoding_cost`), and damage that
+a decoder notices becomes an error code (`pomona.photos.decoding`). This module is for what neither
+notices: a crash in native code, unbounded memory, an endless loop. On Spark a task's first attempt
+is watched, and a stalled worker ends itself; in the second attempt each photo is decoded in a child
+process, so that the photo that crashes or stalls it is known. Where there is no second attempt (the
+driver, `pomona predict` without Spark, costly photos in the service) the child comes first.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import faulthandler
-import multiprocessing
 import os
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
-from typing import Literal
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, Literal
+
+from PIL import ImageFile
 
 from pomona.core.schema import CRASHED
 from pomona.photos.decoding import MAX_DECODED, Photo, decode
@@ -57,39 +61,55 @@ def watched(seconds: float | None = None) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def decode_apart(content: bytes | None, size: int, most: int = MAX_DECODED) -> Photo:
+def decode_apart(
+    content: bytes | None,
+    size: int,
+    most: int = MAX_DECODED,
+    seconds: float | None = None,
+    *,
+    partial: bool = False,
+) -> Photo:
     """Decode a photo as `pomona.photos.decoding.decode` does, in a child process.
 
     Its error is ``crashed`` if two children in turn died or took longer than `patience`. One alone
-    may have died of something else, such as a lack of memory.
+    may have died of something else, such as a lack of memory. With ``seconds`` the photo has no
+    longer than that in all, and a child that stalls isn't followed by another. With ``partial`` a
+    damaged photo gives as much of it as can be decoded.
     """
     if not content:
         return decode(content, size, most)
+    end = time.monotonic() + (2 * patience() if seconds is None else seconds)
     for _ in range(2):
         child = _child()
         try:
-            child.pipe.send((content, size, most))
-            if child.pipe.poll(patience()):
+            child.pipe.send((content, size, most, partial))
+            if child.pipe.poll(patience() if seconds is None else end - time.monotonic()):
                 return Photo(*child.pipe.recv())
         except (EOFError, OSError):  # it died
             pass
         child.end()
         del _own.child
+        if time.monotonic() > end:
+            break
     return Photo(None, None, None, CRASHED)
 
 
 class _Child:
-    """A process that decodes. It isn't forked, so that it inherits no locks or threads."""
+    """A process that decodes.
+
+    It isn't forked, so that it inherits no locks or threads; and it is none of multiprocessing's,
+    which would run a script that called Pomona again, unless that has a main guard.
+    """
 
     def __init__(self) -> None:
         from loky.backend import get_context
 
-        self.pipe, theirs = multiprocessing.Pipe()
-        # Unlike multiprocessing's, it doesn't import the caller's __main__.
+        self.pipe, theirs = Pipe()
         self.process = get_context("loky").Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
-        atexit.register(self.end)
+        # It ends with the thread that has it, and with this process.
+        self.end = weakref.finalize(self, _end, self.process, self.pipe)
         # Without this check, every photo would be `crashed` if children can't start.
         try:
             ready = self.pipe.poll(START) and self.pipe.recv() == READY
@@ -99,13 +119,13 @@ class _Child:
             self.end()
             raise RuntimeError("the process that decodes photos doesn't start")
 
-    def end(self) -> None:
-        from loky.backend.utils import kill_process_tree
 
-        kill_process_tree(self.process)
-        self.process.join()
-        self.pipe.close()
-        atexit.unregister(self.end)
+def _end(process: Any, pipe: Connection) -> None:
+    from loky.backend.utils import kill_process_tree
+
+    kill_process_tree(process)
+    process.join()
+    pipe.close()
 
 
 _own = threading.local()
@@ -120,10 +140,10 @@ def _child() -> _Child:
 
 
 def _serve(pipe: Connection) -> None:
-    with contextlib.suppress(EOFError, OSError):  # the parent has gone
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):  # the parent goes
         pipe.send(READY)
         while True:
-            content, size, most = pipe.recv()
+            content, size, most, ImageFile.LOAD_TRUNCATED_IMAGES = pipe.recv()
             # The parent ends a stalled child, unless the parent itself was killed meanwhile.
             with watched(2 * patience()):
                 photo = decode(content, size, most)

@@ -17,14 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pomona.backbone.spec import BackboneSpec
-from pomona.core.cpus import available_cpus
 from pomona.core.errors import MismatchError, RequestError, SourceError
 from pomona.core.files import FORMAT, atomic_file, read_json, write_json
 from pomona.core.parquet import even_bounds, read_chunk, sliced, write_chunks
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.uris import local_path
 from pomona.model.artifact import Model
-from pomona.model.recogniser import ANSWERS, Recogniser, make_recogniser, recognise, with_threads
+from pomona.model.recogniser import ANSWERS, Recogniser, for_driver, make_recogniser, recognise
 from pomona.photos.listing import list_files
 from pomona.photos.reading import read, with_content
 from pomona.photos.source import MAX_BYTES, SUFFIXES, Source, is_photo, open_source
@@ -193,7 +192,7 @@ def _answers(
 def _answer_here(
     photo_sets: list[PhotoSet], count: int, recogniser: Recogniser, on_tick: OnTick
 ) -> Iterator[pa.RecordBatch]:
-    recogniser = with_threads(recogniser, available_cpus())
+    recogniser = for_driver(recogniser)
     done = rejected = 0
     for source, photos in photo_sets:
         for some in photos.to_batches():
@@ -283,7 +282,7 @@ def _write_files(
             cluster = replace(options.cluster, log_file=folder / "_workers.log")
             _run_on_workers(task, todo, cluster, poll)
         else:
-            here = replace(task, recogniser=with_threads(recogniser, available_cpus()))
+            here = replace(task, recogniser=for_driver(recogniser))
             for number in todo:
                 poll()
                 here.write(read_chunk(task.chunks, number), number, task.folder)

@@ -19,7 +19,7 @@ from pomona.core.schema import FEATURES_TABLE, SPLITS
 from pomona.model.artifact import PACKAGED, Model, load_model
 from pomona.model.pca_table import FOLDERS, Photos, read_photos
 from pomona.model.projection import Projection, load_projection
-from pomona.model.recogniser import answer_photos, make_recogniser
+from pomona.model.recogniser import answer_photos, for_driver, make_recogniser
 from pomona.photos.source import arrange, open_source
 from pomona.pipeline.engines import open_engine
 from pomona.pipeline.extract import list_source
@@ -194,7 +194,7 @@ def predict(
     if not isinstance(model, Model):
         model = load_model(model or PACKAGED)
     items = [photos] if isinstance(photos, str | Path | bytes) else list(photos)
-    recogniser = make_recogniser(model, top)
+    recogniser = for_driver(make_recogniser(model, top))
     answers: list[dict[str, Any]] = []
     for item in items:
         if isinstance(item, bytes):

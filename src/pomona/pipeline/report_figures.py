@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile
+from PIL import Image
 
+from pomona.core.cpus import available_cpus
 from pomona.core.errors import MissingError, SourceError
 from pomona.core.object_store import READ_AHEAD
 from pomona.model.projection import Projection, count_for
-from pomona.photos import decoding
+from pomona.photos import isolation
 from pomona.photos.reading import reader
 from pomona.photos.source import open_readable
 
@@ -113,6 +113,9 @@ def svg(figure: Any) -> str:
 
 
 Pixels = npt.NDArray[np.uint8]
+DECODE_SECONDS = 10.0
+"""Seconds for one photo, in a child process."""
+
 PATIENCE = 15.0
 """Seconds that photos which can't be read may cost in all: an object store out of reach takes six
 for each."""
@@ -132,9 +135,14 @@ def read_thumbnails(
 
     def scaled(path: str) -> list[tuple[tuple[str, int], Pixels | None]]:
         content = read(path)
-        return [((path, size), _pixels(content, size)) for size in sizes[path] if content]
+        return [
+            ((path, size), decoders.submit(_pixels, content, size).result())
+            for size in sizes[path]
+            if content
+        ]
 
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
+    # Each thread that decodes has a child process: fewer than those that wait for the source.
+    with ThreadPoolExecutor(available_cpus()) as decoders, ThreadPoolExecutor(READ_AHEAD) as pool:
         thumbnails = itertools.chain.from_iterable(pool.map(scaled, sizes))
         return {key: pixels for key, pixels in thumbnails if pixels is not None}
 
@@ -161,25 +169,12 @@ def patient_reader(source: str) -> Callable[[str], bytes | None]:
     return read_patiently
 
 
-_damaged = threading.Lock()
-"""Pillow's switch for damaged photos is one for all threads."""
-
-
 def _pixels(content: bytes, size: int) -> Pixels | None:
-    """Return a photo, or as much of a damaged one as can be decoded."""
-    if (pixels := decoding.decode(content, size).pixels) is not None:
-        return pixels
-    with _damaged:
-        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
-        try:
-            with Image.open(io.BytesIO(content), formats=decoding.FORMATS) as image:
-                if image.size[0] * image.size[1] > decoding.MAX_DECODED:
-                    return None
-                return np.asarray(image.convert("RGB").resize((size, size)))
-        except Exception:  # noqa: BLE001 - Pillow's readers raise nearly any type on damaged bytes
-            return None
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = before
+    """Return a photo, or as much of a damaged one as can be decoded.
+
+    Photos that were rejected are among them, and may end or stall the process that decodes.
+    """
+    return isolation.decode_apart(content, size, seconds=DECODE_SECONDS, partial=True).pixels
 
 
 def data_uri(pixels: Pixels, quality: int = 80) -> str:

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from pomona.core.cpus import available_cpus
 from pomona.core.errors import PomonaError
+from pomona.core.schema import TOO_LARGE
 from pomona.export.phone import page_files
 from pomona.model.artifact import Model
 from pomona.photos.isolation import Guard
@@ -37,6 +38,9 @@ FRESH = 2.0
 CHECK = 5.0
 """Seconds within which a check needs its answer; it goes before all photos that wait."""
 
+REQUEST = 8.0
+"""Seconds that the photos of one request may take to decode together, by estimate."""
+
 Fetch = Callable[[], Model]
 """Reads the model, at the start and whenever it may have changed."""
 
@@ -55,7 +59,7 @@ class Settings:
     hosts: frozenset[str] | None = frozenset({"localhost"})
     """Names that requests may call the service by, beside IP addresses; None: any."""
     guard: Guard = ""  # child: decode in child processes
-    # That may be decoded: fewer than for tables, since a worker needs 8 bytes for each.
+    # That may be decoded: fewer than for tables, since a worker may need 10 bytes for each.
     pixels: int = 24_000_000
 
 
@@ -107,6 +111,8 @@ class Service:
             raise overloaded()
         with self.budget.share() as share:
             contents = await uploads.photos(request, self.settings.limits, share)
+            if len(contents) > 1:  # one alone has the limits of `pomona.photos.decoding`
+                await anyio.to_thread.run_sync(self._check_costs, contents)
             try:
                 futures = self.pool.submit(kind, contents)
             except FullError:
@@ -116,6 +122,16 @@ class Service:
             raise of_photo(code)
         self.metrics.answers(row for row, _ in rows)
         return rows
+
+    def _check_costs(self, contents: Sequence[bytes]) -> None:
+        """Raise a problem if the photos of a request would hold a worker for too long together."""
+        if sum(map(self.pool.loaded.seconds, contents)) > REQUEST:
+            problem = of_photo(TOO_LARGE)
+            problem.detail = (
+                f"The photos would take over {REQUEST:g} seconds to decode: send fewer at a time, "
+                "or smaller ones."
+            )
+            raise problem
 
     async def _while_connected(
         self, request: Request, futures: Sequence[Future[tuple[Row, Loaded]]]

@@ -184,6 +184,9 @@ async def _form(
             detail = f"A request holds {limits.photos} photos at most."
             raise Problem(413, "too_many_photos", detail) from None
         raise Problem(400, "malformed", f"The form can't be read: {error.message}") from None
+    except ValueError:  # by Starlette, for a charset with a null in its name
+        detail = "The form's charset isn't known: leave it out of Content-Type."
+        raise Problem(400, "malformed", detail) from None
     try:
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
         contents = [await file.read() for file in files]

@@ -2,7 +2,8 @@
 
 The service submits photos and gets futures. A thread takes one photo at a time, on a GPU all that
 wait. ONNX Runtime and Pillow release the interpreter's lock while they work, so that threads keep
-all cores busy.
+all cores busy. A photo that is costly by its headers waits until fewer than half of the threads
+have one, and is decoded in a child process that has `DECODE_SECONDS`: ordinary photos go past it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from pomona.core.cpus import available_cpus
 from pomona.model.artifact import Model
 from pomona.model.recogniser import Recogniser, answer_photos, make_recogniser
 from pomona.photos import synthetic
-from pomona.photos.decoding import MAX_DECODED
-from pomona.photos.isolation import Guard
+from pomona.photos.decoding import MAX_DECODED, estimate
+from pomona.photos.isolation import Guard, patience
 from pomona.photos.synthetic_catalogue import LABELS
 
 Kind = Literal["predict", "features"]
@@ -36,6 +37,13 @@ MOST_TOP = 20
 
 PER_WORKER = 16
 """Photos that may wait for each thread: the last one waits for 16 times a photo's time."""
+
+COSTLY = 0.5
+"""Seconds of decoding, by estimate, from which a photo is costly: a PNG of 10 megapixels."""
+
+DECODE_SECONDS = 4.0
+"""Seconds that a child process may decode one photo: more than an estimate that is accepted by
+default, less than `/readyz` waits."""
 
 STALLED = 10.0
 """Seconds that `Pool.stop` waits for its threads."""
@@ -67,6 +75,17 @@ class Loaded:
         names = ("width", "height", "features", "error")
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
+    def apart(self) -> Loaded:
+        """Return the same model, decoding in a child process."""
+        spec = replace(self.recogniser.spec, guard="child")
+        features = replace(self.features, guard="child")
+        return replace(self, recogniser=replace(self.recogniser, spec=spec), features=features)
+
+    def seconds(self, content: bytes) -> float:
+        """Return how long a photo takes to decode, by its headers."""
+        spec = self.recogniser.spec
+        return estimate(content, spec.image_size, spec.pixels).seconds
+
 
 def load(
     model: Model,
@@ -83,7 +102,13 @@ def load(
     """
     recogniser = make_recogniser(model, MOST_TOP, device=device)
     decoders = threads if recogniser.spec.device == "cuda" else 1
-    spec = replace(recogniser.spec, threads=decoders, guard=guard, pixels=pixels)
+    spec = replace(
+        recogniser.spec,
+        threads=decoders,
+        guard=guard,
+        pixels=pixels,
+        seconds=min(DECODE_SECONDS, patience()),
+    )
     loaded = Loaded(model, replace(recogniser, spec=spec), replace(spec, outputs=(OUTPUT,)))
     for kind in get_args(Kind):
         check(loaded.run(kind, [sample()])[0])
@@ -109,6 +134,7 @@ class _Job:
     kind: Kind
     content: bytes
     future: Future[tuple[Row, Loaded]]
+    is_costly: bool | None = None  # None: nobody has looked
 
 
 class Pool:
@@ -128,6 +154,8 @@ class Pool:
         self.at_once = spec.batch_size if on_gpu else 1
         self.loaded = loaded
         self._jobs: deque[_Job] = deque()
+        self._costly: deque[_Job] = deque()  # that wait until one of their kind has ended
+        self._running_costly, self._most_costly = 0, max(1, self.workers // 2)
         self._changed = threading.Condition()
         self._stopped = False
         self._threads = [
@@ -140,12 +168,12 @@ class Pool:
     @property
     def waiting(self) -> int:
         """Photos that wait."""
-        return len(self._jobs)
+        return len(self._jobs) + len(self._costly)
 
     @property
     def is_full(self) -> bool:
         """Whether the queue has no free place."""
-        return len(self._jobs) >= self.limit
+        return self.waiting >= self.limit
 
     def submit(
         self, kind: Kind, contents: Sequence[bytes], *, first: bool = False
@@ -168,7 +196,7 @@ class Pool:
             if first:
                 self._jobs.extendleft(reversed(jobs))
             else:
-                if len(self._jobs) + len(jobs) > self.limit:
+                if self.waiting + len(jobs) > self.limit:
                     raise FullError
                 self._jobs.extend(jobs)
             self._changed.notify(len(jobs))
@@ -178,6 +206,7 @@ class Pool:
         """Remove photos whose futures were cancelled, so that their places and bytes are free."""
         with self._changed:
             self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
+            self._costly = deque(job for job in self._costly if not job.future.cancelled())
 
     def stop(self) -> None:
         """Refuse further photos, answer those that wait, and end the threads.
@@ -195,28 +224,54 @@ class Pool:
 
     def _work(self) -> None:
         while jobs := self._take():
-            loaded = self.loaded
-            try:
-                rows = loaded.run(jobs[0].kind, [job.content for job in jobs])
-                pairs = list(zip(jobs, rows, strict=True))
-            except Exception as error:  # noqa: BLE001 - the request gets it, and the thread goes on
-                for job in jobs:
-                    job.future.set_exception(error)
-                continue
-            for job, row in pairs:
-                job.future.set_result((row, loaded))
+            if jobs[0].is_costly:
+                try:
+                    self._answer(jobs, self.loaded, self.loaded.apart())
+                finally:
+                    with self._changed:
+                        self._running_costly -= 1
+                        self._changed.notify_all()
+            elif ordinary := [job for job in jobs if not self._set_aside(job)]:
+                self._answer(ordinary, self.loaded, self.loaded)
+
+    def _answer(self, waiting: list[_Job], loaded: Loaded, runner: Loaded) -> None:
+        jobs = [job for job in waiting if job.future.set_running_or_notify_cancel()]
+        if not jobs:
+            return
+        try:
+            rows = runner.run(jobs[0].kind, [job.content for job in jobs])
+            pairs = list(zip(jobs, rows, strict=True))
+        except Exception as error:  # noqa: BLE001 - the request gets it, and the thread goes on
+            for job in jobs:
+                job.future.set_exception(error)
+            return
+        for job, row in pairs:
+            job.future.set_result((row, loaded))
+
+    def _set_aside(self, job: _Job) -> bool:
+        """Look at a photo's headers; a costly one goes into a queue of its own."""
+        job.is_costly = self.loaded.seconds(job.content) > COSTLY
+        if job.is_costly:
+            with self._changed:
+                self._costly.append(job)
+                self._changed.notify()
+        return job.is_costly
 
     def _take(self) -> list[_Job]:
-        """Wait for photos; return one, on a GPU all waiting ones of a kind; none after `stop`."""
+        """Wait for photos; return a costly one if it may run, else one, on a GPU all of a kind.
+
+        Returns none after `stop`.
+        """
         with self._changed:
             while True:
+                if self._costly and self._running_costly < self._most_costly:
+                    self._running_costly += 1
+                    return [self._costly.popleft()]
                 jobs: list[_Job] = []
                 while self._jobs and len(jobs) < self.at_once:
                     if jobs and self._jobs[0].kind != jobs[0].kind:
                         break
-                    job = self._jobs.popleft()
-                    if job.future.set_running_or_notify_cancel():
-                        jobs.append(job)
-                if jobs or self._stopped:
+                    jobs.append(self._jobs.popleft())
+                if jobs or (self._stopped and not self._costly):
                     return jobs
                 self._changed.wait()
