@@ -102,6 +102,8 @@ def reduce(
         _refuse_unfinished(folder)
         settings = asdict(options)
         del settings["plots"]  # the numbers are the same
+        if not options.csv_safe:  # an OUT from before there was such an option stays as it is
+            del settings["csv_safe"]
         made_from = {"features": feature_table.digest(folder), "settings": settings}
         old = read_json(folder.manifest).get("stages", {}).get("reduce", {})
         whole = old.get("made_from") == made_from and _is_whole(folder, old)
@@ -305,7 +307,7 @@ def _write(
     plan, files, bounds = _plan(out, projection.k)
     chunks = out.work / "project.arrow"
     write_chunks(chunks, plan, bounds)
-    csv_safe = made_from["settings"]["csv_safe"]
+    csv_safe = made_from["settings"].get("csv_safe", False)
     task = ProjectTask(str(chunks), str(out.root), files, projection, str(staged), csv_safe)
     answers = run_tasks(task, len(bounds) - 1)
     save_projection(projection, staged / "projection", made_from)
