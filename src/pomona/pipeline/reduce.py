@@ -92,6 +92,8 @@ def reduce(
         _refuse_unfinished(folder)
         settings = asdict(options)
         del settings["plots"]  # the numbers are the same
+        if not options.csv_safe:  # an OUT from before there was such an option stays as it is
+            del settings["csv_safe"]
         made_from = {"features": feature_table.digest(folder), "settings": settings}
         old = read_json(folder.manifest).get("stages", {}).get("reduce", {})
         whole = old.get("made_from") == made_from and _is_whole(folder, old)
@@ -210,7 +212,7 @@ def _write(
     chunks = out.work / "project.arrow"
     write_chunks(chunks, plan, bounds)
     folders = partitions(pc.unique(plan["label"]).to_pylist())
-    safe = made_from["settings"]["csv_safe"]
+    safe = made_from["settings"].get("csv_safe", False)
     task = ProjectTask(str(chunks), str(out.root), files, projection, str(staged), folders, safe)
     answers = engine.run_tasks(task, len(bounds) - 1, out.root)
     _refuse_damaged(answers)
