@@ -92,8 +92,9 @@ def of_pixels(image: Image.Image, content: bytes, size: int) -> Cost:
     converted = image.mode != "RGB" or "transparency" in image.info
     # Rotation comes first, and needs a copy; conversion then adds RGB, which takes 4 bytes.
     each = max(2 * stored, stored + 4 * converted)
-    # Pillow's resize makes a column of `size` pixels first, and holds weights for every pixel.
-    sides = 4 * size * max(width, height) + 16 * (width + height)
+    # Pillow's resize holds weights for every pixel of a side, and a photo of which one side has
+    # its new length already. Pillow 13.0 was seen to take the smaller of the two; none promises it.
+    sides = 4 * size * max(width, height) + 32 * (width + height)
     rows = 4 * 8 * width  # of 16-bit RGBA
     cost = Cost(each * pixels + sides + rows, PIXEL.get(image.format or "", OTHER_PIXEL) * pixels)
     codecs = {tile.codec_name for tile in getattr(image, "tile", ())}

@@ -131,7 +131,8 @@ class ServeArguments:
     ] = None
     isolate: Annotated[
         bool,
-        "Decode in child processes: a photo that crashes or stalls the decoder harms no other.",
+        "Decode all photos in child processes, not only costly ones: one that crashes the decoder "
+        "harms no other.",
     ] = False
     device: Device = "auto"
     quiet: Annotated[bool, "No access log."] = False
