@@ -280,7 +280,7 @@ def _compute(stage: Extraction, todo: pa.Table, parts: Path, total: int) -> None
         stage.on_tick(Tick("extract", before + done.done, total, done.rejected))
 
     poll()
-    engine, out = stage.engine, stage.out
+    out, engine = stage.out, stage.engine
     engine.check(stage.spec, stage.source, todo["path"][:5].to_pylist())
     fitted = engine.fit(stage.spec)
     part = feature_table.PartFile(str(parts), run)
@@ -290,8 +290,7 @@ def _compute(stage: Extraction, todo: pa.Table, parts: Path, total: int) -> None
         run_hadoop(engine.session, out, stage.source, todo, per_task, fitted, part, poll)
     else:
         bounds = task_bounds(todo.num_rows, engine.slots, engine.most_photos)
-        chunks = out.work / "todo.arrow"
-        write_chunks(chunks, todo, bounds)
+        write_chunks(chunks := out.work / "todo.arrow", todo, bounds)
         task = ExtractTask(str(chunks), stage.source, fitted, part)
         engine.run_chunks(task, range(len(bounds) - 1), out.root, poll)
     poll()
@@ -347,5 +346,5 @@ def _record(stage: Extraction, photos: pa.Table) -> dict[str, Any]:
 
 
 def rejected_share(record: dict[str, Any]) -> float:
-    """Return the share of photos without features, from an extract record."""
+    """Return the share of photos without features."""
     return float(sum(record["rejected"].values()) / max(1, record["photos"]))
