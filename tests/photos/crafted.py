@@ -133,6 +133,19 @@ def bmp_rle(width: int, height: int, data: bytes = b"\x00\x01", *, bits: int = 8
     )
 
 
+def gif(width: int, height: int, before: bytes = b"") -> bytes:
+    """A GIF of 1 pixel, with a frame that is larger, and to be cleared after it was shown."""
+    return b"".join(
+        (
+            b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0, 0, 0),
+            before,
+            b"!\xf9\x04\x08\0\0\0\0",
+            b"," + struct.pack("<HHHHB", 0, 0, width, height, 0),
+            b"\x02\x02\x4c\x01\0;",
+        )
+    )
+
+
 def tiff(tags: Mapping[int, tuple[int, Sequence[int]]], data: bytes = b"") -> bytes:
     """A little-endian TIFF: tag to (type, values); offsets of ``data`` count from 8."""
     entries, extra = b"", b""

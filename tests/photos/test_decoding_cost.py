@@ -85,6 +85,9 @@ REFUSED = {
         {256: (4, [100]), 257: (4, [100]), 259: (3, [1]), 262: (3, [1]), 278: (4, [1])} | STRIPS
     ),
     "run lengths of 40 megapixels": crafted.bmp_rle(40_000_000, 1),
+    # Found by fuzz/decode.py: Pillow fills an area as large when it opens the file.
+    "a frame of 40,000²": crafted.gif(40_000, 40_000),
+    "a comment in pieces": crafted.gif(1, 1, b"!\xfe" + b"\1x" * 100_000 + b"\0"),
     "WebP of 16383²": b"".join(
         (
             b"RIFF" + (50).to_bytes(4, "little") + b"WEBPVP8X" + (10).to_bytes(4, "little"),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import GifImagePlugin, Image, ImageOps
 
 from pomona.core.schema import EMPTY, NOT_AN_IMAGE, TOO_LARGE, TRUNCATED, UNREADABLE
 from pomona.photos.decoding_cost import TOO_MUCH, Cost, Header, of_pixels, read_header
@@ -90,7 +90,7 @@ def decode(content: bytes | None, size: int, most: int = MAX_DECODED) -> Photo:
     if not _fits(header.cost, most):
         return Photo(None, None, None, TOO_LARGE)
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = _open(content)
         width, height = image.size
     except Exception:  # noqa: BLE001 - Pillow's readers raise nearly any type on damaged headers
         return Photo(None, None, None, TRUNCATED if _looks_known(content) else NOT_AN_IMAGE)
@@ -106,12 +106,26 @@ def decode(content: bytes | None, size: int, most: int = MAX_DECODED) -> Photo:
     return Photo(np.asarray(square), width, height, None)
 
 
+class _FirstFrame(GifImagePlugin.GifImageFile):
+    """A GIF of which the first frame counts: nothing is prepared for what follows it.
+
+    Pillow would fill an area as large as the frame when it opens the file, up to 65,535².
+    """
+
+    disposal_method = property(lambda self: 0, lambda self, method: None)
+
+
+def _open(content: bytes) -> Image.Image:
+    file = io.BytesIO(content)
+    return _FirstFrame(file) if content.startswith(b"GIF8") else Image.open(file, formats=FORMATS)
+
+
 def pixel_size(content: bytes) -> tuple[int, int] | None:
     """Return a photo's width and height, as its header says; None if that can't be read."""
     if not _fits(read_header(content).cost, MAX_DECODED):
         return None
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with _open(content) as image:
             return image.size
     except Exception:  # noqa: BLE001 - as in `decode`
         return None
@@ -123,7 +137,7 @@ def estimate(content: bytes, size: int, most: int = MAX_DECODED) -> Cost:
     if not _fits(header.cost, most):
         return Cost(0, 0.0)
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with _open(content) as image:
             cost = _prepare(image, header, content, size, most)
     except Exception:  # noqa: BLE001 - as in `decode`
         return header.cost
