@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,17 @@ def _tensors(name: str, change: Callable[[dict[str, Any]], object]) -> None:
     BROKEN[name] = body
 
 
+def _put(*path: str, value: object) -> Callable[[dict[str, Any]], None]:
+    """Return a function that sets what lies at a path."""
+
+    def change(about: dict[str, Any]) -> None:
+        for name in path[:-1]:
+            about = about[name]
+        about[path[-1]] = value
+
+    return change
+
+
 # --- model.json --------------------------------------------------------------------------------
 
 _about("no preprocessing", lambda about: about.pop("preprocessing"))
@@ -88,16 +100,16 @@ _about("preprocessing: only the size", lambda about: about.update(preprocessing=
 _about("preprocessing: another mean", lambda about: about["preprocessing"].update(mean=[0, 0, 0]))
 _about("preprocessing: BGR", lambda about: about["preprocessing"].update(color="BGR"))
 for _size in (31, 64, 1025, 10**9, "32", 32.5, None, True):
-    _about(f"image_size: {_size!r}", lambda a, s=_size: a["preprocessing"].update(image_size=s))
+    _about(f"image_size: {_size!r}", _put("preprocessing", "image_size", value=_size))
 _about("no unknown", lambda about: about.pop("unknown"))
 _about("unknown method", lambda about: about["unknown"].update(method="magic"))
 _about("method: no text", lambda about: about["unknown"].update(method=["distance"]))
 for _value in (float("nan"), float("inf"), "0", None, True):
-    _about(f"threshold: {_value!r}", lambda a, v=_value: a["unknown"].update(threshold=v))
+    _about(f"threshold: {_value!r}", _put("unknown", "threshold", value=_value))
 for _value in (0, -1.0, float("nan"), float("inf"), "1", None, True):
-    _about(f"temperature: {_value!r}", lambda a, v=_value: a.update(temperature=v))
+    _about(f"temperature: {_value!r}", _put("temperature", value=_value))
 for _value in (0, -0.5, float("nan"), "0.5", None):
-    _about(f"power: {_value!r}", lambda a, v=_value: a.update(power=v))
+    _about(f"power: {_value!r}", _put("power", value=_value))
 _about("components don't fit", lambda about: about.update(components=5))
 _about("no labels", lambda about: about.pop("labels"))
 _about("labels: text", lambda about: about.update(labels="abc"))
@@ -301,7 +313,7 @@ _graph(
 )
 _graph("input: one photo only", _one_photo_only)
 for _name in ("probabilities", "score", "pca_features", "features"):
-    _graph(f"output: no {_name}", lambda p, name=_name: _without(p, name))
+    _graph(f"output: no {_name}", partial(_without, name=_name))
 _graph("output: double", _as_double)
 _graph("output: a label more", _label_more)
 _graph("output: NaN", lambda p: _constant(p, "head.linear", lambda v: v * np.float32(np.nan)))
@@ -310,17 +322,31 @@ _graph("output: fails when it is run", _fails_when_run)
 # --- classifier.safetensors --------------------------------------------------------------------
 
 
+def _change(tensors: dict[str, Any], name: str, to: Callable[[Any], Any] | None) -> None:
+    value = tensors.pop(name)
+    if to is not None:
+        tensors[name] = to(value)
+
+
 def _cut(value: Any) -> Any:
     return np.ascontiguousarray(value[..., :-1])
+
+
+def _nan(value: Any) -> Any:
+    return value * np.nan
+
+
+def _as_bool(value: Any) -> Any:
+    return value > 0
 
 
 _bytes("tensors: text", "classifier.safetensors", b"no tensors" * 100)
 _bytes("tensors: empty", "classifier.safetensors", b"")
 for _name in ("mean", "linear", "weight", "bias", "detector.whitening", "detector.centres"):
-    _tensors(f"tensors: no {_name}", lambda t, name=_name: t.pop(name))
-    _tensors(f"tensors: {_name} of another shape", lambda t, n=_name: t.update({n: _cut(t[n])}))
-    _tensors(f"tensors: {_name} NaN", lambda t, n=_name: t.update({n: t[n] * np.nan}))
-    _tensors(f"tensors: {_name} of text", lambda t, n=_name: t.update({n: t[n] > 0}))
+    _tensors(f"tensors: no {_name}", partial(_change, name=_name, to=None))
+    _tensors(f"tensors: {_name} of another shape", partial(_change, name=_name, to=_cut))
+    _tensors(f"tensors: {_name} NaN", partial(_change, name=_name, to=_nan))
+    _tensors(f"tensors: {_name} of another type", partial(_change, name=_name, to=_as_bool))
 _tensors("tensors: weight infinite", lambda t: t.update(weight=t["weight"] + np.inf))
 _tensors("tensors: every bias −∞", lambda t: t.update(bias=t["bias"] - np.inf))
 _tensors("tensors: bias ∞", lambda t: t.update(bias=t["bias"] + np.inf))

@@ -47,7 +47,7 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_preprocessing(value: Any) -> bool:
-    size = value.get("image_size") if _is_object(value) else None
+    size: Any = value.get("image_size") if _is_object(value) else None
     if not _is_whole(size) or not SIZES[0] <= size <= SIZES[1]:
         return False
     return bool(value == mobilenet.preprocessing(size))
