@@ -242,7 +242,7 @@ def _add_signature(client: Any, model: Model, version: Any) -> None:
         place = Path(folder, pyfunc.FOLDER)
         place.mkdir(parents=True)
         shutil.copy(model.folder / signature.NAME, place)
-        client.log_model_artifacts(version.model_id, folder)
+        client.log_model_artifacts(str(version.source).removeprefix("models:/"), folder)
 
 
 def _new_run(client: Any, out: Out, model: Model) -> str:
