@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pomona.backbone import weights
+from pomona.backbone import mobilenet, weights
 from pomona.backbone.spec import BackboneSpec, make_spec
 from pomona.model import artifact, classifier, projection, unknown
 from pomona.model.head import Head, make_head
@@ -17,7 +17,7 @@ from pomona.model.head import Head, make_head
 SIZE = 32
 ABOUT = {
     "weights": {"name": "random:0", "digest": "-", "trained": False},
-    "preprocessing": {"image_size": SIZE},
+    "preprocessing": mobilenet.preprocessing(SIZE),
     "unknown": {"keep": 0.95},
 }
 

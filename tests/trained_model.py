@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pomona.backbone import mobilenet
 from pomona.backbone.extract import extract_photos
 from pomona.backbone.spec import make_spec
 from pomona.backbone.weights import load_weights
@@ -36,7 +37,7 @@ def make_model(
             "digest": "-",
             "trained": not weights_name.startswith("random:"),
         },
-        "preprocessing": {"image_size": size},
+        "preprocessing": mobilenet.preprocessing(size),
     }
     save_model(folder, spec.payload, make_head(fitted, trained, detector), about)
     return load_model(folder)

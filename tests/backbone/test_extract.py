@@ -19,7 +19,7 @@ from pomona.backbone import spec as spec_module
 from pomona.backbone.extract import extract, extract_photos, feature_column, load_network
 from pomona.backbone.session import onnx_session
 from pomona.backbone.spec import BackboneSpec, make_spec
-from pomona.core.errors import MissingError, RequestError
+from pomona.core.errors import MissingError, RequestError, WeightsError
 from pomona.core.schema import FEATURES_TABLE
 from tests.conftest import CANONICAL, photo
 
@@ -262,12 +262,12 @@ def test_the_extractor_tells_why() -> None:
     assert info["features"] == 1280
 
 
-def test_features_that_are_not_finite_are_a_bug(
+def test_features_that_are_not_finite_are_the_weights_fault(
     spec: BackboneSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = np.full((1, 1280), np.nan, np.float32)
     monkeypatch.setattr(extract_module, "load_network", lambda _: lambda _: [rows])
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(WeightsError, match="not finite"):
         extract_photos([photo(1)], spec)
     with pytest.raises(ValueError, match="shape"):
         feature_column(np.zeros((1, 7), np.float32), np.ones(1, bool))

@@ -106,6 +106,11 @@ def test_weights_are_uploaded_once(serverless: str, tmp_path: Path) -> None:
     s3.download_file(stack.data, listed[0]["Key"], str(tmp_path / "copy.safetensors"))
     copy = load_file(tmp_path / "copy.safetensors")
     assert sorted(copy) == sorted(state)
+    for damaged in (b"", b"x" * (tmp_path / "copy.safetensors").stat().st_size):
+        s3.put_object(Bucket=stack.data, Key=listed[0]["Key"], Body=damaged)
+        submit(stack, JobRequest(PHOTOS, RESULTS, weights=str(file)))
+        again = s3.get_object(Bucket=stack.data, Key=listed[0]["Key"])["Body"].read()
+        assert again == (tmp_path / "copy.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from pomona.core.errors import MismatchError, RequestError
 from pomona.model import artifact
 from pomona.registry import publish
+from tests.keys import make_keys
 from tests.registry.conftest import flipped, put, store
 
 pytest.importorskip("mlflow")
@@ -37,6 +38,45 @@ def test_fetching_by_alias_and_version(
     (first / "model.onnx").write_bytes(b"other")  # and mends itself, where the store can
     with pytest.raises(RequestError):
         publish.fetch("models:/pomona@champion")
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.onnx", "classifier.safetensors"])
+def test_an_emptied_file_in_the_cache_is_fetched_again(
+    out: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    publish.publish(out)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store(out))
+    first = publish.fetch("models:/pomona@champion")
+    (first / name).write_bytes(b"")
+    assert publish.fetch("models:/pomona@champion") == first
+    assert (first / name).read_bytes() == (out / "model" / name).read_bytes()
+
+
+def test_a_signature_comes_with_the_version(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, theirs = make_keys(tmp_path, "mine"), make_keys(tmp_path, "theirs")
+    assert publish.publish(out)["signed"] is False
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store(out))
+    uri = "models:/pomona@champion"
+    unsigned = publish.fetch(uri)
+    with pytest.raises(MismatchError, match="isn't signed"):
+        artifact.load_model(publish.fetch(uri, mine.public), verify=mine.public)
+    # The version is there, and in the cache: the signature is added, and fetched.
+    again = publish.publish(out, publish.PublishOptions(sign=mine.private))
+    assert (again["registered"], again["signed"], again["version"]) == (False, True, "1")
+    signed = publish.fetch(uri, mine.public)
+    assert signed == unsigned
+    assert artifact.load_model(signed, verify=mine.public).version
+    with pytest.raises(MismatchError, match="is no signature by"):
+        artifact.load_model(publish.fetch(uri, theirs.public), verify=theirs.public)
+    # Another model is signed before it is registered.
+    put(out, flipped(out))
+    new = publish.publish(out, publish.PublishOptions(sign=theirs.private, promote="a test"))
+    assert (new["registered"], new["signed"]) == (True, True)
+    assert artifact.load_model(publish.fetch(uri, theirs.public), verify=theirs.public)
+    with pytest.raises(RequestError, match="private EC key"):
+        publish.publish(out, publish.PublishOptions(sign=theirs.public))
 
 
 def test_what_cant_be_fetched(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from pomona.core.errors import PomonaError
-from pomona.model.artifact import Model
+from pomona.model import signature
+from pomona.model.artifact import Model, load_model
 from pomona.serving import service as service_module
 from pomona.serving import worker_pool
 from pomona.serving.app import Settings, create
+from tests.broken_models import BROKEN, whole
 from tests.conftest import photo
+from tests.keys import make_keys
 from tests.service import JPEG, KEY, problem_code, running, send, until
 
 
@@ -95,6 +100,48 @@ def test_a_model_that_cant_be_used_is_not_taken(model: Model) -> None:
         assert reply.json()["detail"] == "The old model stays: model.onnx was changed or damaged"
         assert send(url, photo(1), **{"X-API-Key": KEY}).status_code == 200
         assert httpx.get(url + "/v1/reload", headers={"X-API-Key": KEY}).status_code == 405
+
+
+def test_409_keeps_the_old_model_with_every_kind_of_broken_folder(tmp_path: Path) -> None:
+    folder = whole(tmp_path / "model")
+    app = create(lambda: load_model(folder), Settings(keys=(KEY,), workers=1))
+    auth = {"X-API-Key": KEY}
+    with running(app) as url, httpx.Client(headers=auth, timeout=120) as client:
+        first = send(url, photo(1), **auth).json()["answers"]
+        version = client.get(url + "/v1/model").json()["version"]
+        for name, damage in BROKEN.items():
+            shutil.rmtree(folder)
+            damage(whole(folder))
+            reply = client.post(url + "/v1/reload")
+            assert problem_code(reply, 409) == "not_reloaded", name
+            detail = reply.json()["detail"]
+            assert detail.startswith("The old model stays: "), name
+            assert str(folder) in detail, name
+        assert client.get(url + "/v1/model").json()["version"] == version
+        assert send(url, photo(1), **auth).json()["answers"] == first
+        shutil.rmtree(folder)
+        whole(folder)
+        assert client.post(url + "/v1/reload").json() == {"version": version, "changed": False}
+
+
+def test_409_keeps_the_old_model_without_the_signature_that_is_asked_for(tmp_path: Path) -> None:
+    mine, theirs = make_keys(tmp_path, "mine"), make_keys(tmp_path, "theirs")
+    folder = whole(tmp_path / "model")
+    files = load_model(folder).files
+    signature.sign(folder, files, mine.private)
+    app = create(lambda: load_model(folder, verify=mine.public), Settings(keys=(KEY,), workers=1))
+    auth = {"X-API-Key": KEY}
+    with running(app) as url, httpx.Client(headers=auth, timeout=120) as client:
+        version = client.get(url + "/v1/model").json()["version"]
+        signature.sign(folder, files, theirs.private)
+        reply = client.post(url + "/v1/reload")
+        assert problem_code(reply, 409) == "not_reloaded"
+        assert "is no signature by" in reply.json()["detail"]
+        (folder / "model.sig").unlink()
+        assert "isn't signed" in client.post(url + "/v1/reload").json()["detail"]
+        assert send(url, photo(1), **auth).json()["model"]["version"] == version
+        signature.sign(folder, files, mine.private)
+        assert client.post(url + "/v1/reload").json() == {"version": version, "changed": False}
 
 
 def test_reload_needs_a_key_even_where_nothing_else_does(url: str) -> None:

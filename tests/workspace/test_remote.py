@@ -274,3 +274,36 @@ def test_a_model_that_is_damaged_or_absent(bucket: str, tmp_path: Path) -> None:
     open_place(bucket).write_bytes("model/classifier.safetensors", b"x")
     with pytest.raises(MismatchError):
         artifact.load_model(remote.fetch_model(uri))
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.onnx", "classifier.safetensors"])
+@pytest.mark.parametrize("damage", ["empty", "one byte"])
+def test_a_damaged_model_in_the_cache_is_fetched_again(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str
+) -> None:
+    from pomona.model import artifact
+    from tests.broken_models import whole
+
+    monkeypatch.setenv("POMONA_CACHE", str(tmp_path / "cache"))
+    for file in whole(tmp_path / "model").iterdir():
+        open_place(bucket).write_bytes(f"model/{file.name}", file.read_bytes())
+    uri = bucket.replace("/out?", "/out/model?")
+    folder = remote.fetch_model(uri)
+    right = (folder / name).read_bytes()
+    (folder / name).write_bytes(b"" if damage == "empty" else right[:-1] + b"?")
+    assert remote.fetch_model(uri) == folder
+    assert (folder / name).read_bytes() == right
+    artifact.load_model(folder)
+
+
+def test_a_signature_comes_with_the_model_and_goes_with_it(bucket: str, tmp_path: Path) -> None:
+    from tests.broken_models import whole
+
+    for file in whole(tmp_path / "model").iterdir():
+        open_place(bucket).write_bytes(f"model/{file.name}", file.read_bytes())
+    uri = bucket.replace("/out?", "/out/model?")
+    assert not (remote.fetch_model(uri) / "model.sig").exists()
+    open_place(bucket).write_bytes("model/model.sig", b"signed")
+    assert (remote.fetch_model(uri) / "model.sig").read_bytes() == b"signed"
+    open_place(bucket).delete("model/model.sig")
+    assert not (remote.fetch_model(uri) / "model.sig").exists()

@@ -19,8 +19,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pomona.backbone import mobilenet
-from pomona.backbone.session import onnx_session
+from pomona.backbone.session import onnx_session, refusing
 from pomona.backbone.spec import BackboneSpec, Runner
+from pomona.core.errors import WeightsError
 from pomona.core.schema import FEATURES
 from pomona.photos import isolation
 from pomona.photos.decoding import Photo, decode
@@ -49,7 +50,8 @@ def load_network(spec: BackboneSpec) -> Runner:
     name = session.get_inputs()[0].name
 
     def run(image: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
-        return list(session.run(list(spec.outputs), {name: image}))
+        with refusing("the network"):
+            return list(session.run(list(spec.outputs), {name: image}))
 
     return run
 
@@ -75,8 +77,9 @@ def extract_photos(contents: Sequence[bytes | None], spec: BackboneSpec) -> Extr
 
     Raises
     ------
-    ValueError
-        If an output holds NaN or infinity: the weights are at fault, not a photo.
+    WeightsError
+        If the network can't be run, or an output holds NaN or infinity: the weights are at fault,
+        not a photo.
     """
     photos: list[Photo] = []
     parts: list[list[npt.NDArray[np.float32]]] = []
@@ -93,7 +96,7 @@ def extract_photos(contents: Sequence[bytes | None], spec: BackboneSpec) -> Extr
         for n, name in enumerate(spec.outputs)
     }
     if not all(np.isfinite(rows).all() for rows in outputs.values() if rows.ndim == 2):
-        raise ValueError("the backbone gave features that are not finite: check the weights")
+        raise WeightsError("the network gave numbers that are not finite: check the weights")
     return Extracted(
         [photo.width for photo in photos],
         [photo.height for photo in photos],

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pomona.backbone import mobilenet
-from pomona.backbone.session import gpu_memory, onnx_session
+from pomona.backbone.onnx_file import check_onnx, try_network
+from pomona.backbone.session import gpu_memory
 from pomona.backbone.weights import Weights, pack
-from pomona.core.errors import MissingError, RequestError, WeightsError
+from pomona.core.errors import MissingError, RequestError
 from pomona.core.schema import FEATURES
 from pomona.photos.decoding import MAX_DECODED
 from pomona.photos.isolation import Guard
@@ -156,7 +157,8 @@ def _payload(weights: Weights, backend: str, image_size: int) -> bytes:
     if weights.onnx is not None:
         if backend == "torch":
             raise RequestError(f"{weights.name} is ONNX: use --backend onnx")
-        _check_onnx(weights, image_size)
+        check_onnx(weights.onnx, weights.name)
+        try_network(weights.onnx, image_size, {mobilenet.OUTPUT: (FEATURES,)}, weights.name)
         return weights.onnx
     if backend == "torch":
         return pack(weights)
@@ -172,20 +174,3 @@ def onnx_file(spec: BackboneSpec) -> bytes:
 
     state = load_safetensors(spec.payload)
     return mobilenet.to_onnx(state, spec.image_size, spec.weights, spec.digest)
-
-
-def _check_onnx(weights: Weights, image_size: int) -> None:
-    assert weights.onnx is not None
-    try:
-        session = onnx_session(weights.onnx, 1, "cpu", 1.0, 0)
-    except Exception as error:  # onnxruntime raises its own types, not exported
-        raise WeightsError(f"{weights.name} is damaged, or no ONNX file") from error
-    first = session.get_inputs()[0]
-    if first.type != "tensor(uint8)" or first.shape[1:] != [image_size, image_size, 3]:
-        raise WeightsError(
-            f"{weights.name} takes {first.type} {first.shape}; a backbone takes tensor(uint8) "
-            f"[n, {image_size}, {image_size}, 3] at --image-size {image_size}"
-        )
-    outputs = {output.name: output.shape for output in session.get_outputs()}
-    if outputs.get(mobilenet.OUTPUT, [None])[-1] != FEATURES:
-        raise WeightsError(f"{weights.name} has no output named features of width {FEATURES}")

@@ -261,6 +261,7 @@ def published(record: dict[str, Any]) -> Rows:
     rows = [
         ("version", f"{record['name']} {record['version']}"),
         ("aliases", ", ".join(record["aliases"]) or "none set"),
+        ("signed", "yes" if record["signed"] else "no"),
         ("why", record["why"]),
     ]
     if figures := record["comparison"]:
@@ -271,6 +272,11 @@ def published(record: dict[str, Any]) -> Rows:
             ("p-value", f"{figures['p_value']:.3g}"),
         ]
     return [*rows, ("store", record["store"])]
+
+
+def signed(record: dict[str, Any]) -> Rows:
+    """Return the rows of ``pomona sign``."""
+    return [("model", record["model"]), ("signature", record["signature"])]
 
 
 def forget_plan(plan: dict[str, Any]) -> Rows:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
-import tempfile
 import uuid
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -103,19 +104,36 @@ def _with_region(stack: Stack, uri: str) -> str:
 
 
 def _upload_weights(stack: Stack, s3: Any, name: str | None, on_bytes: OnBytes | None) -> str:
-    """Return the value of ``--weights`` on the cluster; a file is uploaded once."""
+    """Return the value of ``--weights`` on the cluster; a file is uploaded once.
+
+    What is in the bucket is known by the checksum that S3 computed: an object that was emptied or
+    replaced is uploaded again.
+    """
     name = name or default()
     if name.startswith(("random:", "s3://")):
         return name
     weights = load_weights(name, on_bytes)
     suffix = "onnx" if weights.onnx is not None else "safetensors"
     key = f"weights/{Path(weights.name).stem}-{weights.digest[:16]}.{suffix}"
-    if not s3.list_objects_v2(Bucket=stack.data, Prefix=key).get("KeyCount"):
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "weights")
-            file.write_bytes(pack(weights))
-            s3.upload_file(str(file), stack.data, key)
+    content = pack(weights)
+    checksum = base64.b64encode(hashlib.sha256(content).digest()).decode()
+    if _checksum(s3, stack.data, key) != checksum:
+        s3.put_object(Bucket=stack.data, Key=key, Body=content, ChecksumSHA256=checksum)
     return f"s3://{stack.data}/{key}"
+
+
+def _checksum(s3: Any, bucket: str, key: str) -> str | None:
+    """Return an object's SHA-256 in base64; None without one, or where there is no object."""
+    from botocore.exceptions import ClientError
+
+    try:
+        head = s3.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+    except ClientError as error:
+        if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
+            return None
+        raise
+    checksum: str | None = head.get("ChecksumSHA256")
+    return checksum
 
 
 def spark_conf(stack: Stack, request: JobRequest) -> dict[str, str]:

@@ -18,6 +18,8 @@ from pomona.model.metrics import auroc
 from pomona.model.sampling import Array, Codes, Fold, Rows, Sample, folds, judged, pick_evenly
 
 METHODS = ("max_probability", "energy", "distance", "neighbours")
+CENTRES = ("distance", "neighbours")
+"""The methods that need tensors: ``whitening`` and ``centres``."""
 REFERENCES = 2000
 """Photos that ``neighbours`` keeps, evenly of all kinds: 400 kB with 50 components."""
 ROUNDS = 5
@@ -80,7 +82,7 @@ _SCORES: dict[str, Callable[[Array, Array, dict[str, Array]], Array]] = {
 
 def make(method: str, z: Rows, kinds: Codes) -> Detector:
     """Fit a detector on known photos, float [n, k], and their kinds [n]: see `Sample.kinds`."""
-    if method in ("max_probability", "energy"):
+    if method not in CENTRES:
         return Detector(method)
     rows = z.astype(np.float64)
     centres, whitening = _within(rows, kinds)

@@ -20,7 +20,7 @@ import pomona
 from pomona.core.errors import MismatchError, MissingError, PomonaError, RequestError, first_line
 from pomona.core.files import cache_folder, read_json
 from pomona.core.progress import OnTick, Tick, quiet
-from pomona.model import artifact
+from pomona.model import artifact, signature
 from pomona.model.artifact import Model
 from pomona.model.comparison import compare
 from pomona.registry import pyfunc, tracking
@@ -40,6 +40,7 @@ class PublishOptions:
 
     name: str = "pomona"
     promote: str | None = None  # the reason to make it champion whatever the comparison says
+    sign: str | None = None  # a private key's file to sign it with first
 
 
 def publish(
@@ -52,7 +53,11 @@ def publish(
     (`pomona.model.metrics.paired_test`), or if ``options.promote`` says so. A model that is
     registered already keeps its version.
 
-    Returns ``name``, ``version``, ``registered`` (False: it was there), ``aliases`` (set now),
+    With ``options.sign`` it is signed first (`pomona.model.signature.sign`); a version that is
+    there gets the new signature.
+
+    Returns ``name``, ``version``, ``registered`` (False: it was there), ``signed`` (whether there
+    is a signature), ``aliases`` (set now),
     ``run`` (MLflow's id), ``store``, ``why`` (a sentence), and ``comparison``: what `compare`
     returns and ``champion`` (its version), or None. Raises RequestError or a subclass if there is
     no model, or MLflow is missing or doesn't answer; nothing is registered then.
@@ -62,6 +67,8 @@ def publish(
     folder = layout.open_out(out, must_exist=True)
     with layout.lock(folder):
         model = artifact.load_model(folder.model)
+        if options.sign:
+            signature.sign(model.folder, model.files, options.sign)
         with _connected(tracking.store_of(folder)) as client:
             registered = RegisteredModel(client, options.name)
             return _publish(registered, folder, model, options, on_tick)
@@ -125,7 +132,14 @@ def _publish(
     version = registered.version_of(model.about["digest"])
     champion = registered.aliases.get(CHAMPION)
     store = tracking.without_password(tracking.store_of(out))
-    record = {"name": registered.name, "store": store, "registered": version is None}
+    record = {
+        "name": registered.name,
+        "store": store,
+        "registered": version is None,
+        "signed": (model.folder / signature.NAME).is_file(),
+    }
+    if version is not None and options.sign:
+        _add_signature(registered.client, model, version)
     if version is not None and str(version.version) == str(champion):
         why = f"this model is version {champion} already, the champion"
         return {**record, **_about(version), "aliases": [], "comparison": None, "why": why}
@@ -222,6 +236,15 @@ def _log_model(client: Any, name: str, model: Model, run: str, undo: contextlib.
     return logged
 
 
+def _add_signature(client: Any, model: Model, version: Any) -> None:
+    """Put the model's signature beside its files in a version that is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, pyfunc.FOLDER)
+        place.mkdir(parents=True)
+        shutil.copy(model.folder / signature.NAME, place)
+        client.log_model_artifacts(str(version.source).removeprefix("models:/"), folder)
+
+
 def _new_run(client: Any, out: Out, model: Model) -> str:
     records = read_json(out.manifest).get("stages", {})
     if records.get("train", {}).get("digests") != model.about["digests"]:
@@ -230,13 +253,15 @@ def _new_run(client: Any, out: Out, model: Model) -> str:
     return tracking.new_run(client, out, params, metrics, tracking.artifacts(out))
 
 
-def fetch(uri: str) -> Path:
+def fetch(uri: str, verify: str | None = None) -> Path:
     """Download a model and return a folder that `load_model` reads. Runs no code of the model.
 
     The URI is ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``runs:/RUN/model``, looked up at
     ``MLFLOW_TRACKING_URI`` (and ``MLFLOW_REGISTRY_URI``). A version fetched before comes from the
-    cache folder. Raises RequestError if there is no such model, it isn't Pomona's, or MLflow
-    doesn't answer; MismatchError if a file was changed; MissingError if MLflow isn't installed.
+    cache folder, if it is whole there, and signed as ``verify`` asks for (`load_model`; whether
+    what is returned is signed so, loading tells). Raises RequestError if there is no such model,
+    it isn't Pomona's, or MLflow doesn't answer; MismatchError if a file was changed; MissingError
+    if MLflow isn't installed.
     """
     store = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_REGISTRY_URI")
     if not store:
@@ -248,22 +273,22 @@ def fetch(uri: str) -> Path:
     if database and not Path(database[1]).exists():  # MLflow would create it
         raise RequestError(f"MLFLOW_TRACKING_URI names {database[1]}, and there is no such file")
     with _connected(store) as client:
-        return _fetch(client, uri)
+        return _fetch(client, uri, verify)
 
 
-def _fetch(client: Any, uri: str) -> Path:
+def _fetch(client: Any, uri: str, verify: str | None = None) -> Path:
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
     cache = cache_folder() / "models"
     try:
         digest = _digest_of(client, uri)
-        if digest and _is_intact(cache / digest):
+        if digest and _is_intact(cache / digest, verify):
             return cache / digest
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             downloaded = Path(download_artifacts(artifact_uri=uri, dst_path=folder))
-            return _move_to_cache(downloaded, cache, uri, digest)
+            return _move_to_cache(downloaded, cache, uri, digest, verify)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
@@ -287,14 +312,16 @@ def _digest_of(client: Any, uri: str) -> str | None:
     return digest if re.fullmatch("[0-9a-f]{64}", digest) else None
 
 
-def _is_intact(folder: Path) -> bool:
+def _is_intact(folder: Path, verify: str | None) -> bool:
     try:
-        return bool(artifact.load_model(folder).about["digest"] == folder.name)
+        return bool(artifact.load_model(folder, verify=verify).about["digest"] == folder.name)
     except RequestError:
         return False
 
 
-def _move_to_cache(downloaded: Path, cache: Path, uri: str, digest: str | None) -> Path:
+def _move_to_cache(
+    downloaded: Path, cache: Path, uri: str, digest: str | None, verify: str | None
+) -> Path:
     """Check a download and move its model's folder into the cache."""
     manifests = sorted(downloaded.rglob("model.json"), key=lambda path: len(path.parts))
     if not manifests:
@@ -305,7 +332,7 @@ def _move_to_cache(downloaded: Path, cache: Path, uri: str, digest: str | None) 
             f"{uri} was changed: it isn't the model that was registered; publish it again"
         )
     cached = cache / str(model.about["digest"])
-    if not _is_intact(cached):
+    if not _is_intact(cached, verify):
         shutil.rmtree(cached, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process was quicker
             model.folder.rename(cached)

@@ -23,12 +23,24 @@ from pomona.model.recogniser import ANSWERS, answer_photos, make_recogniser
 
 COLUMN = "image"
 """Input column: a photo's file as bytes, or as base64 text."""
+FOLDER = "data/model"
+"""Where the model's files lie in a version."""
 TOP = 3
 """Default number of labels for each photo."""
 NOT_A_FILE = b"\0"
 """Replaces text that isn't base64, so that its row says ``not_an_image``."""
 
-REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "onnxruntime-gpu", "pandas", "pillow", "pyarrow")
+REQUIREMENTS = (
+    "mlflow",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "pandas",
+    "pillow",
+    "pyarrow",
+    "safetensors",
+)
 """Packages that serving imports, if installed here. Pomona itself is part of the version."""
 
 _TYPES = {pa.string(): "string", pa.bool_(): "boolean", pa.float32(): "float"}

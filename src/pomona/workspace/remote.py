@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import shutil
 import time
@@ -23,7 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pomona.core.errors import BusyError, PomonaError, RequestError, first_line
-from pomona.core.files import cache_folder, read_json
+from pomona.core.files import atomic_file, cache_folder, read_json, sha256
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.core.uris import is_store, local_path
 from pomona.photos.source import open_source
@@ -250,26 +251,44 @@ def _push_at_last(place: Place, push: Callable[..., None]) -> None:
         log.warning("not everything was pushed to %s: %s", place, first_line(error))
 
 
-MODEL_FILES = ("model.json", "model.onnx", "classifier.safetensors")
+MODEL_FILES = ("model.onnx", "classifier.safetensors")
+SIGNATURE = "model.sig"
+"""Beside a model's files, if it was signed (`pomona.model.signature`)."""
 
 
 def fetch_model(uri: str) -> Path:
     """Copy a model's folder from an object store into the cache, and return the copy's path.
 
-    Loading the model checks its files' digests. Raises RequestError if there is none, or it can't
-    be read.
+    A file that is in the cache, and has the digest that ``model.json`` gives, isn't fetched again.
+    Loading the model checks all digests. Raises RequestError if there is none, or it can't be read.
     """
     place = open_place(uri)
     with refusing(place, "read"):
         try:
-            about = place.read_bytes(MODEL_FILES[0])
+            about = place.read_bytes("model.json")
         except FileNotFoundError:
             raise RequestError(
                 f"there is no model in {place}: it is the folder model of a pushed OUT"
             ) from None
         digest = hashlib.sha256(place.name.encode() + b"\0" + about).hexdigest()[:16]
         folder = cache_folder() / "models" / digest
+        with atomic_file(folder / "model.json") as part:
+            part.write_bytes(about)
+        digests = _digests(about)
         for name in MODEL_FILES:
-            if not (folder / name).exists():
-                place.download(name, folder / name)
+            file = folder / name
+            if not file.is_file() or sha256(file) != digests.get(name):
+                place.download(name, file)
+        try:
+            place.download(SIGNATURE, folder / SIGNATURE)
+        except FileNotFoundError:
+            (folder / SIGNATURE).unlink(missing_ok=True)
     return folder
+
+
+def _digests(about: bytes) -> dict[str, Any]:
+    """Return the digests in a ``model.json``; none if it is damaged, as loading will say."""
+    try:
+        return dict(json.loads(about)["digests"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {}

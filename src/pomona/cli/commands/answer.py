@@ -40,21 +40,27 @@ ModelName = Annotated[
     "the package]",
 ]
 
+Verify = Annotated[
+    str | None,
+    "Take the model only if this signer signed it: a public key's file, or "
+    "IDENTITY@https://ISSUER.",
+]
 
-def _open_model(name: str | None) -> pomona.Model:
+
+def _open_model(name: str | None, verify: str | None) -> pomona.Model:
     if name is None:
         from pomona.model.artifact import PACKAGED
 
-        return pomona.load_model(PACKAGED)
+        return pomona.load_model(PACKAGED, verify=verify)
     if is_store(name):
         from pomona.workspace.remote import fetch_model
 
-        return pomona.load_model(fetch_model(name))
+        return pomona.load_model(fetch_model(name), verify=verify)
     if name.startswith(("models:/", "runs:/")):
         from pomona.registry.publish import fetch
 
-        return pomona.load_model(fetch(name))
-    return pomona.load_model(name)
+        return pomona.load_model(fetch(name, verify), verify=verify)
+    return pomona.load_model(name, verify=verify)
 
 
 @command(ANSWER)
@@ -64,6 +70,7 @@ def predict(
     ],
     *,
     model: ModelName = None,
+    verify: Verify = None,
     top: Annotated[int, "How many labels to give for each photo."] = 3,
     out: Annotated[str | None, "A new folder for the answers, as Parquet."] = None,
     device: Device = "auto",
@@ -88,7 +95,7 @@ def predict(
     most = None if as_json or as_csv else MOST_IN_A_TABLE
     where = cluster(workers, master, spark_conf)
     options = PredictOptions(top, device, out, most, where)
-    opened = _open_model(model)
+    opened = _open_model(model, verify)
     if model is None:
         typer.echo(f"pomona: {escaped(render.which(opened))}", err=True)
     printer = answers.printer(sys.stdout, opened, as_json=as_json, as_csv=as_csv, csv_safe=csv_safe)
@@ -104,6 +111,7 @@ class ServeArguments:
     """Whom the service answers, and how much it takes."""
 
     model: ModelName = None
+    verify: Verify = None
     host: Annotated[str, "The address to answer at."] = "127.0.0.1"
     port: Annotated[int, "The port; 0: any that is free."] = 8000
     api_key: Annotated[
@@ -182,7 +190,7 @@ def serve(arguments: ServeArguments) -> None:
     server.check_access(arguments.host, settings.keys, public=arguments.public)
     server.log_to_stderr(access=not arguments.quiet)
     with server.listen(arguments.host, arguments.port) as socket:
-        app = create(lambda: _open_model(arguments.model), settings)
+        app = create(lambda: _open_model(arguments.model, arguments.verify), settings)
 
         def on_start() -> None:
             model = app.state.service.pool.loaded.model

@@ -40,19 +40,37 @@ def export(out: OutDir, arguments: ExportArguments, as_json: AsJson = False) -> 
 
 
 @command(OPERATE)
+def sign(
+    model: Annotated[str, Argument(help="A model's folder, such as OUT/model.")],
+    key: Annotated[
+        str, "A private EC key, as PEM; its password, if any, is in POMONA_KEY_PASSWORD."
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Sign a model: predict and serve check who made it, with --verify."""
+    from pomona.model import signature
+
+    opened = pomona.load_model(model)
+    path = signature.sign(opened.folder, opened.files, key)
+    record = {"model": opened.version, "signature": str(path), "bytes": path.stat().st_size}
+    show(record, as_json, render.signed)
+
+
+@command(OPERATE)
 def publish(
     out: OutDir,
     name: Annotated[str, "The model's name in MLflow's registry."] = "pomona",
     promote: Annotated[
         str | None, "Make it the champion whatever the comparison says; the reason why."
     ] = None,
+    sign: Annotated[str | None, "Sign it first, with this private key: pomona sign."] = None,
     as_json: AsJson = False,
 ) -> None:
     """Register OUT/model in MLflow. Challenger, and champion if it beats the present one."""
     from pomona.registry.publish import PublishOptions, publish
 
     with working_in(out) as (home, on_tick):
-        record = publish(home.folder, PublishOptions(name, promote), on_tick)
+        record = publish(home.folder, PublishOptions(name, promote, sign), on_tick)
     show(record, as_json, render.published)
 
 
