@@ -48,7 +48,7 @@ def table(*header: str, pad_edge: bool = False) -> Table:
 
 
 def add_row(to: Table, *texts: str) -> None:
-    """Add a row to a table. Texts may hold names of files and labels: none acts on a terminal."""
+    """Add a row; texts may hold names of files and labels, and none acts on a terminal."""
     to.add_row(*map(escaped, texts))
 
 
@@ -129,11 +129,8 @@ def _figures(metrics: dict[str, Any]) -> Table:
         judged.add_column(f"{what} ({figures['photos']:,} photos{units})")
     for name, words in FIGURES.items():
         intervals = (figures[name] for figures in metrics.values())
-        add_row(
-            judged,
-            words,
-            *(f"{i['value']:.2%} ({i['low']:.1%} to {i['high']:.1%})" for i in intervals),
-        )
+        cells = (f"{i['value']:.2%} ({i['low']:.1%} to {i['high']:.1%})" for i in intervals)
+        add_row(judged, words, *cells)
     return judged
 
 
@@ -189,9 +186,8 @@ def exported(record: dict[str, Any]) -> Group:
     """Return the tables of ``pomona export``: what was judged, and the files."""
     parts: list[Any] = []
     if variants := record.get("variants"):
-        judged = table(
-            "on held-out photos", "MB", "accuracy", "float32", "drop", "labels agree", ""
-        )
+        header = ("on held-out photos", "MB", "accuracy", "float32", "drop", "labels agree", "")
+        judged = table(*header)
         for column in judged.columns[1:]:
             column.justify = "right"
         for row in variants:
