@@ -14,10 +14,11 @@ from pomona.pipeline.reduce import ReduceOptions, reduce
 from pomona.pipeline.train import train
 from pomona.privacy import forget
 from pomona.privacy.forget import ForgetOptions
+from pomona.registry.publish import publish
 from pomona.workspace import layout, tombstones
 from tests.conftest import fill
 from tests.pipeline.conftest import QUICK, outputs, rows
-from tests.power_cut import Here, cuts
+from tests.power_cut import Disk, Here, cuts
 
 pytestmark = [
     pytest.mark.slow,
@@ -96,6 +97,21 @@ def test_train(photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None
     extract(photos, out, QUICK)
     reduce(out, FEW)
     survives(out, lambda: train(out), monkeypatch, 3)
+
+
+def test_publish(photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files that a version names are there for good; MLflow's database sees to itself."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("mlflow")
+    extract(photos, out, QUICK)
+    reduce(out, FEW)
+    train(out)
+    with monkeypatch.context() as patch:
+        disk = Disk(out.parent, patch)
+        publish(out)
+        disk.check()
+        disk.close()
+    assert any(path.name == "model.onnx" for path in out.glob("mlflow-artifacts/**/*"))
 
 
 def test_forget(photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

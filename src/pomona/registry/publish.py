@@ -18,7 +18,7 @@ from typing import Any
 
 import pomona
 from pomona.core.errors import MismatchError, MissingError, PomonaError, RequestError, first_line
-from pomona.core.files import cache_folder, read_json
+from pomona.core.files import cache_folder, read_json, sync_folder, sync_tree
 from pomona.core.progress import OnTick, Tick, quiet
 from pomona.model import artifact, signature
 from pomona.model.artifact import Model
@@ -231,6 +231,7 @@ def _log_model(client: Any, name: str, model: Model, run: str, undo: contextlib.
     with tempfile.TemporaryDirectory() as folder:
         pyfunc.save(Path(folder, "model"), model, run, logged)
         client.log_model_artifacts(logged.model_id, str(Path(folder, "model")))
+    tracking.keep(logged.artifact_location)
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     client.log_outputs(run, [LoggedModelOutput(logged.model_id, step=0)])
     return logged
@@ -335,5 +336,7 @@ def _move_to_cache(
     if not _is_intact(cached, verify):
         shutil.rmtree(cached, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process was quicker
+            sync_tree(model.folder)
             model.folder.rename(cached)
+            sync_folder(cache)
     return cached

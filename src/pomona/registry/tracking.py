@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pomona.core.errors import first_line
-from pomona.core.files import read_json
+from pomona.core.files import read_json, sync_folder, sync_tree
+from pomona.core.uris import local_path
 from pomona.workspace import layout
 from pomona.workspace.layout import Out
 
@@ -60,6 +61,15 @@ def without_password(text: str) -> str:
     'https://host/x failed'
     """
     return re.sub(r"//[^/@\s]+@", "//", text)
+
+
+def keep(location: str) -> None:
+    """Return when artifacts are on the disk, where they lie on one of this machine's."""
+    if "://" not in location or location.startswith("file:"):
+        path = local_path(location)
+        sync_tree(path)
+        for folder in [*path.parents][:4]:  # those of the store, which may be new
+            sync_folder(folder)
 
 
 @contextlib.contextmanager
@@ -208,6 +218,7 @@ def new_run(
                 is_inside = path.parent != out.root and path.is_relative_to(out.root)
                 folder = path.parent.relative_to(out.root).as_posix() if is_inside else None
                 client.log_artifact(run_id, str(path), folder)
+        keep(client.get_run(run_id).info.artifact_uri)
         status = "FINISHED"
     finally:
         client.set_terminated(run_id, status)
