@@ -85,6 +85,7 @@ def test_a_child_that_stalls_outlives_no_parent() -> None:
         "from tests.photos import test_isolation as test_guard\n"
         "if __name__ == '__main__':\n"
         "    isolation._serve = test_guard.stalls\n"
+        "    isolation._child().wait()\n"
         "    isolation._child().pipe.send((b'x', 32, 10**6, False))\n"
         "    time.sleep(0.5)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -85,7 +85,7 @@ def two(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clus
 def start(
     source: Path | str,
     out: Path,
-    where: Cluster | str,
+    where: Cluster | str | None,
     command: str = "extract",
     more: tuple[str, ...] = (),
     before: tuple[str, ...] = (),
@@ -97,7 +97,7 @@ def start(
         for key, value in where.conf.items():
             words += ["--spark-conf", f"{key}={value}"]
         words += ["--spark-conf", f"spark.driver.host={where.host}", "--master", where.url]
-    else:
+    elif where:
         words += ["--master", where]
     return popen([*before, *words, *more], environment)
 
@@ -261,7 +261,8 @@ def test_a_photo_that_ends_or_stalls_its_worker(
             w for k, v in setting.items() for w in ("--spark-conf", f"spark.executorEnv.{k}={v}")
         ]
         two = request.getfixturevalue("two")
-        process = start(photos, out, two, more=(*more, "--max-error-rate", "0.01"))
+        more += ["--max-error-rate", "0.01", "--components", "5", "--no-mlflow"]
+        process = start(photos, out, two, "run", more=tuple(more))
     else:
         words = [sys.executable, "-c", IN_A_SESSION, str(photos), str(out)]
         process = popen(words, os.environ | setting)
@@ -270,6 +271,8 @@ def test_a_photo_that_ends_or_stalls_its_worker(
     there = rows(out)
     assert len(there) == PHOTOS + 2
     assert {Path(p).stem for p, row in there.items() if row["error"]} == {"crashes", "hangs"}
+    if where == "a cluster":
+        assert "crashes.jpg" in (out / "report" / "report.html").read_text(encoding="utf-8")
     # The others are what they are without such photos, to the bit.
     for path, row in rows(whole["out"]).items():
         assert there[path]["features"] == row["features"]
@@ -283,13 +286,13 @@ def test_the_disk_is_full(source: Path, whole: dict[str, Any], tmp_path: Path) -
         pytest.skip("a small disk needs root and mount")
     try:
         out = disk / "out"
-        process = start(source, out, "local[2]")
+        process = start(source, out, None)
         _, errors = process.communicate(timeout=SECONDS)
         assert process.returncode == 1, errors
         assert "No space left" in errors.splitlines()[-1]
         assert "Traceback" not in errors
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        record = done(start(source, out, "local[2]"))
+        record = done(start(source, out, None))
         assert record["extract"]["times"]["computed"] < PHOTOS
         assert digest(record) == digest(whole)
     finally:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pomona.backbone.spec import BackboneSpec
 from pomona.core.errors import CrashError, JobError, RequestError, SourceError
 from pomona.photos.source import open_source
 from pomona.spark import executors, tasks
@@ -64,8 +65,8 @@ class Task:
     def done(self) -> set[int]:
         return self.there
 
-    def careful(self) -> Task:
-        return Task(self.there, True)
+    def with_spec(self, change: Callable[[BackboneSpec], BackboneSpec]) -> Task:
+        return Task(self.there, change(BackboneSpec("x", "x")).guard == "child")
 
 
 Calls = list[tuple[list[int], bool, bool]]

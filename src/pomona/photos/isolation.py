@@ -81,6 +81,7 @@ def decode_apart(
     end = time.monotonic() + (2 * patience() if seconds is None else seconds)
     for _ in range(2):
         child = _child()
+        child.wait()
         try:
             child.pipe.send((content, size, most, partial))
             if child.pipe.poll(patience() if seconds is None else end - time.monotonic()):
@@ -110,7 +111,12 @@ class _Child:
         theirs.close()
         # It ends with the thread that has it, and with this process.
         self.end = weakref.finalize(self, _end, self.process, self.pipe)
-        # Without this check, every photo would be `crashed` if children can't start.
+        self._ready = False
+
+    def wait(self) -> None:
+        """Return when it has started. Otherwise every photo would be `crashed` if none can."""
+        if self._ready:
+            return
         try:
             ready = self.pipe.poll(START) and self.pipe.recv() == READY
         except (EOFError, OSError):
@@ -118,6 +124,12 @@ class _Child:
         if not ready:
             self.end()
             raise RuntimeError("the process that decodes photos doesn't start")
+        self._ready = True
+
+
+def start() -> None:
+    """Start this thread's child, without waiting for it: it takes half a second."""
+    _child()
 
 
 def _end(process: Any, pipe: Connection) -> None:

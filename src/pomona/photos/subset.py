@@ -58,6 +58,11 @@ def subset(
 def _place(source: Source, path: str, to: Path, *, copy: bool) -> bool:
     """Put one photo into a subset. Returns whether it could be read."""
     to.parent.mkdir(parents=True, exist_ok=True)
+    if to.exists():  # the folder was empty, and a path is there once
+        raise RequestError(
+            f"{path} has the place of another photo already: on this disk, names that differ in "
+            "case alone are one; choose a folder on another disk"
+        )
     try:
         if source.kind != "local":
             to.write_bytes(reader(source)(path))

@@ -76,8 +76,10 @@ def task_bounds(todo: int, slots: int, most: int) -> list[int]:
     """Return the bounds of the tasks' photos: small ones first, then even ones.
 
     >>> task_bounds(100, 2, 512)[:5], task_bounds(1000, 2, 512)[:5], task_bounds(0, 2, 512)
-    ([0, 7, 15, 23, 30], [0, 16, 32, 93, 153], [0])
+    ([0, 7, 15, 23, 30], [0, 16, 32, 92, 153], [0])
     """
+    if not todo:
+        return [0]
     first = slots * FIRST
     if todo < 8 * first:
         return even_bounds(todo, photos_per_task(todo, slots, most))

@@ -65,7 +65,7 @@ def without_password(text: str) -> str:
 
 def keep(location: str) -> None:
     """Return when artifacts are on the disk, where they lie on one of this machine's."""
-    if "://" not in location or location.startswith("file:"):
+    if location.startswith("file:") or not re.match(r"[A-Za-z][\w+.-]+:", location):
         path = local_path(location)
         sync_tree(path)
         for folder in [*path.parents][:4]:  # those of the store, which may be new

@@ -84,7 +84,7 @@ def open_out(path: str | Path, *, must_exist: bool = False) -> Out:
 
 def _holds_something(path: Path) -> bool:
     """Tell whether a path holds more than what a first run left that was killed at once."""
-    if not path.is_dir():
+    if not path.is_dir() or path.name not in ("features", "_work"):
         return path.exists()
     files = (file for file in path.rglob("*") if not file.is_dir())
     return any(not UNFINISHED.fullmatch(file.name) for file in files)

@@ -84,6 +84,7 @@ def predict(
 ) -> None:
     """Say what is on photos. Killed, with --out, it goes on where it stopped."""
     from pomona.cli import answers
+    from pomona.photos import isolation
     from pomona.pipeline.predict import PredictOptions, predict
 
     if out:
@@ -95,6 +96,8 @@ def predict(
     most = None if as_json or as_csv else MOST_IN_A_TABLE
     where = cluster(workers, master, spark_conf)
     options = PredictOptions(top, device, out, most, where)
+    if master is None:
+        isolation.start()  # while the model is read
     opened = _open_model(model, verify)
     if model is None:
         typer.echo(f"pomona: {escaped(render.which(opened))}", err=True)
