@@ -2,7 +2,7 @@
 nothing, in turn.
 
 Small photos and few pixels make the rest of the work small, so that the share of fsync is the
-largest that it can be. Calls are counted in the driver; workers, which are ended at once, tell none.
+largest that it can be. Calls are counted in the driver; workers are ended at once and tell none.
 """
 
 from __future__ import annotations
