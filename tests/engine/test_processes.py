@@ -111,10 +111,11 @@ def test_workers_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from pomona.backbone.spec import BackboneSpec
 
     monkeypatch.setattr(processes, "available_cpus", lambda: 16)
-    pool = Processes()
+    pool = Processes(device="cuda")
     spec = pool.fit(BackboneSpec("x", "x", device="cuda"))
     assert (pool.slots, spec.threads, spec.memory_share) == (2, 8, 0.45)
-    assert Processes(1).fit(BackboneSpec("x", "x", device="cuda")).memory_share == 0.9
+    alone = Processes(1, device="cuda")
+    assert alone.fit(BackboneSpec("x", "x", device="cuda")).memory_share == 0.9
     assert Processes().fit(BackboneSpec("x", "x")).threads == 1
 
 

@@ -122,12 +122,17 @@ def waits(pipe: Connection) -> None:
         pipe.send(tuple(decode(content, size, most)))
 
 
+@pytest.fixture
+def _child_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "_serve", waits)
+    monkeypatch.setenv("POMONA_TEST_FOLDER", str(tmp_path))
+
+
+@pytest.mark.usefixtures("_child_waits")
 def test_costly_photos_let_others_pass(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(isolation, "_serve", waits)
     monkeypatch.setattr(worker_pool, "DECODE_SECONDS", 60.0)
-    monkeypatch.setenv("POMONA_TEST_FOLDER", str(tmp_path))
     app = create(lambda: model, Settings(workers=2))
     with running(app) as url, ThreadPoolExecutor(2) as clients:
         costly = [clients.submit(send, url, COSTLY) for _ in range(2)]
@@ -139,12 +144,11 @@ def test_costly_photos_let_others_pass(
         assert [reply.result().status_code for reply in costly] == [200, 200]
 
 
+@pytest.mark.usefixtures("_child_waits")
 def test_a_photo_that_takes_too_long_is_ended(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(isolation, "_serve", waits)
     monkeypatch.setattr(worker_pool, "DECODE_SECONDS", 0.5)
-    monkeypatch.setenv("POMONA_TEST_FOLDER", str(tmp_path))
     with running(create(lambda: model, Settings(workers=1))) as url:
         assert problem_code(send(url, COSTLY), 422) == "crashed"
         assert send(url, photo(1)).status_code == 200

@@ -16,8 +16,12 @@ from typing import Any
 
 from pomona.core.errors import DamagedError, MismatchError, RequestError
 
-if os.name != "nt":
+try:
     import fcntl
+except ImportError:  # Windows
+    FULL_SYNC = None
+else:
+    FULL_SYNC = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync leaves bytes in the disk's cache
 
 
 def cache_folder() -> Path:
@@ -70,8 +74,8 @@ def make_folder(path: Path) -> None:
 def sync_file(path: Path) -> None:
     """Return when a file's bytes are on the disk."""
     with path.open("rb+") as file:
-        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync leaves them in the disk's cache
-            fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
+        if FULL_SYNC is not None:
+            fcntl.fcntl(file.fileno(), FULL_SYNC)
         else:
             os.fsync(file.fileno())
 

@@ -9,7 +9,7 @@ wherever Spark does. Which one a stage uses makes no difference to what it write
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,8 +63,13 @@ class InPlace:
         return self.task.write(read_chunk(self.task.chunks, number), number, self.task.folder)
 
 
+def in_child(spec: BackboneSpec) -> BackboneSpec:
+    """Return the spec with photos decoded in child processes."""
+    return replace(spec, guard="child")
+
+
 class Engine(Protocol):
-    """Runs tasks on workers. Each method but ``fit`` may be the first: it starts what it needs."""
+    """Runs tasks on workers. Any method may be the first: it starts what it needs."""
 
     most_photos: int
     """Photos that a task of ``extract`` holds at most."""

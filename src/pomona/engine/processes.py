@@ -30,6 +30,7 @@ from pomona.engine.engine import (
     InPlace,
     Poll,
     Task,
+    in_child,
 )
 from pomona.photos.source import Source
 
@@ -55,13 +56,18 @@ class Processes:
         Their number; by default one for each core that this process may use, on a GPU two.
     log_file
         Takes what workers print: reasons of unreadable photos, tracebacks.
+    device
+        ``cpu`` or ``cuda``.
     """
 
     most_photos = 128  # a second of work, so that all workers end together
 
-    def __init__(self, workers: int | None = None, log_file: Path | None = None) -> None:
-        self.slots = workers or available_cpus()
-        self._asked, self._log_file = workers, log_file
+    def __init__(
+        self, workers: int | None = None, log_file: Path | None = None, device: str = "cpu"
+    ) -> None:
+        cpus = available_cpus()
+        self.slots = workers or (cpus if device == "cpu" else min(GPU_WORKERS, cpus))
+        self._log_file = log_file
         self._pool: Any = None
         self.replaced = 0
         """Workers that died and were replaced."""
@@ -78,12 +84,10 @@ class Processes:
             self._submit(_nothing, 0)
 
     def fit(self, spec: BackboneSpec) -> BackboneSpec:
-        """Return the spec with one worker's share; with a GPU, there are fewer workers."""
+        """Return the spec with one worker's share."""
         if spec.device == "cpu":
             return replace(spec, threads=1)
-        cpus = available_cpus()
-        self.slots = self._asked or min(GPU_WORKERS, cpus)
-        threads = max(2, cpus // self.slots)
+        threads = max(2, available_cpus() // self.slots)
         return replace(spec, threads=threads, memory_share=0.9 / self.slots)
 
     def check(self, spec: BackboneSpec, source: Source, paths: list[str]) -> None:
@@ -106,8 +110,7 @@ class Processes:
         self, task: ChunkTask, numbers: Sequence[int], folder: Path, poll: Poll | None = None
     ) -> None:
         """Run chunks, decoding in child processes those that have lost a worker."""
-        watched = InPlace(task.with_spec(lambda spec: _guarded(spec, "watch")))
-        careful = InPlace(task.with_spec(lambda spec: _guarded(spec, "child")))
+        watched, careful = InPlace(task.with_spec(_watched)), InPlace(task.with_spec(in_child))
         left, lost = list(numbers), Counter[int]()
 
         def call(number: int) -> Task:
@@ -199,8 +202,8 @@ class Processes:
             self._pool = None
 
 
-def _guarded(spec: BackboneSpec, guard: Any) -> BackboneSpec:
-    return spec if spec.guard == "child" else replace(spec, guard=guard)
+def _watched(spec: BackboneSpec) -> BackboneSpec:
+    return spec if spec.guard == "child" else replace(spec, guard="watch")
 
 
 def _nothing(number: int) -> Answer:

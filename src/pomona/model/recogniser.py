@@ -58,9 +58,9 @@ def with_threads(recogniser: Recogniser, threads: int) -> Recogniser:
 
 
 def for_driver(recogniser: Recogniser) -> Recogniser:
-    """Return the recogniser for this machine without Spark: all its CPUs, decoding in children.
+    """Return the recogniser for this process alone: all its CPUs, decoding in children.
 
-    A task on Spark that dies is tried again; here nobody else would go on.
+    A task of an engine that dies is tried again; here nobody else would go on.
     """
     spec = replace(recogniser.spec, threads=available_cpus(), guard="child")
     return replace(recogniser, spec=spec)

@@ -4,10 +4,10 @@ Runs on workers.
 
 What a photo claims is checked before it is decoded (`pomona.photos.decoding_cost`), and damage that
 a decoder notices becomes an error code (`pomona.photos.decoding`). This module is for what neither
-notices: a crash in native code, unbounded memory, an endless loop. On Spark a task's first attempt
-is watched, and a stalled worker ends itself; in the second attempt each photo is decoded in a child
+notices: a crash in native code, unbounded memory, an endless loop. A task's first attempt is
+watched, and a stalled worker ends itself; in the second attempt each photo is decoded in a child
 process, so that the photo that crashes or stalls it is known. Where there is no second attempt (the
-driver, `pomona predict` without Spark, costly photos in the service) the child comes first.
+driver, a few photos of `pomona predict`, costly ones in the service) the child comes first.
 """
 
 from __future__ import annotations

@@ -29,4 +29,4 @@ def open_engine(
     """
     if needs_spark or wants_spark(cluster):
         return SparkEngine(cluster, device, keep)
-    return Processes(cluster.workers, cluster.log_file)
+    return Processes(cluster.workers, cluster.log_file, device)

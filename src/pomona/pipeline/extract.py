@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -214,7 +212,9 @@ def _extract(
         rows = feature_table.match(photos, index)
         todo = _todo(rows)
         if verify:
-            changed, damaged = _changed(stage, rows, index)
+            changed, damaged = changed_photos(
+                stage.out, stage.source, rows, index, stage.engine, stage.on_tick
+            )
             unreadable |= damaged
             todo, verify = pc.or_(todo, pa.array(changed)), bool(damaged)
             if damaged:
@@ -261,12 +261,6 @@ def _todo(rows: pa.Table) -> pa.Array:
     """Return which photos to extract. One that couldn't be read may have been out of reach."""
     unread = pc.equal(pc.fill_null(rows["error"], ""), UNREADABLE)
     return pc.or_(pc.is_null(rows["file"]), unread)
-
-
-def _changed(
-    stage: Extraction, rows: pa.Table, index: feature_table.Index
-) -> tuple[npt.NDArray[np.bool_], set[str]]:
-    return changed_photos(stage.out, stage.source, rows, index, stage.engine, stage.on_tick)
 
 
 def _compute(stage: Extraction, todo: pa.Table, parts: Path, total: int) -> None:

@@ -22,6 +22,7 @@ from pomona.backbone.extract import extract_photos
 from pomona.backbone.mobilenet import OUTPUT
 from pomona.backbone.spec import BackboneSpec
 from pomona.core.cpus import available_cpus
+from pomona.engine.engine import in_child
 from pomona.model.artifact import Model
 from pomona.model.recogniser import Recogniser, answer_photos, make_recogniser
 from pomona.photos import synthetic
@@ -77,9 +78,8 @@ class Loaded:
 
     def apart(self) -> Loaded:
         """Return the same model, decoding in a child process."""
-        spec = replace(self.recogniser.spec, guard="child")
-        features = replace(self.features, guard="child")
-        return replace(self, recogniser=replace(self.recogniser, spec=spec), features=features)
+        recogniser = replace(self.recogniser, spec=in_child(self.recogniser.spec))
+        return replace(self, recogniser=recogniser, features=in_child(self.features))
 
     def seconds(self, content: bytes) -> float:
         """Return how long a photo takes to decode, by its headers."""

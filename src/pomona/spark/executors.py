@@ -16,13 +16,12 @@ import tempfile
 import uuid
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pomona.backbone.spec import BackboneSpec
 from pomona.core.errors import CrashError, JobError, RequestError, SourceError, first_line
-from pomona.engine.engine import Answer, ChunkTask, Poll, Task
+from pomona.engine.engine import Answer, ChunkTask, Poll, Task, in_child
 from pomona.photos.reading import reader
 from pomona.photos.source import Source
 from pomona.spark import tasks
@@ -192,16 +191,12 @@ def run_chunks(
             if is_retry:
                 raise
             log.warning("workers died: what is left is decoded in child processes")
-            task, is_retry = task.with_spec(_in_child), True
+            task, is_retry = task.with_spec(in_child), True
         except JobError as error:
             if not _was_unseen(spark, folder, error):
                 raise
         done = task.done()
         numbers = [number for number in numbers if number not in done]
-
-
-def _in_child(spec: BackboneSpec) -> BackboneSpec:
-    return replace(spec, guard="child")
 
 
 def runner(spark: SparkSession, folder: Path) -> Callable[..., list[Answer]]:
